@@ -1,0 +1,126 @@
+"""Limits: every bound of the engine, and the relations between them, proved once at start.
+
+Owned by whoever starts an engine (the supervisor, `LLM`, a bench, a test); read by all; changed by
+nobody. A queue or buffer elsewhere asserts its own bound against these numbers and never re-derives
+a relation that `Limits` has proved.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from holdfast.errors import OptionError
+
+# (group, page, generation) handles hold the page in 24 bits (wire.plan).
+PAGES_MAX = 1 << 24
+# Upper bound on one journal record of an admission, besides its tokens: scalars, tenant, and the
+# bias and stop lists at their limits (8 and 4 bytes an entry) are added in `journal_bytes`.
+JOURNAL_RECORD_BYTES = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the brain and the wire need to know of a served model and of the operator's options.
+
+    All counts include nothing but what they name; row 0 and page 0 (trash) come on top of
+    `rows_max` and inside `pages` respectively.
+    """
+
+    vocab_size: int
+    """Ids the model can score: 0 <= id < vocab_size."""
+    context_tokens: int
+    """Longest sequence, prompt and output together."""
+    page_tokens: int = 16
+    pages: int = 1024
+    """Pages of the pool of each layer group, the trash page 0 included."""
+    groups: int = 1
+    """Layer groups with a page table of their own (full attention; windows come later)."""
+    rows_max: int = 64
+    """Requests in one step."""
+    prefill_tokens: int = 512
+    """Tokens of one step, decode rows first; what they leave is for prefill chunks."""
+    steps_ahead: int = 2
+    """Plans launched and not yet answered: 2 = one step ahead, 1 = overlap off."""
+    queue_requests: int = 4096
+    """Requests waiting for a row, and bound of a client's burst."""
+    live_tokens: int = 8 << 20
+    """Prompt tokens and output allowance, summed over all admitted requests."""
+    bias_entries: int = 300
+    """Entries of logit_bias per request; OpenAI's documented clients send at most 300."""
+    stop_ids: int = 64
+    """Stop token ids per request, those of the model included."""
+    top_logprobs: int = 20
+    choices: int = 32
+    """Largest `n`."""
+    timeout_s: float = 600.0
+    """Deadline of a request that names none, and the largest it may name."""
+    api_processes: int = 1
+
+    def __post_init__(self) -> None:
+        positive = [f.name for f in fields(self)]
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise OptionError(_option(name), f"must be positive, got {getattr(self, name)}")
+        if self.pages > PAGES_MAX:
+            raise OptionError("--kv-pages", f"at most {PAGES_MAX}, got {self.pages}")
+        if self.pages < 2:
+            raise OptionError("--kv-pages", "needs at least 2: page 0 is the trash page")
+        if self.steps_ahead > 2:
+            raise OptionError("--steps-ahead", f"1 or 2, got {self.steps_ahead}")
+        if self.rows_max > 4096:
+            raise OptionError("--max-rows", f"at most 4096, got {self.rows_max}")
+        if self.live_tokens < self.context_tokens:
+            raise OptionError(
+                "--live-tokens",
+                f"must hold one request of {self.context_tokens} tokens, got {self.live_tokens}",
+            )
+
+    @property
+    def rows_total(self) -> int:
+        """Rows of the row table: the trash row 0 and `rows_max` others."""
+        return self.rows_max + 1
+
+    @property
+    def table_columns(self) -> int:
+        """Static width of every page table: the maximum context, so width is never a graph key."""
+        return math.ceil(self.context_tokens / self.page_tokens)
+
+    @property
+    def pages_usable(self) -> int:
+        """Pages of a pool that requests can hold: all but the trash page."""
+        return self.pages - 1
+
+    @property
+    def live_requests(self) -> int:
+        """Admitted and not yet ended: waiting or in a row."""
+        return self.queue_requests + self.rows_max
+
+    @property
+    def plan_tokens(self) -> int:
+        """Bound of the admitted tokens of one plan: at least one longest request always fits."""
+        return self.context_tokens + self.prefill_tokens
+
+    @property
+    def journal_bytes(self) -> int:
+        """Size of one journal half that provably holds every live request at its largest.
+
+        A live request is one admission record plus one copy of its tokens; the same again is left
+        for the records between two compactions, so that compaction never runs twice in a row.
+        """
+        records = JOURNAL_RECORD_BYTES + 8 * self.bias_entries + 4 * self.stop_ids
+        live = self.live_requests * records + 4 * self.live_tokens
+        return 2 * live
+
+    def pages_for_tokens(self, tokens: int) -> int:
+        return -(-tokens // self.page_tokens)
+
+
+def _option(name: str) -> str:
+    renamed = {
+        "pages": "--kv-pages",
+        "rows_max": "--max-rows",
+        "context_tokens": "--max-context-tokens",
+        "timeout_s": "--request-timeout-s",
+    }
+    return renamed.get(name, "--" + name.replace("_", "-"))
