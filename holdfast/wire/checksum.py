@@ -6,8 +6,8 @@ A page's bytes are read as little-endian uint32 words w[0..k); with all arithmet
 
 Each word's weight is odd, so any change of a single word changes the sum; weights differ, so moved
 words change it too; the +1 makes trailing zero words count. It is not cryptographic: it guards
-against hardware and our own mistakes, not against an adversary. Sums are order-free additions, so
-a device may reduce in any order and gets the same bits. Twins in ops.checksum are tested against it.
+against hardware and our own mistakes, not against an adversary. Sums are order-free additions, so a
+device may reduce in any order and gets the same bits. Twins in ops.checksum are tested against it.
 """
 
 from __future__ import annotations

@@ -54,7 +54,9 @@ class LinkLike(Protocol):
 class Link:
     """One end of a stream socket. Not thread-safe: one owner reads, the same owner writes."""
 
-    def __init__(self, sock: socket.socket, *, epoch: int = 0, buffer_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self, sock: socket.socket, *, epoch: int = 0, buffer_bytes: int = 64 << 20
+    ) -> None:
         self.sock = sock
         self.epoch = epoch
         self.dropped = 0

@@ -1,0 +1,402 @@
+"""The brain: one engine's requests from admission to end, without IO and without a clock.
+
+Whoever drives it (core.loop in a process, `LLM` in-process, the simulator) passes in messages,
+results and the time, sends the plans it returns and the output it leaves behind. It never sees a
+character of text and never imports torch.
+
+    receive(message)   admission, cancel, finish, resume
+    plan()             the next StepPlan, at most `limits.steps_ahead` unanswered
+    commit(result)     facts: journal, then output
+    suspend() / new_epoch()   the worker is gone / another one is there
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+
+import numpy as np
+
+from holdfast.config import Limits
+from holdfast.core.admission import Admission as AdmissionControl
+from holdfast.core.admission import WaitingQueue
+from holdfast.core.commit import Commit, Output
+from holdfast.core.journal import Admission, Journal, JournalledRequest
+from holdfast.core.metrics import Metrics
+from holdfast.core.request import Phase, Request
+from holdfast.core.running import RunningRows
+from holdfast.core.scheduler import Flight, Scheduler
+from holdfast.errors import WorkerFault, require
+from holdfast.kv.ledger import Ledger
+from holdfast.wire.link import Kind
+from holdfast.wire.messages import (
+    Accepted,
+    Cancel,
+    End,
+    Ended,
+    Finish,
+    Refused,
+    Resume,
+    Submit,
+    ToApi,
+    ToCore,
+    TokenBatch,
+    encode,
+)
+from holdfast.wire.plan import StepPlan, StepResult
+from holdfast.wire.rows import RowTable
+
+
+class Brain:
+    """`tag` names everything a page's content depends on besides tokens and tenant: model,
+    weights, layout, dtype. `epoch` numbers the workers this brain has had, from 1."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        journal: Journal,
+        metrics: Metrics,
+        *,
+        epoch: int = 1,
+        tag: bytes = b"",
+        api_count: int = 1,
+    ) -> None:
+        self.limits = limits
+        self.journal = journal
+        self.metrics = metrics
+        self.epoch = epoch
+        self.api_count = api_count
+        self.suspended = False
+        self.ledger = Ledger(limits)
+        self.admission = AdmissionControl(limits)
+        self.waiting = WaitingQueue(limits)
+        self.requests: dict[int, Request] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        self._flights: deque[Flight] = deque()
+        self._output: list[Output] = []
+        self._step_seconds = 0.05  # smoothed, for Retry-After
+        running, mirror = RunningRows(limits), RowTable(limits)
+        self.scheduler = Scheduler(limits, self.ledger, self.waiting, running, mirror, tag)
+        self.committer = Commit(
+            limits,
+            self.ledger,
+            journal,
+            self.scheduler,
+            ended=self._end,
+            compact=self._compact,
+            output=self._output,
+        )
+        self._counted = {"tokens": 0, "evicted": 0, "preempted": 0}
+
+    @property
+    def in_flight(self) -> int:
+        """Plans launched and not committed."""
+        return len(self._flights)
+
+    @property
+    def live(self) -> int:
+        """Requests admitted and not ended."""
+        return len(self.requests)
+
+    @property
+    def next_deadline_s(self) -> float | None:
+        """When `expire` has something to do next."""
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def take_output(self) -> list[Output]:
+        """(api, link.Kind, payload) in order; whoever takes it sends it."""
+        output = self._output.copy()
+        self._output.clear()
+        return output
+
+    # --- messages ---
+
+    def receive(self, api: int, message: ToCore, now_s: float) -> None:
+        if isinstance(message, Submit):
+            self._submit(api, message, now_s)
+        elif isinstance(message, Cancel):
+            for request_id in message.ids:
+                request = self.requests.get(request_id)
+                if request is not None:
+                    self._end(request, End.CANCELLED, "")
+        elif isinstance(message, Finish):
+            request = self.requests.get(message.id)
+            if request is not None:
+                self._end(request, End.STOP, "", tokens=message.tokens)
+        else:
+            self._resume(api, message)
+
+    def _submit(self, api: int, submit: Submit, now_s: float) -> None:
+        known = [self.requests.get(request_id) for request_id in submit.ids]
+        if any(request is not None for request in known):
+            # Resent by an api process that missed the answer: admission is idempotent.
+            self._send(api, Accepted(submit.ids))
+            return
+        refusal = self.admission.judge(submit, self._queued(), self._step_seconds)
+        if refusal is not None:
+            self.metrics.add("requests_refused_total", labels=(refusal.code or "refused",))
+            self._send(
+                api,
+                Refused(
+                    submit.ids,
+                    refusal.status,
+                    refusal.message,
+                    refusal.field,
+                    refusal.code,
+                    refusal.retry_after_s,
+                ),
+            )
+            return
+        deadline_s = now_s + submit.timeout_s
+        prompt = np.frombuffer(submit.prompt, np.int32)
+        leader: Request | None = None
+        for request_id, seed in zip(submit.ids, submit.seeds, strict=True):
+            record = Admission(
+                id=request_id,
+                api=api,
+                tenant=submit.tenant,
+                priority=submit.priority,
+                prompt=submit.prompt,
+                max_tokens=submit.max_tokens,
+                seed=seed,
+                deadline_ns=time.time_ns() + int(submit.timeout_s * 1e9),
+                sampling=submit.sampling,
+            )
+            request = Request(record, prompt, deadline_s)
+            self._take(request)
+            if not self.journal.submit(record):
+                self._compact()
+            if leader is None:
+                leader = request
+                self.waiting.push(request)
+            elif prompt.size >= self.limits.page_tokens:
+                leader.followers.append(request)
+            else:
+                self.waiting.push(request)
+        self.metrics.add("requests_admitted_total", len(submit.ids))
+        self._send(api, Accepted(submit.ids))
+
+    def _take(self, request: Request) -> None:
+        self.requests[request.id] = request
+        self.admission.took(request)
+        heapq.heappush(self._deadlines, (request.deadline_s, request.id))
+
+    def _queued(self) -> int:
+        """Requests without a row, the held-back choices included."""
+        return len(self.requests) - self.scheduler.running.active
+
+    def _resume(self, api: int, message: Resume) -> None:
+        """Bring an api process up to date after the core was replaced."""
+        for request_id, next_index in message.pairs:
+            request = self.requests.get(request_id)
+            if request is None:
+                self._send(api, Refused((request_id,), 0, "not known to this core"))
+                continue
+            tokens = self._tokens_of(request)[request.prompt_len + next_index :]
+            if tokens.size:
+                self._send_tokens(api, request, next_index, tokens)
+
+    def _send_tokens(self, api: int, request: Request, first: int, tokens: np.ndarray) -> None:
+        count = tokens.size
+        batch = TokenBatch(
+            step=0,
+            requests=np.full(count, request.id, np.uint64),
+            indexes=np.arange(first, first + count, dtype=np.int32),
+            tokens=tokens.astype(np.int32),
+            ends=np.zeros(count, np.uint8),
+            cached=np.full(count, request.cached_tokens, np.int32),
+        )
+        self._output.append((api, Kind.TOKENS, batch.encode()))
+
+    def _tokens_of(self, request: Request) -> np.ndarray:
+        """int32[prompt + emitted] of a live request, wherever its tokens are."""
+        if request.phase is Phase.RUNNING:
+            run, row = self.scheduler.running, request.row
+            known = request.prompt_len + int(run.emitted[row])
+            if known > request.tokens.size:
+                return self.scheduler.mirror.tokens[row, :known]
+        return request.tokens
+
+    def _send(self, api: int, message: ToApi) -> None:
+        self._output.append((api, Kind.MESSAGE, encode(message)))
+
+    # --- steps ---
+
+    def plan(self, now_s: float) -> StepPlan | None:
+        """The next plan to launch, or None when there is none or enough are unanswered."""
+        if self.suspended or len(self._flights) >= self.limits.steps_ahead:
+            return None
+        flight = self.scheduler.plan(self.epoch, len(self._flights), now_s)
+        for request in self.scheduler.starved:
+            self._end(request, End.ENGINE_FAULT, "too few KV pages to continue this request")
+        self.scheduler.starved.clear()
+        if flight is None:
+            return None
+        self._flights.append(flight)
+        prefilled = int(flight.plan.query_lens.sum()) - int(flight.plan.samples.sum())
+        self.metrics.add("steps_total")
+        if flight.plan.admits.size:
+            admits = flight.plan.admits
+            self.metrics.add("prefix_query_tokens_total", int(admits["tokens_len"].sum()))
+            self.metrics.add("prefix_hit_tokens_total", int(admits["length"].sum()))
+        if prefilled > 0:
+            self.metrics.add("tokens_prefilled_total", prefilled)
+        return flight.plan
+
+    def commit(self, result: StepResult, now_s: float) -> None:
+        """Settle the oldest unanswered plan.
+
+        A result of another epoch, or one that was committed already, is counted and dropped.
+        Raises WorkerFault when the result cannot be of the plan: the epoch must end.
+        """
+        if result.epoch != self.epoch or not self._flights:
+            self.metrics.add("stale_results_total")
+            return
+        flight = self._flights[0]
+        if result.step < flight.plan.step:
+            self.metrics.add("stale_results_total")
+            return
+        if result.step > flight.plan.step:
+            raise WorkerFault(f"result of step {result.step}, expected {flight.plan.step}")
+        try:
+            self.committer.commit(flight, result)
+        except WorkerFault:
+            self.metrics.add("digest_mismatches_total")
+            raise
+        self._flights.popleft()
+        seconds = now_s - flight.launched_s
+        self._step_seconds += 0.05 * (seconds - self._step_seconds)
+        self.metrics.observe("step_seconds", result.device_ns * 1e-9)
+        self._count()
+
+    def _count(self) -> None:
+        """Publish what the parts have counted since the last step."""
+        now = {
+            "tokens": self.committer.tokens_generated,
+            "evicted": self.ledger.evicted,
+            "preempted": self.scheduler.preempted,
+        }
+        names = {
+            "tokens": "tokens_generated_total",
+            "evicted": "pages_evicted_total",
+            "preempted": "preemptions_total",
+        }
+        for key, value in now.items():
+            if value != self._counted[key]:
+                self.metrics.add(names[key], value - self._counted[key])
+        self._counted = now
+        metrics, ledger = self.metrics, self.ledger
+        metrics.set("rows_running", self.scheduler.running.active)
+        metrics.set("requests_waiting", self._queued())
+        metrics.set("pages_free", ledger.pools[0].free)
+        metrics.set("pages_cached", ledger.cached)
+        metrics.set("pages_held", ledger.held())
+
+    # --- ends ---
+
+    def _end(self, request: Request, end: End, message: str, tokens: int | None = None) -> None:
+        """The one place where a request ends; `tokens` cuts what it keeps (stop strings)."""
+        emitted = request.emitted
+        if request.phase is Phase.RUNNING:
+            row = request.row
+            emitted = int(self.scheduler.running.emitted[row])
+            request.finish(end)
+            self.scheduler.drop_row(row)
+        else:
+            request.finish(end)
+        self.scheduler.release_followers(request)
+        del self.requests[request.id]
+        self.admission.ended(request)
+        self.metrics.add("requests_ended_total", labels=(end.name.lower(),))
+        kept = emitted if tokens is None else min(tokens, emitted)
+        if end in (End.STOP, End.LENGTH) and tokens is None:
+            return  # core.commit journalled it with its last token
+        if not self.journal.end(request.id, end, kept):
+            self._compact()
+            self.journal.end(request.id, end, kept)
+        if end not in (End.STOP, End.CANCELLED):
+            ended = Ended(request.id, end, message, kept, request.cached_tokens)
+            self._send(request.admission.api, ended)
+
+    def expire(self, now_s: float) -> None:
+        """End every request whose deadline has passed."""
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            _, request_id = heapq.heappop(self._deadlines)
+            request = self.requests.get(request_id)
+            if request is not None and request.deadline_s <= now_s:
+                self._end(request, End.DEADLINE, "the request's deadline passed")
+        # Deadlines of ended requests are dropped lazily; keep the heap proportional to the live.
+        if len(self._deadlines) > 2 * self.limits.live_requests:
+            self._deadlines = [e for e in self._deadlines if e[1] in self.requests]
+            heapq.heapify(self._deadlines)
+
+    def drop_api(self, api: int, now_s: float) -> None:
+        """An api process died: nobody waits for its requests any more."""
+        for request in [r for r in self.requests.values() if r.admission.api == api]:
+            self._end(request, End.CANCELLED, "")
+
+    def drain(self) -> None:
+        """Refuse what comes from now on; what is live goes on."""
+        self.admission.draining = True
+
+    def end_all(self, end: End, message: str, now_s: float) -> None:
+        """End every live request, for instance because the drain deadline passed."""
+        for request in list(self.requests.values()):
+            self._end(request, end, message)
+
+    # --- the worker goes and comes ---
+
+    def suspend(self) -> None:
+        """There is no worker: nothing is launched until `new_epoch`."""
+        self.suspended = True
+
+    def new_epoch(self, epoch: int, now_s: float) -> None:
+        """Another worker is there, and the old one is fenced: it can write nothing any more.
+
+        Its pages were not verified, so all are dropped, and every running request is admitted again
+        with the tokens that are facts. Oldest last to the front, so that the order stays.
+        """
+        require(epoch > self.epoch or not self._flights, f"epoch {epoch} after {self.epoch}")
+        run = self.scheduler.running
+        rows = run.rows()
+        for row in rows[np.argsort(-run.order[rows])].tolist():
+            self.scheduler.preempt(row)
+        self._flights.clear()
+        self.ledger.reset()
+        self.scheduler.restart(RunningRows(self.limits), RowTable(self.limits))
+        self.epoch = epoch
+        self.suspended = False
+
+    def restore(self, recovered: dict[int, JournalledRequest], now_s: float) -> None:
+        """Take over from a core that died: its live requests wait for a row, in their order."""
+        wall_ns = time.time_ns()
+        for entry in recovered.values():
+            if entry.end:
+                continue
+            record = entry.admission
+            prompt = np.frombuffer(record.prompt, np.int32)
+            tokens = np.concatenate([prompt, np.array(entry.tokens, np.int32)])
+            deadline_s = now_s + (record.deadline_ns - wall_ns) * 1e-9
+            request = Request(record, tokens, deadline_s)
+            self._take(request)
+            if tokens.size >= request.limit:
+                # It had its last token; only the record of its end is missing.
+                self.waiting.push(request)
+                self._end(request, End.LENGTH, "", tokens=request.emitted)
+            else:
+                self.waiting.push(request)
+
+    def _compact(self) -> None:
+        self.journal.compact(
+            (request.admission, self._tokens_of(request)[request.prompt_len :])
+            for request in self.requests.values()
+        )
+
+    def verify(self) -> None:
+        """Recount everything. Raises InvariantError naming what does not add up."""
+        self.ledger.verify()
+        running = self.scheduler.running
+        require(running.active == int((running.life != 0).sum()), "active rows miscounted")
+        live = sum(request.limit for request in self.requests.values())
+        require(live == self.admission.live_tokens, "live tokens miscounted")

@@ -1,0 +1,136 @@
+"""The requests that have a row, as arrays: what the scheduler plans with and commit settles.
+
+Two views of progress per row. *Planned*: `planned` tokens have their KV written once every launched
+plan is over, and `total` tokens will be known by then. *Committed*: `emitted` tokens have reached
+the journal; the mirror row table has the rest. Lives tell one stay of a request in a row from the
+next: a result that speaks of an older life is void.
+
+Owned by core.brain; written by core.scheduler (planned) and core.commit (committed) alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from holdfast.config import Limits
+from holdfast.core.request import Request
+from holdfast.errors import require
+
+
+@dataclass(slots=True)
+class Chain:
+    """Where a row's next sealed page goes in the prefix trie.
+
+    parent: handle or root that stands for the pages before; None once the chain is broken.
+    pages: how many pages from the start are sealed. waits: followers go when `pages` reaches it.
+    borrowed: pages of others that stand in the trie for equal pages of this row. The row leases
+    them although it reads its own, since a leased page must not hang below an unleased one.
+    """
+
+    parent: int | None
+    pages: int
+    waits: int
+    request: Request
+    borrowed: list[int] = field(default_factory=list)
+
+
+class RunningRows:
+    """R = limits.rows_total rows, W = limits.table_columns. Row 0 (trash) is never used.
+
+    life: int64[R], 0 = free. planned, total, limit, emitted, prompt, cached, pages_len, sealed_to:
+    int32[R]. order: int64[R], rises with admission. ids: uint64[R]. api: int32[R].
+    handles: uint64[R, W], the pages held, of which the first pages_len are valid.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        rows = limits.rows_total
+        self.limits = limits
+        self.life = np.zeros(rows, np.int64)
+        self.order = np.zeros(rows, np.int64)
+        self.ids = np.zeros(rows, np.uint64)
+        for name in (
+            "planned",
+            "total",
+            "limit",
+            "emitted",
+            "prompt",
+            "cached",
+            "pages_len",
+            "sealed_to",
+            "priority",
+            "api",
+        ):
+            setattr(self, name, np.zeros(rows, np.int32))
+        self.handles = np.zeros((rows, limits.table_columns), np.uint64)
+        self.requests: list[Request | None] = [None] * rows
+        self.chains: list[Chain | None] = [None] * rows
+        self.active = 0
+        self._free = list(range(rows - 1, 0, -1))
+        self._lives = 0
+
+    planned: np.ndarray
+    total: np.ndarray
+    limit: np.ndarray
+    emitted: np.ndarray
+    prompt: np.ndarray
+    cached: np.ndarray
+    pages_len: np.ndarray
+    sealed_to: np.ndarray
+    priority: np.ndarray
+    api: np.ndarray
+
+    @property
+    def rows_free(self) -> int:
+        return len(self._free)
+
+    def enter(self, request: Request, hits: np.ndarray, chain: Chain) -> int:
+        """Give `request` a row whose first pages are `hits`; returns the row."""
+        row = self._free.pop()
+        self._lives += 1
+        request.admit(row)
+        admission = request.admission
+        self.life[row] = self._lives
+        self.order[row] = self._lives
+        self.ids[row] = request.id
+        self.api[row] = admission.api
+        self.priority[row] = admission.priority
+        self.planned[row] = hits.size * self.limits.page_tokens
+        self.total[row] = request.tokens.size
+        self.limit[row] = request.limit
+        self.emitted[row] = request.emitted
+        self.prompt[row] = request.prompt_len
+        self.cached[row] = request.cached_tokens
+        self.handles[row, : hits.size] = hits
+        self.pages_len[row] = self.sealed_to[row] = hits.size
+        self.requests[row] = request
+        self.chains[row] = chain
+        self.active += 1
+        return row
+
+    def leave(self, row: int) -> np.ndarray:
+        """The row's request goes; returns the handles it leased, for the ledger to release."""
+        require(self.life[row] != 0, f"row {row} left twice")
+        chain = self.chains[row]
+        assert chain is not None
+        borrowed = np.array(chain.borrowed, np.uint64)
+        handles = np.concatenate([self.handles[row, : self.pages_len[row]], borrowed])
+        self.life[row] = 0
+        self.pages_len[row] = 0
+        self.requests[row] = None
+        self.chains[row] = None
+        self._free.append(row)
+        self.active -= 1
+        return handles
+
+    def rows(self) -> np.ndarray:
+        """int64[k] rows in use, rising."""
+        return np.flatnonzero(self.life)
+
+    def append_pages(self, rows: np.ndarray, handles: np.ndarray) -> np.ndarray:
+        """One more page for each of these distinct rows; returns their columns int32[k]."""
+        columns = self.pages_len[rows]
+        self.handles[rows, columns] = handles
+        self.pages_len[rows] = columns + 1
+        return columns

@@ -1,0 +1,111 @@
+"""The pages of one layer group as a table: state, generation, leases; the counts always add up.
+
+    FREE ──take──> RESERVED ──launch──> WRITING ──seal──> SEALED ──last lease, evict──> FREE
+                       └──────last lease──┴─(via RETIRING while a step may touch it)──> FREE
+
+Page 0 is TRASH for ever. A page has as many leases as there are holders that count on its bytes:
+the row that fills it, rows that share it, a seal or a zeroing in flight. A generation rises when a
+page becomes free, so that a handle taken before is stale after.
+
+Only kv.ledger may call this. It knows pages, not requests, tokens or steps.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import numpy as np
+
+from holdfast.errors import InvariantError, require
+from holdfast.wire.plan import (
+    TRASH_PAGE,
+    handle_generations,
+    handle_groups,
+    handle_pages,
+    handles_of,
+)
+
+
+class PageState(enum.IntEnum):
+    FREE = 0
+    RESERVED = 1  # has an owner, nothing launched writes it yet
+    WRITING = 2  # a launched step writes or wrote it; not all of its tokens are summed
+    SEALED = 3  # full, committed, checksummed; never written again
+    LOADING = 4  # a copy fills it
+    RETIRING = 5  # given up by its owner; a launched step may still touch it
+    QUARANTINED = 6  # an old epoch may still write it
+    TRASH = 7
+
+
+_FREE, _RESERVED = int(PageState.FREE), int(PageState.RESERVED)
+
+
+class PagePool:
+    """One group's pages. P = pages of the pool, the trash page included.
+
+    state: uint8[P]; generation: uint32[P]; leases: int32[P]; sums: uint64[P] (valid when SEALED).
+    """
+
+    def __init__(self, group: int, pages: int) -> None:
+        self.group = group
+        self.pages = pages
+        self.state = np.zeros(pages, np.uint8)
+        self.generation = np.ones(pages, np.uint32)
+        self.leases = np.zeros(pages, np.int32)
+        self.sums = np.zeros(pages, np.uint64)
+        self.state[TRASH_PAGE] = PageState.TRASH
+        # A stack; low pages on top, so that short runs stay in few pages.
+        self._free = np.arange(pages - 1, 0, -1, dtype=np.int32)
+        self.free = pages - 1
+
+    def take(self, count: int) -> np.ndarray:
+        """uint64[count] handles of pages that become RESERVED with one lease each."""
+        require(0 <= count <= self.free, f"take {count} of {self.free} free pages")
+        pages = self._free[self.free - count : self.free][::-1].copy()
+        self.free -= count
+        self.state[pages] = _RESERVED
+        self.leases[pages] = 1
+        return handles_of(self.group, pages, self.generation[pages])
+
+    def give_back(self, pages: np.ndarray) -> None:
+        """Pages int32[k] without leases become FREE; their handles are stale from here on."""
+        count = pages.size
+        if count == 0:
+            return
+        require(not self.leases[pages].any(), "a page with leases cannot be free")
+        require((self.state[pages] != _FREE).all(), "a page was freed twice")
+        self.state[pages] = _FREE
+        self.generation[pages] += 1
+        self._free[self.free : self.free + count] = pages
+        self.free += count
+
+    def pages_of(self, handles: np.ndarray) -> np.ndarray:
+        """int32[k] pages of uint64[k] handles. Raises InvariantError when one is stale."""
+        pages = handle_pages(handles)
+        stale = handle_generations(handles) != self.generation[pages]
+        if stale.any() or (handles.size and (handle_groups(handles) != self.group).any()):
+            at = int(np.flatnonzero(stale)[0]) if stale.any() else 0
+            raise InvariantError(
+                f"stale or foreign handle: page {pages[at]} of group {self.group} is in generation "
+                f"{self.generation[pages[at]]}, handle {int(handles[at]):#x}"
+            )
+        return pages
+
+    def counts(self) -> dict[PageState, int]:
+        found = np.bincount(self.state, minlength=len(PageState))
+        return {state: int(found[state]) for state in PageState}
+
+    def verify(self) -> None:
+        """Recount everything from the arrays. Raises InvariantError naming what does not add up."""
+        counts = self.counts()
+        require(counts[PageState.FREE] == self.free, f"free count {self.free}, states {counts}")
+        require(counts[PageState.TRASH] == 1, f"trash pages: {counts[PageState.TRASH]}")
+        require(sum(counts.values()) == self.pages, f"{counts} do not add up to {self.pages}")
+        listed = self._free[: self.free]
+        require(np.unique(listed).size == self.free, "a page is twice in the free list")
+        require((self.state[listed] == PageState.FREE).all(), "a held page is in the free list")
+        require((self.leases >= 0).all(), "a page has negative leases")
+        idle = (self.state == PageState.FREE) | (self.state == PageState.TRASH)
+        require(not self.leases[idle].any(), "a free or trash page has leases")
+        held = np.isin(self.state, (PageState.RESERVED, PageState.WRITING, PageState.RETIRING))
+        require((self.leases[held] > 0).all(), "an unsealed held page has no lease")
