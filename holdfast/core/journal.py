@@ -112,7 +112,7 @@ class Journal:
 
     def compact(self, live: Iterable[tuple[Admission, np.ndarray]]) -> None:
         """Rewrite the live requests, with their tokens int32[k] so far, into the other half."""
-        before = self._half
+        before = (self._half, self._generation, self._at)
         self._open_half(1 - self._half, publish=False)
         for admission, tokens in live:
             ids = np.full(tokens.size, admission.id, np.uint64)
@@ -120,7 +120,7 @@ class Journal:
                 tokens.size == 0 or self.tokens(0, ids, tokens.astype(np.int32))
             )
             if not written:
-                self._half = before
+                self._half, self._generation, self._at = before
                 raise InvariantError(
                     f"live requests do not fit a journal half of {self._half_bytes} bytes"
                 )

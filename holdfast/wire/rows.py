@@ -75,7 +75,8 @@ class RowTable:
         self.bias_values = np.zeros((rows, limits.bias_entries), np.float32)
         self.stop_ids = np.zeros((rows, limits.stop_ids), np.int32)
         # Digest of everything of a row that only deltas change, kept up to date by `apply`.
-        self._settled = np.zeros(rows, np.uint64)
+        self._empty = self._record_digest(np.array([TRASH_ROW]))[0]
+        self._settled = np.full(rows, self._empty, np.uint64)
 
     def apply(self, plan: StepPlan) -> None:
         """Apply the plan's deltas: clears, then admits, then page writes.
@@ -89,7 +90,7 @@ class RowTable:
             self.length[rows] = 0
             self.page_table[:, rows] = 0
             self.pages_len[:, rows] = 0
-            self._settled[rows] = 0
+            self._settled[rows] = self._empty
         if plan.admits.size:
             self._admit(plan)
         if plan.page_writes.size:
