@@ -31,6 +31,9 @@ from holdfast.wire.rows import RowTable
 
 Output = tuple[int, int, bytes]
 
+# Plain integers: reading a member of an IntEnum costs a microsecond in Python 3.11.
+_STOP, _LENGTH, _TOKENS = int(End.STOP), int(End.LENGTH), int(Kind.TOKENS)
+
 
 class Commit:
     """`ended(request, end, message)` books a request's end; `compact()` makes journal room."""
@@ -87,27 +90,27 @@ class Commit:
     def _settle_tokens(self, flight: Flight, result: StepResult, drawn: np.ndarray) -> np.ndarray:
         """Journal and emit the step's tokens; returns uint8[k] ends of the drawn rows."""
         run, mirror = self.scheduler.running, self.scheduler.mirror
-        rows = flight.plan.rows[drawn]
-        tokens = result.tokens[drawn]
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self.limits.vocab_size:
+        rows, tokens = flight.plan.rows, result.tokens
+        if not drawn.all():
+            rows, tokens = rows[drawn], tokens[drawn]
+        # Unsigned, so that a negative id is too large as well.
+        if int(tokens.view(np.uint32).max()) >= self.limits.vocab_size:
             raise WorkerFault(f"step {flight.plan.step}: a token is outside the vocabulary")
         emitted = run.emitted[rows] + 1
         run.emitted[rows] = emitted
         ends = np.zeros(rows.size, np.uint8)
-        ends[run.prompt[rows] + emitted >= run.limit[rows]] = End.LENGTH
-        stop_len = mirror.records["stop_len"][rows]
-        width = int(stop_len.max())
+        ends[run.prompt[rows] + emitted >= run.limit[rows]] = _LENGTH
+        width = int(run.stop_len[rows].max())
         if width:
             hit = mirror.stop_ids[rows, :width] == tokens[:, None]
-            hit &= np.arange(width) < stop_len[:, None]
-            ends[hit.any(axis=1)] = End.STOP
+            ends[hit.any(axis=1)] = _STOP
         ids = run.ids[rows]
         self.tokens_generated += rows.size
         wall_ns = time.time_ns()
         if not self.journal.tokens(wall_ns, ids, tokens):
             self._compact()
             # The compaction wrote `emitted` tokens of each row, these among them.
-        for at in np.flatnonzero(ends).tolist():
+        for at in ends.nonzero()[0].tolist():
             # Before output: a client that saw the end must find it in the journal.
             self._journal_end(int(ids[at]), int(ends[at]), int(emitted[at]))
         self._emit(flight, result, drawn, rows, ids, emitted - 1, tokens, ends)
@@ -137,8 +140,8 @@ class Commit:
         top_ids = _rows_of(result.top_ids, top_k, drawn)
         top_logprobs = _rows_of(result.top_logprobs, top_k, drawn)
         apis = run.api[rows]
-        for api in np.unique(apis).tolist():
-            mine = apis == api
+        for api in sorted(set(apis.tolist())):
+            mine = apis == api if self.limits.api_processes > 1 else slice(None)
             batch = TokenBatch(
                 step=step,
                 requests=ids[mine],
@@ -151,7 +154,7 @@ class Commit:
                 top_ids=top_ids[mine].reshape(-1) if top_k else result.top_ids[:0],
                 top_logprobs=top_logprobs[mine].reshape(-1) if top_k else result.top_logprobs[:0],
             )
-            self.output.append((api, Kind.TOKENS, batch.encode()))
+            self.output.append((api, _TOKENS, batch.encode()))
 
     def _fail_rows(self, rows: np.ndarray) -> None:
         """NaN rows end alone; what they wrote is zeroed before anybody can own it (0 * NaN)."""
@@ -178,16 +181,20 @@ class Commit:
         if not flight.seals:
             return
         self.ledger.seal(flight.plan.seals, result.seal_sums)
-        share = self.ledger.share
-        for job in flight.seals:
-            chain = job.chain
-            chain.pages += 1
-            if chain.parent is not None:
-                chain.parent = share(job.handle, chain.parent, job.tokens)
-                if chain.parent is not None and chain.parent != job.handle:
-                    self._borrow(chain, chain.parent)
-            if chain.request.followers and chain.pages >= chain.waits:
-                self.scheduler.release_followers(chain.request)
+        share, size = self.ledger.share, 4 * self.limits.page_tokens
+        for batch in flight.seals:
+            for at, (handle, chain) in enumerate(
+                zip(batch.handles.tolist(), batch.chains, strict=True)
+            ):
+                assert chain is not None
+                chain.pages += 1
+                if chain.parent is not None:
+                    tokens = batch.tokens[at * size : at * size + size]
+                    chain.parent = share(handle, chain.parent, tokens)
+                    if chain.parent != handle and chain.parent is not None:
+                        self._borrow(chain, chain.parent)
+                if chain.request.followers and chain.pages >= chain.waits:
+                    self.scheduler.release_followers(chain.request)
         self.ledger.release(flight.plan.seals, flight.plan.step)
 
     def _borrow(self, chain: Chain, handle: int) -> None:

@@ -39,8 +39,8 @@ class Chain:
 class RunningRows:
     """R = limits.rows_total rows, W = limits.table_columns. Row 0 (trash) is never used.
 
-    life: int64[R], 0 = free. planned, total, limit, emitted, prompt, cached, pages_len, sealed_to:
-    int32[R]. order: int64[R], rises with admission. ids: uint64[R]. api: int32[R].
+    life: int64[R], 0 = free. planned, total, limit, emitted, prompt, cached, pages_len, sealed_to,
+    stop_len: int32[R]. order: int64[R], rises with admission. ids: uint64[R]. api: int32[R].
     handles: uint64[R, W], the pages held, of which the first pages_len are valid.
     """
 
@@ -61,6 +61,7 @@ class RunningRows:
             "sealed_to",
             "priority",
             "api",
+            "stop_len",
         ):
             setattr(self, name, np.zeros(rows, np.int32))
         self.handles = np.zeros((rows, limits.table_columns), np.uint64)
@@ -80,6 +81,7 @@ class RunningRows:
     sealed_to: np.ndarray
     priority: np.ndarray
     api: np.ndarray
+    stop_len: np.ndarray
 
     @property
     def rows_free(self) -> int:
@@ -96,6 +98,7 @@ class RunningRows:
         self.ids[row] = request.id
         self.api[row] = admission.api
         self.priority[row] = admission.priority
+        self.stop_len[row] = len(admission.sampling.stop_ids)
         self.planned[row] = hits.size * self.limits.page_tokens
         self.total[row] = request.tokens.size
         self.limit[row] = request.limit

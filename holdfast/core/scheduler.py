@@ -30,12 +30,15 @@ from holdfast.wire.rows import RowTable
 
 
 @dataclass(slots=True)
-class SealJob:
-    """A full page whose checksum the device is asked for; it holds a lease of its own."""
+class SealBatch:
+    """Full pages whose checksums the device is asked for; each holds a lease of its own.
 
-    handle: int
+    handles: uint64[k]; tokens: the pages' ids, one page after the other; chains: k rows' chains.
+    """
+
+    handles: np.ndarray
     tokens: bytes
-    chain: Chain
+    chains: list[Chain | None]
 
 
 @dataclass(slots=True)
@@ -44,7 +47,7 @@ class Flight:
 
     plan: StepPlan
     life: np.ndarray
-    seals: list[SealJob]
+    seals: list[SealBatch]
     launched_s: float
 
 
@@ -87,10 +90,11 @@ class Scheduler:
         self.mirror = mirror
         self.tag = tag
         self.step = 0  # last launched
+        self._page_range = np.arange(limits.page_tokens)
         self.preempted = 0
         self.starved: list[Request] = []  # cannot go on though nothing else holds pages
         self.clears: list[int] = []
-        self.seals: list[SealJob] = []
+        self.seals: list[SealBatch] = []
         self.zeros: list[np.ndarray] = []
 
     # --- the plan ---
@@ -133,15 +137,16 @@ class Scheduler:
             query_lens=query_lens,
             samples=samples.astype(np.uint8),
             clears=np.array(clears, np.int32),
-            admits=np.array(draft.admits, ADMIT),
-            admit_tokens=_concat(draft.tokens, np.int32),
-            bias_ids=np.array([entry[0] for entry in draft.bias], np.int32),
-            bias_values=np.array([entry[1] for entry in draft.bias], np.float32),
-            stop_ids=np.array(draft.stop_ids, np.int32),
             page_writes=_concat(draft.writes, PAGE_WRITE),
-            seals=np.array([job.handle for job in seals], np.uint64),
+            seals=_concat([batch.handles for batch in seals], np.uint64),
             zeros=_concat(zeros, np.uint64),
         )
+        if draft.admits:
+            plan.admits = np.array(draft.admits, ADMIT)
+            plan.admit_tokens = _concat(draft.tokens, np.int32)
+            plan.bias_ids = np.array([entry[0] for entry in draft.bias], np.int32)
+            plan.bias_values = np.array([entry[1] for entry in draft.bias], np.float32)
+            plan.stop_ids = np.array(draft.stop_ids, np.int32)
         return Flight(plan, run.life[rows], seals, now_s)
 
     # --- decode ---
@@ -336,21 +341,18 @@ class Scheduler:
         run, page_tokens = self.running, self.limits.page_tokens
         first = run.sealed_to[rows]
         counts = complete - first
-        row = np.repeat(rows, counts)
-        within = np.arange(row.size) - np.repeat(np.cumsum(counts) - counts, counts)
-        column = np.repeat(first, counts) + within
+        row, column = rows, first
+        if int(counts.max()) > 1:
+            row = np.repeat(rows, counts)
+            within = np.arange(row.size) - np.repeat(np.cumsum(counts) - counts, counts)
+            column = np.repeat(first, counts) + within
         handles = run.handles[row, column]
         self.ledger.acquire(handles)
-        at = column[:, None] * page_tokens + np.arange(page_tokens)
+        at = column[:, None] * page_tokens + self._page_range
         tokens = self.mirror.tokens[row[:, None], at].tobytes()
         run.sealed_to[rows] = complete
-        size = page_tokens * 4
-        chains = run.chains
-        for index, (row_id, handle) in enumerate(zip(row.tolist(), handles.tolist(), strict=True)):
-            chain = chains[row_id]
-            assert chain is not None
-            text = tokens[index * size : (index + 1) * size]
-            self.seals.append(SealJob(handle, text, chain))
+        chains = [run.chains[row_id] for row_id in row.tolist()]
+        self.seals.append(SealBatch(handles, tokens, chains))
 
     def restart(self, running: RunningRows, mirror: RowTable) -> None:
         """A new epoch: nothing that was asked of the old device counts. Steps number from 1."""

@@ -21,7 +21,6 @@ from holdfast.config import Limits
 from holdfast.errors import require
 from holdfast.kv.pages import PagePool, PageState
 from holdfast.kv.prefix import PrefixIndex
-from holdfast.wire.plan import handle_generations, handle_pages
 
 # Plain integers: reading a member of an IntEnum costs a microsecond in Python 3.11.
 _FREE, _RESERVED, _WRITING, _SEALED, _RETIRING, _TRASH = (
@@ -104,7 +103,7 @@ class Ledger:
         pages = pool.pages_of(handles)
         require((pool.leases[pages] > 0).all(), "a lease was released twice")
         if step <= self._acknowledged:
-            self._drop(group, handles)
+            self._drop(group, pages)
             return
         latest = self._retired[-1][0] if self._retired else 0
         require(latest <= step, f"release at step {step} after one at step {latest}")
@@ -122,11 +121,10 @@ class Ledger:
         while self._retired and self._retired[0][0] <= step:
             _, group, handles = self._retired.popleft()
             self.retiring -= handles.size
-            self._drop(group, handles)
+            self._drop(group, self.pools[group].pages_of(handles))
 
-    def _drop(self, group: int, handles: np.ndarray) -> None:
+    def _drop(self, group: int, pages: np.ndarray) -> None:
         pool = self.pools[group]
-        pages = pool.pages_of(handles)
         pool.leases[pages] -= 1
         left = pool.leases[pages]
         require((left >= 0).all(), "a lease was dropped twice")
@@ -209,7 +207,7 @@ class Ledger:
         self.index.rebuild_leaves([(int(self.index.used[p]), self._handle(int(p))) for p in pages])
 
     def _handle(self, page: int) -> int:
-        return int(self.pools[0].generation[page]) << 24 | page
+        return int(self.pools[0].current[page])
 
     def reset(self) -> None:
         """The device's memory is void (a new epoch, nothing verified): every page is free again."""
@@ -231,9 +229,7 @@ class Ledger:
         require(not unsealed.any(), f"pages indexed but not sealed: {np.flatnonzero(unsealed)}")
         cached = int((self.index.indexed & (pool.leases == 0)).sum())
         require(cached == self.cached, f"cached count {self.cached}, found {cached}")
-        for handle in self.index._keys:
-            handles = np.array([handle], np.uint64)
-            page = handle_pages(handles)[0]
-            require(handle_generations(handles)[0] == pool.generation[page], "stale handle indexed")
+        for handle in self.index.handles():
+            require(self._handle(handle & 0xFF_FFFF) == handle, f"stale handle {handle:#x} indexed")
         waiting = sum(handles.size for _, _, handles in self._retired)
         require(waiting == self.retiring, f"retiring count {self.retiring}, found {waiting}")

@@ -17,13 +17,7 @@ import enum
 import numpy as np
 
 from holdfast.errors import InvariantError, require
-from holdfast.wire.plan import (
-    TRASH_PAGE,
-    handle_generations,
-    handle_groups,
-    handle_pages,
-    handles_of,
-)
+from holdfast.wire.plan import NEXT_GENERATION, TRASH_PAGE, handle_pages, handles_of
 
 
 class PageState(enum.IntEnum):
@@ -43,14 +37,15 @@ _FREE, _RESERVED = int(PageState.FREE), int(PageState.RESERVED)
 class PagePool:
     """One group's pages. P = pages of the pool, the trash page included.
 
-    state: uint8[P]; generation: uint32[P]; leases: int32[P]; sums: uint64[P] (valid when SEALED).
+    state: uint8[P]; leases: int32[P]; sums: uint64[P] (valid when SEALED). current: uint64[P], the
+    one handle of each page that is not stale, its generation included.
     """
 
     def __init__(self, group: int, pages: int) -> None:
         self.group = group
         self.pages = pages
         self.state = np.zeros(pages, np.uint8)
-        self.generation = np.ones(pages, np.uint32)
+        self.current = handles_of(group, np.arange(pages), np.ones(pages, np.uint32))
         self.leases = np.zeros(pages, np.int32)
         self.sums = np.zeros(pages, np.uint64)
         self.state[TRASH_PAGE] = PageState.TRASH
@@ -65,7 +60,7 @@ class PagePool:
         self.free -= count
         self.state[pages] = _RESERVED
         self.leases[pages] = 1
-        return handles_of(self.group, pages, self.generation[pages])
+        return self.current[pages]
 
     def give_back(self, pages: np.ndarray) -> None:
         """Pages int32[k] without leases become FREE; their handles are stale from here on."""
@@ -75,19 +70,19 @@ class PagePool:
         require(not self.leases[pages].any(), "a page with leases cannot be free")
         require((self.state[pages] != _FREE).all(), "a page was freed twice")
         self.state[pages] = _FREE
-        self.generation[pages] += 1
+        self.current[pages] += NEXT_GENERATION
         self._free[self.free : self.free + count] = pages
         self.free += count
 
     def pages_of(self, handles: np.ndarray) -> np.ndarray:
         """int32[k] pages of uint64[k] handles. Raises InvariantError when one is stale."""
         pages = handle_pages(handles)
-        stale = handle_generations(handles) != self.generation[pages]
-        if stale.any() or (handles.size and (handle_groups(handles) != self.group).any()):
-            at = int(np.flatnonzero(stale)[0]) if stale.any() else 0
+        stale = self.current[pages] != handles
+        if stale.any():
+            at = int(stale.argmax())
             raise InvariantError(
-                f"stale or foreign handle: page {pages[at]} of group {self.group} is in generation "
-                f"{self.generation[pages[at]]}, handle {int(handles[at]):#x}"
+                f"stale or foreign handle {int(handles[at]):#x}: page {pages[at]} of group "
+                f"{self.group} is {int(self.current[pages[at]]):#x}"
             )
         return pages
 

@@ -99,6 +99,10 @@ class PrefixIndex:
         heapq.heapify(live)
         self._leaves = live
 
+    def handles(self) -> list[int]:
+        """Every indexed handle."""
+        return list(self._keys)
+
     def clear(self) -> None:
         """Forget everything but the roots: the pool's contents are void."""
         self._handles.clear()

@@ -39,8 +39,10 @@ TRASH_PAGE = PageId(0)
 
 _PAGE_BITS = 24
 _GENERATION_BITS = 32
-_PAGE_MASK = (1 << _PAGE_BITS) - 1
-_GENERATION_MASK = (1 << _GENERATION_BITS) - 1
+_PAGE_MASK = np.uint64((1 << _PAGE_BITS) - 1)
+_GENERATION_MASK = np.uint64((1 << _GENERATION_BITS) - 1)
+# Added to a handle, the same page one generation later.
+NEXT_GENERATION = np.uint64(1 << _PAGE_BITS)
 
 
 def handles_of(group: int, pages: np.ndarray, generations: np.ndarray) -> np.ndarray:
@@ -54,12 +56,12 @@ def handles_of(group: int, pages: np.ndarray, generations: np.ndarray) -> np.nda
 
 def handle_pages(handles: np.ndarray) -> np.ndarray:
     """int32[k] page ids of uint64[k] handles."""
-    return (handles & np.uint64(_PAGE_MASK)).astype(np.int32)
+    return (handles & _PAGE_MASK).astype(np.int32)
 
 
 def handle_generations(handles: np.ndarray) -> np.ndarray:
     """uint32[k] generations of uint64[k] handles."""
-    return ((handles >> np.uint64(_PAGE_BITS)) & np.uint64(_GENERATION_MASK)).astype(np.uint32)
+    return ((handles >> np.uint64(_PAGE_BITS)) & _GENERATION_MASK).astype(np.uint32)
 
 
 def handle_groups(handles: np.ndarray) -> np.ndarray:

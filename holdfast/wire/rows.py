@@ -21,7 +21,6 @@ from holdfast.wire.plan import ADMIT, TRASH_ROW, StepPlan
 
 # Domains of the digest's fields: mix(domain + index, value). Far enough apart never to overlap.
 _RECORD = 0
-_LENGTH = 1 << 8
 _STOPS = 1 << 10
 _BIAS = 1 << 16
 _TOKENS = 1 << 32
@@ -31,6 +30,7 @@ _GROUP_STRIDE = 1 << 32
 _C_FIELD = np.uint64(0x9E37_79B9_7F4A_7C15)
 _C_VALUE = np.uint64(0xD1B5_4A32_D192_ED03)
 _C_FINAL = np.uint64(0xBF58_476D_1CE4_E5B9)
+_SHIFT = np.uint64(32)
 
 RECORD_WORDS = ADMIT.itemsize // 8
 
@@ -38,17 +38,19 @@ RECORD_WORDS = ADMIT.itemsize // 8
 def mix(fields: np.ndarray | int, values: np.ndarray) -> np.ndarray:
     """uint64 hash of (field, value), elementwise, modulo 2**64.
 
-    x = field * C1 + value * C2; x ^= x >> 32; x *= C3; x ^= x >> 29 (splitmix64's last rounds).
-    `values` are reinterpreted as uint64; signed ones must be cast before they come here.
+    x = field * C1 + value * C2; x ^= x >> 32; x *= C3. Every step is a bijection of 64 bits for a
+    given field, so one changed value always changes a sum of hashes. `values` are reinterpreted as
+    uint64; signed ones must be cast before they come here.
     """
     if isinstance(fields, int):
         offset = np.uint64((fields * 0x9E37_79B9_7F4A_7C15) % (1 << 64))
     else:
         offset = fields.astype(np.uint64) * _C_FIELD
-    x = values.astype(np.uint64) * _C_VALUE + offset
-    x ^= x >> np.uint64(32)
+    x = values.astype(np.uint64)
+    x *= _C_VALUE
+    x = x + offset
+    x ^= x >> _SHIFT
     x *= _C_FINAL
-    x ^= x >> np.uint64(29)
     return x
 
 
@@ -60,7 +62,8 @@ class RowTable:
     page_table: int32[groups, R, W]; columns not held are the trash page 0.
     pages_len: int32[groups, R], one past the highest column ever written for the request.
     tokens: int32[R, context_tokens + 1]; valid below records["tokens_len"], then below length + 1.
-    bias_ids, bias_values: int32/float32[R, bias_entries]; stop_ids: int32[R, stop_ids].
+    bias_ids, bias_values: int32/float32[R, bias_entries]; stop_ids: int32[R, stop_ids],
+    -1 behind the last.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -73,7 +76,9 @@ class RowTable:
         self.tokens = np.zeros((rows, limits.context_tokens + 1), np.int32)
         self.bias_ids = np.zeros((rows, limits.bias_entries), np.int32)
         self.bias_values = np.zeros((rows, limits.bias_entries), np.float32)
-        self.stop_ids = np.zeros((rows, limits.stop_ids), np.int32)
+        # -1 matches no token, so a comparison with all columns needs no mask.
+        self.stop_ids = np.full((rows, limits.stop_ids), -1, np.int32)
+        self._order = np.arange(rows, dtype=np.int64) << 32  # the place of a row in a plan
         # Digest of everything of a row that only deltas change, kept up to date by `apply`.
         self._empty = self._record_digest(np.array([TRASH_ROW]))[0]
         self._settled = np.full(rows, self._empty, np.uint64)
@@ -112,6 +117,7 @@ class RowTable:
             self.tokens[row, :tokens_len] = plan.admit_tokens[token_at : token_at + tokens_len]
             self.bias_ids[row, :bias_len] = plan.bias_ids[bias_at : bias_at + bias_len]
             self.bias_values[row, :bias_len] = plan.bias_values[bias_at : bias_at + bias_len]
+            self.stop_ids[row] = -1
             self.stop_ids[row, :stop_len] = plan.stop_ids[stop_at : stop_at + stop_len]
             token_at += tokens_len
             bias_at += bias_len
@@ -127,7 +133,9 @@ class RowTable:
         )
         fields = _page_fields(group, column)
         old = self.page_table[group, row, column]
-        change = _page_digest(fields, page) - _page_digest(fields, old)
+        change = _page_digest(fields, page)
+        if old.any():
+            change -= _page_digest(fields, old)
         self.page_table[group, row, column] = page
         np.maximum.at(self.pages_len, (group, row), column + 1)
         np.add.at(self._settled, row, change)
@@ -174,15 +182,14 @@ class RowTable:
         rows, query_lens = plan.rows, plan.query_lens
         if rows.size == 0:
             return 0
+        # The first query token's position is the row's length, so the length needs no term.
         _, position, token = self.inputs(rows, query_lens)
-        per_token = mix(_TOKENS + position.astype(np.int64), _bits(token))
+        per_token = mix(_TOKENS + position.astype(np.int64), token.view(np.uint32))
         if per_token.size != rows.size:
             ends = np.cumsum(query_lens)
             per_token = np.add.reduceat(per_token, ends - query_lens)
-        per_row = settled + mix(_LENGTH, _bits(self.length[rows])) + per_token
-        order = np.arange(rows.size, dtype=np.int64)
-        fields = (order << 32) | rows.astype(np.int64)
-        return int(mix(fields, per_row).sum(dtype=np.uint64))
+        fields = self._order[: rows.size] + rows
+        return int(mix(fields, settled + per_token).sum(dtype=np.uint64))
 
     def _record_digest(self, rows: np.ndarray) -> np.ndarray:
         """uint64[k]: the part of the digest that comes from the admission record and its lists."""
