@@ -15,7 +15,7 @@ from holdfast.errors import OptionError
 # (group, page, generation) handles hold the page in 24 bits (wire.plan).
 PAGES_MAX = 1 << 24
 # Upper bound on one journal record of an admission, besides its tokens: scalars, tenant, and the
-# bias and stop lists at their limits (8 and 4 bytes an entry) are added in `journal_bytes`.
+# bias and stop lists at their limits (msgpack: at most 16 and 8 bytes an entry) are added below.
 JOURNAL_RECORD_BYTES = 512
 
 
@@ -105,12 +105,19 @@ class Limits:
     def journal_bytes(self) -> int:
         """Size of one journal half that provably holds every live request at its largest.
 
-        A live request is one admission record plus one copy of its tokens; the same again is left
-        for the records between two compactions, so that compaction never runs twice in a row.
+        A live request is one admission record plus one copy of its tokens. The last ended ones are
+        kept as well, for clients that have not read their end when the core dies. The same again is
+        left for the records between two compactions, so that none follows upon another.
         """
-        records = JOURNAL_RECORD_BYTES + 8 * self.bias_entries + 4 * self.stop_ids
-        live = self.live_requests * records + 4 * self.live_tokens
-        return 2 * live
+        record = JOURNAL_RECORD_BYTES + 16 * self.bias_entries + 8 * self.stop_ids
+        live = self.live_requests * record + 4 * self.live_tokens
+        ended = self.ended_kept * (record + 4 * self.context_tokens)
+        return 2 * (live + ended)
+
+    @property
+    def ended_kept(self) -> int:
+        """Ended requests whose last tokens can still be asked for: two steps' worth of rows."""
+        return 2 * self.rows_max
 
     def pages_for_tokens(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)

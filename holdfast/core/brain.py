@@ -13,8 +13,10 @@ character of text and never imports torch.
 from __future__ import annotations
 
 import heapq
+import itertools
 import time
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Callable
 
 import numpy as np
 
@@ -50,7 +52,8 @@ from holdfast.wire.rows import RowTable
 
 class Brain:
     """`tag` names everything a page's content depends on besides tokens and tenant: model,
-    weights, layout, dtype. `epoch` numbers the workers this brain has had, from 1."""
+    weights, layout, dtype. `epoch` numbers the workers this brain has had, from 1. `wall_ns`: the
+    wall clock, for what must mean the same to the next core; everything else is told the time."""
 
     def __init__(
         self,
@@ -60,13 +63,13 @@ class Brain:
         *,
         epoch: int = 1,
         tag: bytes = b"",
-        api_count: int = 1,
+        wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self.limits = limits
         self.journal = journal
         self.metrics = metrics
         self.epoch = epoch
-        self.api_count = api_count
+        self.wall_ns = wall_ns
         self.suspended = False
         self.ledger = Ledger(limits)
         self.admission = AdmissionControl(limits)
@@ -75,6 +78,9 @@ class Brain:
         self._deadlines: list[tuple[float, int]] = []
         self._flights: deque[Flight] = deque()
         self._output: list[Output] = []
+        # The last ended requests: (admission, output tokens, end), for a client that has not read
+        # its end when the core dies. Oldest first, at most limits.ended_kept.
+        self._ended: OrderedDict[int, tuple[Admission, np.ndarray, int]] = OrderedDict()
         self._step_seconds = 0.05  # smoothed, for Retry-After
         running, mirror = RunningRows(limits), RowTable(limits)
         self.scheduler = Scheduler(limits, self.ledger, self.waiting, running, mirror, tag)
@@ -86,6 +92,7 @@ class Brain:
             ended=self._end,
             compact=self._compact,
             output=self._output,
+            wall_ns=wall_ns,
         )
         self._counted = {"tokens": 0, "evicted": 0, "preempted": 0}
 
@@ -160,7 +167,7 @@ class Brain:
                 prompt=submit.prompt,
                 max_tokens=submit.max_tokens,
                 seed=seed,
-                deadline_ns=time.time_ns() + int(submit.timeout_s * 1e9),
+                deadline_ns=self.wall_ns() + int(submit.timeout_s * 1e9),
                 sampling=submit.sampling,
             )
             request = Request(record, prompt, deadline_s)
@@ -189,23 +196,33 @@ class Brain:
     def _resume(self, api: int, message: Resume) -> None:
         """Bring an api process up to date after the core was replaced."""
         for request_id, next_index in message.pairs:
+            self.committer.muted.discard(request_id)
             request = self.requests.get(request_id)
-            if request is None:
+            if request is not None:
+                tokens = self._tokens_of(request)[request.prompt_len :]
+                self._send_tokens(api, request_id, next_index, tokens, request.cached_tokens)
+            elif request_id in self._ended:
+                record, tokens, end = self._ended[request_id]
+                self._send_tokens(api, request_id, next_index, tokens, record.cached_tokens)
+                self._send(api, Ended(request_id, end, "", tokens.size, record.cached_tokens))
+            else:
                 self._send(api, Refused((request_id,), 0, "not known to this core"))
-                continue
-            tokens = self._tokens_of(request)[request.prompt_len + next_index :]
-            if tokens.size:
-                self._send_tokens(api, request, next_index, tokens)
 
-    def _send_tokens(self, api: int, request: Request, first: int, tokens: np.ndarray) -> None:
+    def _send_tokens(
+        self, api: int, request_id: int, first: int, tokens: np.ndarray, cached_tokens: int
+    ) -> None:
+        """Tokens int32[k] of a request from index `first` on, those before it being known."""
+        tokens = tokens[first:]
         count = tokens.size
+        if count == 0:
+            return
         batch = TokenBatch(
             step=0,
-            requests=np.full(count, request.id, np.uint64),
+            requests=np.full(count, request_id, np.uint64),
             indexes=np.arange(first, first + count, dtype=np.int32),
-            tokens=tokens.astype(np.int32),
+            tokens=tokens,
             ends=np.zeros(count, np.uint8),
-            cached=np.full(count, request.cached_tokens, np.int32),
+            cached=np.full(count, cached_tokens, np.int32),
         )
         self._output.append((api, Kind.TOKENS, batch.encode()))
 
@@ -250,7 +267,7 @@ class Brain:
         A result of another epoch, or one that was committed already, is counted and dropped.
         Raises WorkerFault when the result cannot be of the plan: the epoch must end.
         """
-        if result.epoch != self.epoch or not self._flights:
+        if result.epoch != self.epoch or not self._flights or self.suspended:
             self.metrics.add("stale_results_total")
             return
         flight = self._flights[0]
@@ -263,6 +280,8 @@ class Brain:
             self.committer.commit(flight, result)
         except WorkerFault:
             self.metrics.add("digest_mismatches_total")
+            # The mirror has taken the plan's deltas: no result may be compared with it any more.
+            self.suspended = True
             raise
         self._flights.popleft()
         seconds = now_s - flight.launched_s
@@ -297,27 +316,33 @@ class Brain:
 
     def _end(self, request: Request, end: End, message: str, tokens: int | None = None) -> None:
         """The one place where a request ends; `tokens` cuts what it keeps (stop strings)."""
-        emitted = request.emitted
-        if request.phase is Phase.RUNNING:
-            row = request.row
-            emitted = int(self.scheduler.running.emitted[row])
-            request.finish(end)
-            self.scheduler.drop_row(row)
-        else:
-            request.finish(end)
+        output = self._tokens_of(request)[request.prompt_len :].copy()
+        running = request.phase is Phase.RUNNING
+        request.finish(end)
+        if running:
+            self.scheduler.drop_row(request.row)
         self.scheduler.release_followers(request)
         del self.requests[request.id]
         self.admission.ended(request)
         self.metrics.add("requests_ended_total", labels=(end.name.lower(),))
-        kept = emitted if tokens is None else min(tokens, emitted)
+        kept = output.size if tokens is None else min(tokens, output.size)
+        if end is not End.CANCELLED:
+            self._remember(request.admission, output[:kept], end)
         if end in (End.STOP, End.LENGTH) and tokens is None:
             return  # core.commit journalled it with its last token
         if not self.journal.end(request.id, end, kept):
             self._compact()
             self.journal.end(request.id, end, kept)
-        if end not in (End.STOP, End.CANCELLED):
+        muted = request.id in self.committer.muted
+        self.committer.muted.discard(request.id)
+        if end not in (End.STOP, End.CANCELLED) and not muted:
             ended = Ended(request.id, end, message, kept, request.cached_tokens)
             self._send(request.admission.api, ended)
+
+    def _remember(self, record: Admission, output: np.ndarray, end: int) -> None:
+        self._ended[record.id] = (record, output, end)
+        if len(self._ended) > self.limits.ended_kept:
+            self._ended.popitem(last=False)
 
     def expire(self, now_s: float) -> None:
         """End every request whose deadline has passed."""
@@ -369,17 +394,21 @@ class Brain:
         self.suspended = False
 
     def restore(self, recovered: dict[int, JournalledRequest], now_s: float) -> None:
-        """Take over from a core that died: its live requests wait for a row, in their order."""
-        wall_ns = time.time_ns()
+        """Take over from a core that died: its live requests wait for a row, in their order.
+
+        Nothing of them is sent until their api process resumes them and says what it has.
+        """
+        wall_ns = self.wall_ns()
         for entry in recovered.values():
+            record, output = entry.admission, np.array(entry.tokens, np.int32)
             if entry.end:
+                self._remember(record, output, entry.end)
                 continue
-            record = entry.admission
-            prompt = np.frombuffer(record.prompt, np.int32)
-            tokens = np.concatenate([prompt, np.array(entry.tokens, np.int32)])
+            tokens = np.concatenate([np.frombuffer(record.prompt, np.int32), output])
             deadline_s = now_s + (record.deadline_ns - wall_ns) * 1e-9
             request = Request(record, tokens, deadline_s)
             self._take(request)
+            self.committer.muted.add(request.id)
             if tokens.size >= request.limit:
                 # It had its last token; only the record of its end is missing.
                 self.waiting.push(request)
@@ -388,10 +417,11 @@ class Brain:
                 self.waiting.push(request)
 
     def _compact(self) -> None:
-        self.journal.compact(
-            (request.admission, self._tokens_of(request)[request.prompt_len :])
+        live = (
+            (request.admission, self._tokens_of(request)[request.prompt_len :], 0)
             for request in self.requests.values()
         )
+        self.journal.compact(itertools.chain(self._ended.values(), live))
 
     def verify(self) -> None:
         """Recount everything. Raises InvariantError naming what does not add up."""

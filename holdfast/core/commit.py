@@ -12,7 +12,6 @@ Array code throughout; Python per row only for rows with an event.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -48,15 +47,20 @@ class Commit:
         ended: Callable[[Request, End, str], None],
         compact: Callable[[], None],
         output: list[Output],
+        wall_ns: Callable[[], int],
     ) -> None:
         self.limits = limits
         self.ledger = ledger
         self.journal = journal
         self.scheduler = scheduler
         self.output = output
+        self._wall_ns = wall_ns
         self._ended = ended
         self._compact = compact
         self.tokens_generated = 0
+        # Requests of a core that died, until their client says where it stands: their tokens are
+        # journalled and not sent, or it would get them twice.
+        self.muted: set[int] = set()
 
     def commit(self, flight: Flight, result: StepResult) -> None:
         """Settle one step. Raises WorkerFault when the result cannot be of the plan."""
@@ -106,8 +110,7 @@ class Commit:
             ends[hit.any(axis=1)] = _STOP
         ids = run.ids[rows]
         self.tokens_generated += rows.size
-        wall_ns = time.time_ns()
-        if not self.journal.tokens(wall_ns, ids, tokens):
+        if not self.journal.tokens(self._wall_ns(), ids, tokens):
             self._compact()
             # The compaction wrote `emitted` tokens of each row, these among them.
         for at in ends.nonzero()[0].tolist():
@@ -142,6 +145,10 @@ class Commit:
         apis = run.api[rows]
         for api in sorted(set(apis.tolist())):
             mine = apis == api if self.limits.api_processes > 1 else slice(None)
+            if self.muted:
+                mine = (apis == api) & [request not in self.muted for request in ids.tolist()]
+                if not mine.any():
+                    continue
             batch = TokenBatch(
                 step=step,
                 requests=ids[mine],

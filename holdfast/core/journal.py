@@ -1,9 +1,9 @@
 """The journal: what was promised to clients, in memory that outlives the core.
 
 A buffer (the supervisor's memfd) of a header and two halves. Records are appended to the active
-half; when it is full, every live request is written to the other half as one SUBMIT and one TOKENS
-record, and the halves change roles. `Limits.journal_bytes` proves that a half holds all live
-requests at their largest twice over. A record is
+half; when it is full, every live request (and the last ended ones) is written to the other half as
+one SUBMIT and one TOKENS record, and the halves change roles. `Limits.journal_bytes` proves that a
+half holds all live requests at their largest twice over. A record is
 
     length u32 | crc32 u32 | kind u32 | life u32 | payload, padded to 8
 
@@ -110,15 +110,15 @@ class Journal:
         """Record that a request ended with `tokens` tokens in all."""
         return self._append(RecordKind.END, struct.pack("<QII", request, reason, tokens))
 
-    def compact(self, live: Iterable[tuple[Admission, np.ndarray]]) -> None:
-        """Rewrite the live requests, with their tokens int32[k] so far, into the other half."""
+    def compact(self, kept: Iterable[tuple[Admission, np.ndarray, int]]) -> None:
+        """Rewrite requests into the other half: (admission, tokens int32[k] so far, end or 0)."""
         before = (self._half, self._generation, self._at)
         self._open_half(1 - self._half, publish=False)
-        for admission, tokens in live:
+        for admission, tokens, end in kept:
             ids = np.full(tokens.size, admission.id, np.uint64)
-            written = self.submit(admission) and (
-                tokens.size == 0 or self.tokens(0, ids, tokens.astype(np.int32))
-            )
+            written = self.submit(admission)
+            written = written and (tokens.size == 0 or self.tokens(0, ids, tokens))
+            written = written and (end == 0 or self.end(admission.id, end, tokens.size))
             if not written:
                 self._half, self._generation, self._at = before
                 raise InvariantError(

@@ -36,15 +36,24 @@ def expected_token(history: np.ndarray, vocab_size: int) -> int:
     return fold(cells_of(history, np.arange(history.size)), vocab_size)
 
 
-class FakeWorker:
-    """Executes plans in the order that wire.plan states. One instance is one epoch's device."""
+def memory_of(limits: Limits) -> np.ndarray:
+    """uint64[pages, page_tokens]: a pool of empty pages."""
+    return np.zeros((limits.pages, limits.page_tokens), np.uint64)
 
-    def __init__(self, limits: Limits, epoch: int = 1) -> None:
+
+class FakeWorker:
+    """Executes plans in the order that wire.plan states. One instance is one epoch's device.
+
+    `pages`: memory that outlives it (memory_of), or None for memory of its own.
+    """
+
+    def __init__(self, limits: Limits, epoch: int = 1, pages: np.ndarray | None = None) -> None:
         self.limits = limits
         self.epoch = epoch
         self.step = 0
         self.rows = RowTable(limits)
-        self.pages = np.zeros((limits.pages, limits.page_tokens), np.uint64)
+        # The keeper's memory: it outlives this worker, with whatever a zombie still writes to it.
+        self.pages = memory_of(limits) if pages is None else pages
         self._weights = weights(limits.page_tokens * 2)
 
     def run(self, plan: StepPlan) -> StepResult:

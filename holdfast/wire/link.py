@@ -219,7 +219,14 @@ class MemoryLink:
     def send(self, kind: int, payload: bytes) -> None:
         if self.peer is None:
             raise LinkClosed("peer closed the link")
-        self.peer._frames.append((self.epoch, kind, payload))
+        self.peer.deliver(self.epoch, kind, payload)
+
+    def deliver(self, epoch: int, kind: int, payload: bytes) -> None:
+        """Put a frame into this end's queue as if the peer had sent it in `epoch`.
+
+        The simulator's channels use it to be late, to lose, and to repeat.
+        """
+        self._frames.append((epoch, kind, payload))
 
     def flush(self) -> bool:
         return True

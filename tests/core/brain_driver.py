@@ -44,12 +44,12 @@ def limits_of(**overrides: int) -> Limits:
 class Driver:
     """One brain, one fake worker, and what clients would have seen."""
 
-    def __init__(self, limits: Limits, api_count: int = 1) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.now_s = 100.0
         self.journal_buffer = memoryview(bytearray(Journal.size(limits)))
         self.metrics = Metrics(memoryview(bytearray(Metrics.size(1))), 0)
-        self.brain = self.new_brain(api_count)
+        self.brain = self.new_brain()
         self.worker = FakeWorker(limits)
         self.pending: deque[StepResult] = deque()
         self.tokens: dict[int, list[int]] = {}
@@ -61,9 +61,9 @@ class Driver:
         self.batches: list[TokenBatch] = []
         self.plans: list[StepPlan] = []
 
-    def new_brain(self, api_count: int = 1) -> Brain:
+    def new_brain(self) -> Brain:
         journal = Journal(self.journal_buffer, self.limits)
-        return Brain(self.limits, journal, self.metrics, api_count=api_count)
+        return Brain(self.limits, journal, self.metrics)
 
     def submit(self, request: int, prompt: list[int], max_tokens: int = 8, **options) -> None:
         sampling = options.pop("sampling", Sampling(temperature=0.0))

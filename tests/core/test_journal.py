@@ -87,7 +87,7 @@ def test_compaction_keeps_the_live_requests_and_forgets_the_ended():
     for request in range(4):
         journal.submit(admission(request))
         say(journal, [request], [request])
-    journal.compact([(admission(3), np.array([3, 4], np.int32))])
+    journal.compact([(admission(3), np.array([3, 4], np.int32), 0)])
     say(journal, [3], [5])
     found = recover(buffer)
     assert set(found) == {3}
@@ -100,7 +100,7 @@ def test_a_core_that_dies_during_compaction_leaves_the_old_half_in_force():
     say(journal, [1], [10])
 
     def dying():
-        yield admission(1), np.array([10], np.int32)
+        yield admission(1), np.array([10], np.int32), 0
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -126,7 +126,7 @@ def test_the_proved_size_holds_every_live_request_at_its_largest():
             deadline_ns=2**62,
             sampling=Sampling(bias=bias, stop_ids=stops),
         )
-        live.append((record, np.zeros(2, np.int32)))
+        live.append((record, np.zeros(2, np.int32), 0))
     journal.compact(live)
     assert journal._at <= LIMITS.journal_bytes // 2, "the half has no room for what comes next"
     assert len(recover(buffer)) == LIMITS.live_requests
@@ -135,7 +135,7 @@ def test_the_proved_size_holds_every_live_request_at_its_largest():
 def test_more_than_the_bound_is_an_invariant_error_and_the_old_half_stays():
     buffer, journal = fresh()
     journal.submit(admission(1))
-    too_many = ((admission(r, 60), np.zeros(4, np.int32)) for r in range(10_000))
+    too_many = ((admission(r, 60), np.zeros(4, np.int32), 0) for r in range(10_000))
     with pytest.raises(InvariantError):
         journal.compact(too_many)
     assert set(recover(buffer)) == {1}
@@ -151,7 +151,7 @@ def test_the_tail_sees_every_record_once_and_live_requests_again_after_a_compact
     assert tail.read() == b""
     say(journal, [1], [10])
     copy += tail.read()
-    journal.compact([(admission(1), np.array([10], np.int32))])
+    journal.compact([(admission(1), np.array([10], np.int32), 0)])
     say(journal, [1], [11])
     copy += tail.read()
     assert replay(records_of(memoryview(copy)))[1].tokens == [10, 11]
