@@ -44,7 +44,7 @@ class Limits:
     """Plans launched and not yet answered: 2 = one step ahead, 1 = overlap off."""
     queue_requests: int = 4096
     """Requests waiting for a row, and bound of a client's burst."""
-    live_tokens: int = 8 << 20
+    live_tokens: int = 4 << 20
     """Prompt tokens and output allowance, summed over all admitted requests."""
     bias_entries: int = 300
     """Entries of logit_bias per request; OpenAI's documented clients send at most 300."""
@@ -105,19 +105,15 @@ class Limits:
     def journal_bytes(self) -> int:
         """Size of one journal half that provably holds every live request at its largest.
 
-        A live request is one admission record plus one copy of its tokens. The last ended ones are
-        kept as well, for clients that have not read their end when the core dies. The same again is
-        left for the records between two compactions, so that none follows upon another.
+        A live request is one admission record plus one copy of its tokens. As many ended ones are
+        kept without prompt and parameters, for clients that have not read their end when the core
+        dies (all live requests may end at one deadline). A quarter is left for the records between
+        two compactions.
         """
         record = JOURNAL_RECORD_BYTES + 16 * self.bias_entries + 8 * self.stop_ids
         live = self.live_requests * record + 4 * self.live_tokens
-        ended = self.ended_kept * (record + 4 * self.context_tokens)
-        return 2 * (live + ended)
-
-    @property
-    def ended_kept(self) -> int:
-        """Ended requests whose last tokens can still be asked for: two steps' worth of rows."""
-        return 2 * self.rows_max
+        ended = self.live_requests * JOURNAL_RECORD_BYTES + 4 * self.live_tokens
+        return (live + ended) * 5 // 4 + 4096
 
     def pages_for_tokens(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)

@@ -18,6 +18,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 
 from holdfast.config import Limits
@@ -40,6 +41,7 @@ from holdfast.wire.messages import (
     Finish,
     Refused,
     Resume,
+    Sampling,
     Submit,
     ToApi,
     ToCore,
@@ -79,8 +81,9 @@ class Brain:
         self._flights: deque[Flight] = deque()
         self._output: list[Output] = []
         # The last ended requests: (admission, output tokens, end), for a client that has not read
-        # its end when the core dies. Oldest first, at most limits.ended_kept.
+        # its end when the core dies. Oldest first; bounded like the live ones, and without prompts.
         self._ended: OrderedDict[int, tuple[Admission, np.ndarray, int]] = OrderedDict()
+        self._ended_tokens = 0
         self._step_seconds = 0.05  # smoothed, for Retry-After
         running, mirror = RunningRows(limits), RowTable(limits)
         self.scheduler = Scheduler(limits, self.ledger, self.waiting, running, mirror, tag)
@@ -340,9 +343,13 @@ class Brain:
             self._send(request.admission.api, ended)
 
     def _remember(self, record: Admission, output: np.ndarray, end: int) -> None:
-        self._ended[record.id] = (record, output, end)
-        if len(self._ended) > self.limits.ended_kept:
-            self._ended.popitem(last=False)
+        bare = msgspec.structs.replace(record, prompt=b"", sampling=Sampling())
+        self._ended[record.id] = (bare, output, end)
+        self._ended_tokens += output.size
+        limits = self.limits
+        while len(self._ended) > limits.live_requests or self._ended_tokens > limits.live_tokens:
+            _, (_, dropped, _) = self._ended.popitem(last=False)
+            self._ended_tokens -= dropped.size
 
     def expire(self, now_s: float) -> None:
         """End every request whose deadline has passed."""

@@ -128,7 +128,7 @@ def test_the_proved_size_holds_every_live_request_at_its_largest():
         )
         live.append((record, np.zeros(2, np.int32), 0))
     journal.compact(live)
-    assert journal._at <= LIMITS.journal_bytes // 2, "the half has no room for what comes next"
+    assert journal._at <= LIMITS.journal_bytes // 2, "no room for the ended ones and what comes"
     assert len(recover(buffer)) == LIMITS.live_requests
 
 
