@@ -1,24 +1,24 @@
 """Every error Holdfast raises on purpose: whose fault it is, whether to retry, which HTTP code.
 
-    HoldfastError
-    ├── RequestError                     the fault lies with, or ends, one request
-    │   ├── InvalidField        400      user: a field is wrong; names it
-    │   ├── Unauthorized        401      user: no or wrong API key
-    │   ├── UnknownModel        404      user: a model this server does not serve
-    │   ├── BodyTooLarge        413      user: the body is over the server's limit
-    │   ├── QueueFull           429      nobody: too much work; retry after a while
-    │   ├── EngineFault         500      us: this one request cannot be finished
-    │   ├── NotReady            503      us: no worker can step at the moment; retry
-    │   └── DeadlineExceeded    504      nobody: the request's own deadline passed
-    ├── OperatorError           exit 2   operator: an option, a model folder, a port, the memory
-    │   ├── OptionError                  an option is wrong; names it
-    │   └── ModelError                   a checkpoint is unreadable or does not fit its config
-    ├── LinkError                        a peer process is gone or speaks another protocol
-    │   ├── LinkClosed                   end of file: the peer is dead
-    │   ├── LinkTimeout                  the peer took longer than the deadline
-    │   └── LinkOverflow                 the peer does not read; the bounded buffer is full
-    ├── WorkerFault                      the device side broke: the epoch ends, requests are resumed
-    └── InvariantError                   our bug: never caught to continue; survives `python -O`
+HoldfastError
+├── RequestError                     the fault lies with, or ends, one request
+│   ├── InvalidField        400      user: a field is wrong; names it
+│   ├── Unauthorized        401      user: no or wrong API key
+│   ├── UnknownModel        404      user: a model this server does not serve
+│   ├── BodyTooLarge        413      user: the body is over the server's limit
+│   ├── QueueFull           429      nobody: too much work; retry after a while
+│   ├── EngineFault         500      us: this one request cannot be finished
+│   ├── NotReady            503      us: no worker can step at the moment; retry
+│   └── DeadlineExceeded    504      nobody: the request's own deadline passed
+├── OperatorError           exit 2   operator: an option, a model folder, a port, the memory
+│   ├── OptionError                  an option is wrong; names it
+│   └── ModelError                   a checkpoint is unreadable or does not fit its config
+├── LinkError                        a peer process is gone or speaks another protocol
+│   ├── LinkClosed                   end of file: the peer is dead
+│   ├── LinkTimeout                  the peer took longer than the deadline
+│   └── LinkOverflow                 the peer does not read; the bounded buffer is full
+├── WorkerFault                      the device side broke: the epoch ends, requests are resumed
+└── InvariantError                   our bug: never caught to continue; survives `python -O`
 """
 
 from __future__ import annotations

@@ -1,0 +1,230 @@
+"""A child process of the supervisor: how it is started, how it learns its part, how it dies.
+
+The supervisor calls `spawn`; the role's module (`python -m holdfast.proc.<role>`) calls `boot`
+before it imports anything heavy. Invariants: a child never outlives its parent (PR_SET_PDEATHSIG,
+and a check for a parent that died before it was set); a child holds exactly the descriptors that it
+was given; a child is ended by its control channel, never by a terminal's Ctrl-C or by a SIGTERM to
+the whole group, which are the supervisor's to handle. No torch, no device, no fork without exec.
+
+What each role is given (all also have `control`, a proc.control.Control; link = wire.link.Link):
+
+    role    descriptors                       config
+    keeper                                    weights_bytes, pool_bytes
+    worker  core (link, epoch), weights,      limits, epoch, model, device, dtype, pool_dtype,
+            pool (memfds of the keeper)       load, seed, threads, loaded (the slab holds the
+                                              weights already: do not load, only checksum)
+    core    journal, metrics (memfds)         limits, epoch, tag, recover
+    api     core (link, epoch 0), metrics     limits, model, served_name, api_keys, cors_origins,
+            (memfd, slot 2 + index), listen   write_timeout_s, keepalive_s, body_bytes_max,
+            (a listening socket)              drain_timeout_s, log_level
+
+    from        to     message            carries
+    child       super  ready              facts; worker: weights_sum (uint64), keeper: 2 fds
+    child       super  progress           what, done, total (bytes)
+    child       super  fault              operator (bool), message; the child then exits
+    supervisor  any    stop               finish what is being written and exit 0
+    supervisor  api    drain              refuse new requests with 503, keep streams going
+    supervisor  api    core               fd: link (epoch 0) to a new core; resume over it
+    supervisor  api    core_lost          detail; hold the streams until `core` comes
+    supervisor  core   drain              refuse new requests
+    supervisor  core   end_all            end (wire.messages.End), message: end what is live
+    supervisor  core   worker             epoch, fd: link to the worker of that epoch
+    supervisor  core   worker_lost        epoch, detail: it is over and fenced
+    supervisor  core   api                index, fresh (a new process), fd: link to it
+    supervisor  core   api_lost           index
+    core        super  drained            nothing is live any more (after drain)
+    core        super  worker_fault       epoch, detail: that epoch must end
+    core        super  api_fault          index, detail: that api process must be replaced
+    supervisor  keeper weights_sum        epoch, sum, loaded: what a worker found in the slab
+    keeper      super  weights            epoch, ok: whether they are the bytes that were loaded
+    supervisor  keeper weights_forget     they will be loaded anew
+
+Exit codes of children: 0 after stop, 70 after a fault of our own, 2 after an operator's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import faulthandler
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import setproctitle
+
+from holdfast.config import Limits
+from holdfast.errors import require
+from holdfast.proc.control import Control
+
+BOOT_FD = "HOLDFAST_BOOT_FD"
+EXIT_OPERATOR = 2
+EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
+_PR_SET_PDEATHSIG = 1
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """What a child was told. It owns `fds`, which no process it starts itself inherits."""
+
+    role: str
+    index: int
+    config: dict[str, Any]
+    fds: dict[str, int]
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(**self.config["limits"])
+
+    def control(self) -> Control:
+        """The control channel; call it once, it takes over the descriptor."""
+        return Control(self.socket("control"))
+
+    def socket(self, name: str) -> socket.socket:
+        """The descriptor as a socket; call it once a name, it takes over the descriptor."""
+        return socket.socket(fileno=self.fds[name])
+
+
+class Child:
+    """A started child, seen from the supervisor: its pid, pidfd and control channel."""
+
+    def __init__(self, role: str, index: int, process: subprocess.Popen, control: Control) -> None:
+        self.role = role
+        self.index = index
+        self.pid = process.pid
+        # Not reaped before `wait`, so the pid cannot have been reused.
+        self.pidfd = os.pidfd_open(process.pid)
+        self.control = control
+        self.started_s = time.monotonic()
+        self._process = process
+
+    @property
+    def title(self) -> str:
+        return title(self.role, self.index)
+
+    def kill(self) -> None:
+        """SIGKILL; harmless after the end."""
+        if self._process.returncode is None:
+            # It may have ended in between; `wait` reaps it.
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Exit status (negative signal number) once the process is gone, None at the deadline.
+
+        The pidfd fires when the last thread is gone: nothing of the process runs after that.
+        """
+        if self._process.returncode is None:
+            poller = select.poll()
+            poller.register(self.pidfd, select.POLLIN)
+            if not poller.poll(max(0.0, timeout_s) * 1000):
+                return None
+            self._process.wait(timeout=5)
+        return self._process.returncode
+
+    def close(self) -> None:
+        """Give up the descriptors; the process must be gone."""
+        require(self._process.returncode is not None, f"{self.title} closed while it runs")
+        self.control.close()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+def title(role: str, index: int) -> str:
+    return "holdfast core" if role == "core" else f"holdfast {role} {index}"
+
+
+def spawn(
+    role: str,
+    index: int,
+    *,
+    module: str,
+    config: dict[str, Any],
+    fds: dict[str, int],
+    env: dict[str, str] | None = None,
+) -> Child:
+    """Start `python -m module` with `fds` (which stay ours), and a control channel besides.
+
+    To be called by the main thread: PR_SET_PDEATHSIG fires at the end of the thread that spawned.
+    `env` is added to our environment. Raises OSError when no process can be made.
+    """
+    control, theirs = Control.pair()
+    given = {**fds, "control": theirs.fileno()}
+    blob = msgspec.msgpack.encode(
+        {"role": role, "index": index, "parent": os.getpid(), "config": config, "fds": given}
+    )
+    boot_fd = os.memfd_create("holdfast-boot", os.MFD_CLOEXEC)
+    # Blocked here and inherited: a Ctrl-C before the child's `boot` must not end it half made.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+    try:
+        _write_all(boot_fd, blob)
+        # Modules are found where this process finds them, and not in the child's directory (-P).
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", module],
+            env={**os.environ, **(env or {}), BOOT_FD: str(boot_fd), "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            pass_fds=(boot_fd, *given.values()),
+            close_fds=True,
+        )
+    except BaseException:
+        control.close()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.close(boot_fd)
+        theirs.close()
+    return Child(role, index, process, control)
+
+
+def boot() -> Boot:
+    """First call in a child: tie its life to the parent's, title it, read what it is to do.
+
+    Ends the process at once when the parent is gone already. Raises KeyError when the process was
+    not started by `spawn`.
+    """
+    boot_fd = int(os.environ.pop(BOOT_FD))
+    with open(boot_fd, "rb") as file:
+        file.seek(0)
+        blob = msgspec.msgpack.decode(file.read())
+    die_with_parent(blob["parent"])
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
+    for fd in blob["fds"].values():
+        os.set_inheritable(fd, False)
+    faulthandler.enable()
+    setproctitle.setproctitle(title(blob["role"], blob["index"]))
+    return Boot(blob["role"], blob["index"], blob["config"], blob["fds"])
+
+
+def die_with_parent(parent: int) -> None:
+    """SIGKILL to this process when its parent ends, also if it has ended already."""
+    if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    if os.getppid() != parent:
+        # The parent died before the request was made, and its death cannot fire any more.
+        os._exit(EXIT_FAULT)
+
+
+def limits_config(limits: Limits) -> dict[str, Any]:
+    """`limits` as a config value; the child reads it back as `Boot.limits`."""
+    return dataclasses.asdict(limits)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]

@@ -1,0 +1,87 @@
+"""The keeper: owns the memory that must survive a worker (weights slab, KV pool), launches nothing.
+
+It makes both memfds, hands them to the supervisor over its control channel, and keeps its own
+descriptors, so that the bytes live as long as it does. It is the home of the invariant "the weights
+are the bytes that were loaded": the first worker of a load reports the slab's checksum, every later
+one must find the same. Started by the supervisor; never imports torch, never maps what it owns.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from holdfast.errors import HoldfastError, LinkError
+from holdfast.proc import memfd
+from holdfast.proc.child import EXIT_FAULT, EXIT_OPERATOR, boot
+from holdfast.proc.control import Control, Message
+
+# It only waits for the supervisor, whose death is end of file; the deadline is a heartbeat.
+_WAIT_S = 60.0
+
+
+class Keeper:
+    """What the keeper remembers: the descriptors and the weights' checksum."""
+
+    def __init__(self, control: Control, weights_bytes: int, pool_bytes: int) -> None:
+        self._control = control
+        self._weights_sum: int | None = None
+        self._fds = [
+            memfd.make("weights", weights_bytes, option="MODEL"),
+            memfd.make("kv-pool", pool_bytes, option="--kv-pages"),
+        ]
+        sizes = {"weights_bytes": weights_bytes, "pool_bytes": pool_bytes}
+        control.send({"type": "ready", **sizes}, self._fds)
+
+    def run(self) -> int:
+        """Obey the supervisor until it says stop or is gone."""
+        while True:
+            received = self._control.wait(_WAIT_S)
+            if received is None:
+                continue
+            message, _ = received
+            if message["type"] == "stop":
+                return 0
+            self._obey(message)
+
+    def close(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+
+    def _obey(self, message: Message) -> None:
+        if message["type"] == "weights_sum":
+            held = self.hold(message["sum"], loaded=message["loaded"])
+            self._control.send({"type": "weights", "epoch": message["epoch"], "ok": held})
+        elif message["type"] == "weights_forget":
+            self._weights_sum = None
+        else:
+            raise LinkError(f"control message {message['type']!r} from the supervisor")
+
+    def hold(self, weights_sum: int, *, loaded: bool) -> bool:
+        """Whether a worker that found this checksum in the slab may serve.
+
+        loaded=False: the worker has just loaded the weights; what it found is what was loaded.
+        """
+        if not loaded:
+            self._weights_sum = weights_sum
+        return weights_sum == self._weights_sum
+
+
+def main() -> int:
+    start = boot()
+    control = start.control()
+    try:
+        keeper = Keeper(control, start.config["weights_bytes"], start.config["pool_bytes"])
+        try:
+            return keeper.run()
+        finally:
+            keeper.close()
+    except LinkError:
+        return EXIT_FAULT  # The supervisor is gone; there is nobody to tell.
+    except HoldfastError as error:
+        control.fault(error)
+        return EXIT_OPERATOR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

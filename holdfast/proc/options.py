@@ -1,0 +1,154 @@
+"""ServeOptions: everything `holdfast serve` was asked for, resolved and checked before any process.
+
+Made by the CLI (or a test), read by the supervisor, which turns it into the config of each role.
+It must not know how a process is started. No torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from holdfast.config import Limits
+from holdfast.errors import OptionError
+from holdfast.proc.child import limits_config
+
+JOURNAL_SYNCS = ("none", "interval", "step")
+DTYPES = ("float32", "bfloat16")
+
+
+class Spec(Protocol):
+    """What serving needs of a model's dimensions; model.spec.ModelSpec has it."""
+
+    path: Path
+
+    def weights_bytes(self, dtype: str) -> int: ...
+    def kv_token_bytes(self, dtype: str) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """`spec` belongs to `spec.path`; `limits.api_processes` api processes are started."""
+
+    spec: Spec
+    limits: Limits
+    served_name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 = any free port; the supervisor's `port` then says which."""
+    api_keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    device: str = "cpu"
+    load: str = "hf"
+    """hf: the folder's safetensors; dummy: random weights from `seed`."""
+    dtype: str = "float32"
+    """Of weights and activations."""
+    pool_dtype: str = "float32"
+    seed: int = 0
+    threads: int = 1
+    """Threads of the worker's tensor library."""
+    drain_timeout_s: float = 30.0
+    write_timeout_s: float = 30.0
+    keepalive_s: float = 15.0
+    body_bytes_max: int = 16 << 20
+    start_timeout_s: float = 600.0
+    """A process that is starting and says nothing for so long has failed."""
+    restarts_per_minute: int = 5
+    """Of one process; one more and the server gives up."""
+    journal_dir: Path | None = None
+    journal_sync: str = "interval"
+    journal_sync_interval_s: float = 1.0
+    journal_file_mb: float = 64
+    journal_files: int = 8
+    log_level: str = "info"
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Added to the config of every role."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise OptionError("--port", f"0 to 65535, got {self.port}")
+        if self.journal_sync not in JOURNAL_SYNCS:
+            choices = ", ".join(JOURNAL_SYNCS)
+            raise OptionError("--journal-sync", f"one of {choices}, got {self.journal_sync!r}")
+        for option, dtype in (("--dtype", self.dtype), ("--pool-dtype", self.pool_dtype)):
+            if dtype not in DTYPES:
+                raise OptionError(option, f"one of {', '.join(DTYPES)}, got {dtype!r}")
+        for name in (
+            "threads",
+            "write_timeout_s",
+            "keepalive_s",
+            "body_bytes_max",
+            "start_timeout_s",
+            "journal_sync_interval_s",
+            "journal_file_mb",
+            "journal_files",
+        ):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise OptionError("--" + name.replace("_", "-"), f"must be positive, got {value}")
+        for name in ("restarts_per_minute", "drain_timeout_s"):
+            if not getattr(self, name) >= 0:
+                raise OptionError("--" + name.replace("_", "-"), "must not be negative")
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the weights slab, alignment included."""
+        return self.spec.weights_bytes(self.dtype)
+
+    @property
+    def pool_bytes(self) -> int:
+        """Size of the KV slab, the trash page included."""
+        tokens = self.limits.pages * self.limits.page_tokens
+        return tokens * self.spec.kv_token_bytes(self.pool_dtype)
+
+    @property
+    def tag(self) -> bytes:
+        """What a cached page depends on besides its tokens; pages of another tag never match."""
+        path = self.spec.path.resolve()
+        facts = [str(path), self.load, self.dtype, self.pool_dtype, str(self.limits.page_tokens)]
+        facts += [str(self.seed)] if self.load == "dummy" else []
+        digest = hashlib.blake2b("\0".join(facts).encode(), digest_size=16)
+        digest.update((path / "config.json").read_bytes())
+        return digest.digest()
+
+    def keeper_config(self) -> dict[str, Any]:
+        sizes = {"weights_bytes": self.weights_bytes, "pool_bytes": self.pool_bytes}
+        return {**sizes, **self.extra}
+
+    def worker_config(self, epoch: int, *, loaded: bool) -> dict[str, Any]:
+        return {
+            "limits": limits_config(self.limits),
+            "epoch": epoch,
+            "model": str(self.spec.path),
+            "device": self.device,
+            "dtype": self.dtype,
+            "pool_dtype": self.pool_dtype,
+            "load": self.load,
+            "seed": self.seed,
+            "threads": self.threads,
+            "loaded": loaded,
+            **self.extra,
+        }
+
+    def core_config(self, epoch: int, *, recover: bool) -> dict[str, Any]:
+        limits = limits_config(self.limits)
+        config = {"limits": limits, "epoch": epoch, "tag": self.tag, "recover": recover}
+        return {**config, **self.extra}
+
+    def api_config(self) -> dict[str, Any]:
+        return {
+            "limits": limits_config(self.limits),
+            "model": str(self.spec.path),
+            "served_name": self.served_name,
+            "api_keys": list(self.api_keys),
+            "cors_origins": list(self.cors_origins),
+            "write_timeout_s": self.write_timeout_s,
+            "keepalive_s": self.keepalive_s,
+            "body_bytes_max": self.body_bytes_max,
+            "drain_timeout_s": self.drain_timeout_s,
+            "log_level": self.log_level,
+            **self.extra,
+        }

@@ -1,0 +1,405 @@
+"""The core's loop with a scripted brain and real sockets: order, bounds, and who loses what."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from holdfast.core import loop as loop_module
+from holdfast.core.loop import CoreLoop
+from holdfast.errors import LinkClosed, WorkerFault
+from holdfast.proc.control import Control
+from holdfast.wire.link import Kind, Link
+from holdfast.wire.messages import Cancel, End, State, decode_to_api, encode
+from holdfast.wire.plan import StepPlan, StepResult
+
+
+class ScriptedBrain:
+    """Does what it is told and notes every call. `wants`: steps it would still launch."""
+
+    def __init__(self, *, ahead: int = 2) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.epoch = 0
+        self.ahead = ahead
+        self.wants = 0
+        self.steps: list[int] = []
+        self.next_step = 0
+        self.output: list[tuple[int, int, bytes]] = []
+        self.suspended = True
+        self.live = 0
+        self.next_deadline_s: float | None = None
+        self.fault: Exception | None = None
+        self.on_commit: Callable[[int], None] = lambda step: None
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.steps)
+
+    def receive(self, api: int, message: Any, now_s: float) -> None:
+        self.calls.append(("receive", api, message))
+
+    def plan(self, now_s: float) -> StepPlan | None:
+        if self.suspended or not self.wants or len(self.steps) >= self.ahead:
+            return None
+        self.wants -= 1
+        self.next_step += 1
+        self.steps.append(self.next_step)
+        self.calls.append(("plan", self.next_step))
+        return StepPlan(epoch=self.epoch, step=self.next_step, rows=np.array([1], np.int32))
+
+    def commit(self, result: StepResult, now_s: float) -> None:
+        if self.fault:
+            raise self.fault
+        assert self.steps.pop(0) == result.step
+        self.calls.append(("commit", result.step))
+        self.on_commit(result.step)
+
+    def take_output(self) -> list[tuple[int, int, bytes]]:
+        output, self.output = self.output, []
+        if output:
+            self.calls.append(("output", len(output)))
+        return output
+
+    def new_epoch(self, epoch: int, now_s: float) -> None:
+        self.calls.append(("new_epoch", epoch))
+        self.epoch, self.suspended = epoch, False
+        self.steps.clear()
+
+    def suspend(self) -> None:
+        self.calls.append(("suspend",))
+        self.suspended = True
+
+    def drop_api(self, api: int, now_s: float) -> None:
+        self.calls.append(("drop_api", api))
+
+    def drain(self) -> None:
+        self.calls.append(("drain",))
+
+    def expire(self, now_s: float) -> None:
+        if self.next_deadline_s is not None and self.next_deadline_s <= now_s:
+            self.calls.append(("expire",))
+            self.next_deadline_s = None
+
+    def end_all(self, end: End, message: str, now_s: float) -> None:
+        self.calls.append(("end_all", end, message))
+        self.live = 0
+
+    def names(self) -> list[str]:
+        return [call[0] for call in self.calls]
+
+
+class Bench:
+    """A loop with the far ends of its links in our hands."""
+
+    def __init__(self) -> None:
+        self.brain = ScriptedBrain()
+        self.control, sock = Control.pair()
+        self.inner = Control(sock)
+        self.loop = CoreLoop(self.brain, self.inner)
+        self.links: list[Link] = []
+
+    def connect(self, message: dict[str, Any], epoch: int = 0) -> Link:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.control.send(message, [theirs.fileno()])
+        self.links.append(Link(ours, epoch=epoch))
+        self.loop.tick(0)
+        return self.links[-1]
+
+    def worker(self, epoch: int = 1) -> Link:
+        return self.connect({"type": "worker", "epoch": epoch}, epoch)
+
+    def api(self, index: int = 0, *, fresh: bool = True) -> Link:
+        return self.connect({"type": "api", "index": index, "fresh": fresh})
+
+    def say(self, **message: Any) -> None:
+        self.control.send(message)
+        self.loop.tick(0)
+
+    def heard(self) -> list[dict[str, Any]]:
+        try:
+            return [message for message, _ in self.control.receive()]
+        except LinkClosed:
+            return []
+
+    def close(self) -> None:
+        for link in self.links:
+            link.close()
+        self.loop._close()
+        self.control.close()
+        self.inner.close()
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.close()
+
+
+def plans(link: Link) -> list[int]:
+    frames = []
+    while (frame := link.receive(0)) is not None:
+        assert frame[0] == Kind.PLAN
+        frames.append(StepPlan.decode(frame[1]).step)
+    return frames
+
+
+def result(step: int, epoch: int = 1) -> bytes:
+    return StepResult(epoch=epoch, step=step, digest=0).encode()
+
+
+def states(link: Link) -> list[State]:
+    found = []
+    while (frame := link.receive(0)) is not None:
+        found.append(decode_to_api(frame[1]))
+    return found
+
+
+def test_the_next_plan_leaves_before_messages_are_read_and_output_is_sent(bench: Bench) -> None:
+    worker, api = bench.worker(), bench.api()
+    states(api)
+    bench.brain.wants = 3
+    bench.loop.tick(0)
+    assert plans(worker) == [1, 2]
+    bench.brain.calls.clear()
+    bench.brain.on_commit = lambda step: bench.brain.output.append((0, Kind.TOKENS, b"%d" % step))
+    worker.send(Kind.RESULT, result(1))
+    api.send(Kind.MESSAGE, encode(Cancel((1,))))
+    bench.loop.tick(0)
+    assert bench.brain.names() == ["commit", "plan", "receive", "output"]
+    assert plans(worker) == [3]
+    assert api.receive(0) == (Kind.TOKENS, b"1")
+
+
+def test_results_are_committed_in_the_order_of_the_link(bench: Bench) -> None:
+    worker = bench.worker()
+    bench.brain.wants = 2
+    bench.loop.tick(0)
+    for step in (1, 2):
+        worker.send(Kind.RESULT, result(step))
+    bench.loop.tick(0)
+    assert [call for call in bench.brain.calls if call[0] == "commit"] == [
+        ("commit", 1),
+        ("commit", 2),
+    ]
+
+
+def test_output_of_each_api_process_keeps_its_order(bench: Bench) -> None:
+    first, second = bench.api(0), bench.api(1)
+    states(first), states(second)
+    sent = [(n % 2, Kind.TOKENS, b"%d" % n) for n in range(50)]
+    bench.brain.output = list(sent)
+    bench.loop.tick(0)
+    for index, link in enumerate((first, second)):
+        got = [link.receive(0)[1] for _ in range(25)]
+        assert got == [data for api, _, data in sent if api == index]
+
+
+def test_a_burst_of_one_api_process_is_taken_in_bounded_pieces(bench: Bench) -> None:
+    bound = loop_module.API_MESSAGES_A_TICK
+    busy, quiet = bench.api(0), bench.api(1)
+    for number in range(bound * 2 + 1):
+        busy.send(Kind.MESSAGE, encode(Cancel((number,))))
+    quiet.send(Kind.MESSAGE, encode(Cancel((7,))))
+    bench.brain.calls.clear()
+    bench.loop.tick(0)
+    received = [call[1] for call in bench.brain.calls if call[0] == "receive"]
+    assert received == [0] * bound + [1]
+    # What is left is not forgotten: the loop does not sleep over it, and keeps its order.
+    assert bench.loop._sleep_s() == 0.0
+    bench.loop.tick(0)
+    bench.loop.tick(0)
+    numbers = [call[2].ids[0] for call in bench.brain.calls if call[:2] == ("receive", 0)]
+    assert numbers == list(range(bound * 2 + 1))
+    assert bench.loop._sleep_s() > 0.0
+
+
+def test_without_a_worker_nothing_is_planned(bench: Bench) -> None:
+    bench.brain.wants = 1
+    bench.brain.suspended = False
+    bench.loop.tick(0)
+    assert "plan" not in bench.brain.names()
+
+
+def test_the_death_of_the_worker_suspends_the_brain_until_another_epoch(bench: Bench) -> None:
+    worker, api = bench.worker(), bench.api()
+    assert states(api)[-1] == State(ready=True, detail="ready")
+    bench.brain.wants = 1
+    bench.loop.tick(0)
+    worker.close()
+    bench.loop.tick(0)
+    assert bench.brain.suspended and not states(api)[-1].ready
+    assert bench.heard() == [{"type": "worker_fault", "epoch": 1, "detail": "peer closed the link"}]
+    bench.say(type="worker_lost", epoch=1, detail="killed by SIGKILL")
+    assert "killed by SIGKILL" in states(api)[-1].detail
+    bench.brain.wants = 1
+    second = bench.worker(2)
+    assert bench.brain.epoch == 2 and plans(second) == [2]
+    assert states(api)[-1].ready
+
+
+@pytest.mark.parametrize("how", ["fault", "kind", "bytes", "future epoch"])
+def test_a_worker_that_cannot_be_believed_loses_its_epoch(bench: Bench, how: str) -> None:
+    worker = bench.worker()
+    bench.brain.wants = 1
+    bench.loop.tick(0)
+    if how == "fault":
+        bench.brain.fault = WorkerFault("digest")
+    assert plans(worker) == [1]
+    if how == "future epoch":
+        worker.epoch = 2
+    kind = Kind.TOKENS if how == "kind" else Kind.RESULT
+    worker.send(kind, b"nonsense" if how == "bytes" else result(1))
+    bench.loop.tick(0)
+    assert bench.brain.suspended
+    assert bench.heard()[0]["type"] == "worker_fault"
+    with pytest.raises(LinkClosed):
+        worker.receive(0)
+
+
+@pytest.mark.parametrize("how", ["closed", "kind", "bytes"])
+def test_an_api_process_that_breaks_the_protocol_loses_its_own_link_only(
+    bench: Bench, how: str
+) -> None:
+    bad, good = bench.api(0), bench.api(1)
+    if how == "closed":
+        bad.close()
+    else:
+        bad.send(Kind.PLAN if how == "kind" else Kind.MESSAGE, b"nonsense")
+    good.send(Kind.MESSAGE, encode(Cancel((1,))))
+    bench.brain.calls.clear()
+    bench.loop.tick(0)
+    assert bench.brain.calls == [("drop_api", 0), ("receive", 1, Cancel((1,)))]
+    assert [(m["type"], m["index"]) for m in bench.heard()] == [("api_fault", 0)]
+    bench.brain.output = [(0, Kind.TOKENS, b"lost"), (1, Kind.TOKENS, b"kept")]
+    bench.loop.tick(0)
+    states_and_tokens = []
+    while (frame := good.receive(0)) is not None:
+        states_and_tokens.append(frame)
+    assert states_and_tokens[-1] == (Kind.TOKENS, b"kept")
+
+
+def test_an_api_process_that_does_not_read_is_dropped_at_the_bound(bench: Bench) -> None:
+    bench.api(0), bench.api(1)
+    bench.loop._apis[0].link.buffer_bytes = 1 << 20
+    bench.brain.output = [(0, Kind.TOKENS, b"x" * (1 << 18))] * 8
+    bench.loop.tick(0)
+    assert ("drop_api", 0) in bench.brain.calls[2:]
+    assert bench.heard()[0]["type"] == "api_fault"
+    assert list(bench.loop._apis) == [1]
+
+
+def test_bytes_a_peer_did_not_take_follow_when_it_reads(bench: Bench) -> None:
+    api = bench.api(0)
+    states(api)
+    pieces = [b"%d" % n + b"x" * (1 << 18) for n in range(8)]
+    bench.brain.output = [(0, Kind.TOKENS, piece) for piece in pieces]
+    bench.loop.tick(0)
+    assert bench.loop._apis[0].link.unsent_bytes > 0
+    got = []
+    for _ in range(100):
+        if (frame := api.receive(0)) is None:
+            bench.loop.tick(0.1)
+        else:
+            got.append(frame[1])
+        if len(got) == len(pieces):
+            break
+    assert got == pieces
+    # And then it is not woken for writability any more.
+    assert bench.loop._apis[0].link.unsent_bytes == 0 and not bench.loop._apis[0].writing
+
+
+def test_a_fresh_process_inherits_nothing_and_an_old_one_keeps_its_requests(bench: Bench) -> None:
+    bench.api(0, fresh=False)
+    assert bench.brain.calls == []
+    bench.api(0, fresh=True)
+    assert bench.brain.calls == [("drop_api", 0)]
+    bench.say(type="api_lost", index=0)
+    assert bench.brain.calls == [("drop_api", 0)] * 2
+    bench.say(type="api_lost", index=5)
+    assert bench.brain.calls[-1] == ("drop_api", 5)
+
+
+def test_it_sleeps_until_the_next_deadline_and_no_longer_than_its_bound(bench: Bench) -> None:
+    now = 100.0
+    bench.loop._clock = lambda: now
+    assert bench.loop._sleep_s() == loop_module.SLEEP_S_MAX
+    bench.brain.next_deadline_s = 100.25
+    assert bench.loop._sleep_s() == 0.25
+    bench.brain.next_deadline_s = 99.0
+    assert bench.loop._sleep_s() == 0.0
+    bench.loop.tick(0)
+    assert bench.brain.calls == [("expire",)]
+
+
+def test_a_step_that_does_not_come_back_makes_the_server_not_ready(bench: Bench) -> None:
+    now = 100.0
+    bench.loop._clock = lambda: now
+    worker, api = bench.worker(), bench.api()
+    bench.brain.wants = 1
+    bench.loop.tick(0)
+    assert states(api)[-1].ready
+    now += loop_module.STEP_S_READY + 1
+    bench.loop.tick(0)
+    assert "no step finished" in states(api)[-1].detail
+    worker.send(Kind.RESULT, result(1))
+    bench.loop.tick(0)
+    assert states(api)[-1].ready
+    now += 1000
+    bench.loop.tick(0)
+    assert states(api) == []  # Idle and able is ready.
+
+
+def test_drained_is_said_once_when_nothing_is_live_any_more(bench: Bench) -> None:
+    bench.brain.live = 1
+    api = bench.api()
+    bench.say(type="drain")
+    assert ("drain",) in bench.brain.calls and bench.heard() == []
+    assert not states(api)[-1].ready
+    bench.say(type="end_all", end=int(End.SHUTDOWN), message="late")
+    assert ("end_all", End.SHUTDOWN, "late") in bench.brain.calls
+    assert bench.heard() == [{"type": "drained"}]
+    bench.loop.tick(0)
+    assert bench.heard() == []
+
+
+def test_stop_sends_what_is_left_and_returns_0(bench: Bench) -> None:
+    api = bench.api(0)
+    states(api)
+    bench.brain.output = [(0, Kind.TOKENS, b"x" * (1 << 20))]
+    got: list[int] = []
+    reader = threading.Thread(target=lambda: got.append(len(api.receive(10)[1])))
+    bench.control.send({"type": "stop"})
+    reader.start()
+    assert bench.loop.run() == 0
+    reader.join(10)
+    assert got == [1 << 20]
+    with pytest.raises(LinkClosed):
+        api.receive(5)
+
+
+def test_the_end_of_the_supervisor_ends_the_loop(bench: Bench) -> None:
+    bench.control.close()
+    assert bench.loop.run() == 70
+
+
+def test_a_tick_that_fails_ends_the_process_with_a_dump_and_never_continues(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worker = bench.worker()
+    bench.brain.wants = 1
+    bench.loop.tick(0)
+    bench.brain.fault = ZeroDivisionError("a bug")
+    worker.send(Kind.RESULT, result(1))
+    assert bench.loop.run() == 70
+    assert bench.heard() == [
+        {"type": "fault", "operator": False, "message": "core: ZeroDivisionError('a bug')"}
+    ]
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "epoch=1, in_flight=1" in error

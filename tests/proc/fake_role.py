@@ -1,0 +1,87 @@
+"""One module for every role: obeys the control protocol and nothing else, and says what it saw.
+
+`config["log"]` names a file to which each process appends one JSON line an event; `config["act"]`
+maps "<role>" to what it does differently. Not a test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import sys
+import time
+
+from holdfast.errors import LinkClosed, ModelError
+from holdfast.proc import memfd
+from holdfast.proc.child import boot
+
+start = boot()
+control = start.control()
+act = start.config.get("act", {}).get(start.role, "")
+
+
+def log(event: str, **facts: object) -> None:
+    line = {"role": start.role, "index": start.index, "pid": os.getpid(), "event": event, **facts}
+    fd = os.open(start.config["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.write(fd, json.dumps(line).encode() + b"\n")
+    os.close(fd)
+
+
+def main() -> int:
+    config = {k: v for k, v in start.config.items() if k in ("epoch", "recover", "loaded")}
+    log("boot", fds=sorted(start.fds), **config)
+    if act == "operator":
+        control.fault(ModelError("no such model"))
+        return 2
+    if act == "crash":
+        return 3
+    if act == "mute":
+        time.sleep(600)
+    if start.role == "keeper":
+        fds = [memfd.make(n, 4096, option="x") for n in ("weights", "pool")]
+        control.send({"type": "ready"}, fds)
+    elif start.role == "worker":
+        control.progress("weights", 1, 2)
+        # A worker of a later epoch finds other bytes when it is told to.
+        damaged = act == "damaged" and start.config["loaded"]
+        control.ready(weights_sum=(1 << 63) + damaged)
+    else:
+        control.ready()
+    watched = {control.fileno(): "control"}
+    for name in ("core",):
+        if name in start.fds:
+            watched[start.fds[name]] = name
+    held: list[int] = []
+    while True:
+        readable, _, _ = select.select(list(watched), [], [], 60)
+        for fd in readable:
+            if watched[fd] != "control":
+                if not os.read(fd, 1 << 16):
+                    log("eof", link=watched[fd])
+                    del watched[fd]
+                continue
+            try:
+                messages = control.receive()
+            except LinkClosed:
+                return 70
+            for message, fds in messages:
+                held += fds
+                log("message", message=message, fds=len(fds))
+                kind = message["type"]
+                if kind == "stop":
+                    return 0
+                if kind == "weights_sum":
+                    ok = message["sum"] == 1 << 63 or not message["loaded"]
+                    control.send({"type": "weights", "epoch": message["epoch"], "ok": ok})
+                if kind == "worker" and start.role == "core":
+                    socket.socket(fileno=os.dup(fds[0])).send(b"hello")
+                if kind == "drain" and start.role == "core" and act != "busy":
+                    control.send({"type": "drained"})
+                if kind == "end_all":
+                    control.send({"type": "drained"})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

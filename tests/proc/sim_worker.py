@@ -1,0 +1,41 @@
+"""A worker process of integers (sim.fake_worker) behind the real protocol. Not a test."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from holdfast.errors import LinkClosed
+from holdfast.proc.child import boot
+from holdfast.sim.fake_worker import FakeWorker
+from holdfast.wire.link import Kind, Link
+from holdfast.wire.plan import StepPlan
+
+start = boot()
+control = start.control()
+
+
+def main() -> int:
+    epoch = start.config["epoch"]
+    worker = FakeWorker(start.limits, epoch)
+    link = Link(start.socket("core"), epoch=epoch)
+    control.ready(weights_sum=11)
+    while True:
+        try:
+            frame = link.receive(0.02)
+            for message, _ in control.receive():
+                if message["type"] == "stop":
+                    return 0
+            if frame is None:
+                continue
+            assert frame[0] == Kind.PLAN
+            # A device takes its time, so that a kill finds steps in flight.
+            time.sleep(start.config["step_s"])
+            link.send(Kind.RESULT, worker.run(StepPlan.decode(frame[1])).encode())
+            link.flush_until(5)
+        except LinkClosed:
+            return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""The supervisor with fake roles: every kind of death, drain, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Server, gone, until
+
+Serve = Callable[..., Server]
+ROLES = ("holdfast api 0", "holdfast api 1", "holdfast core", "holdfast keeper 0")
+
+
+def test_every_process_gets_its_descriptors_and_is_titled(serve: Serve) -> None:
+    server = serve().wait_ready()
+    pids = server.pids()
+    assert set(pids) == {*ROLES, "holdfast worker 0"}
+    for title, pid in pids.items():
+        assert Path(f"/proc/{pid}/cmdline").read_bytes().strip(b"\0") == title.encode()
+    assert server.log("core", "boot")[0]["fds"] == ["control", "journal", "metrics"]
+    assert server.log("api", "boot")[0]["fds"] == ["control", "core", "listen", "metrics"]
+    assert server.log("worker", "boot")[0]["fds"] == ["control", "core", "pool", "weights"]
+    assert server.log("keeper", "boot")[0]["fds"] == ["control"]
+    # Both api processes and the worker were introduced to the core, each with a descriptor.
+    assert [m["message"]["index"] for m in server.messages("core", "api", fds=1)] == [0, 1]
+    assert server.messages("core", "worker", epoch=1, fds=1)
+
+
+def test_a_dead_worker_is_fenced_and_replaced_over_weights_that_are_held(serve: Serve) -> None:
+    server = serve().wait_ready()
+    before = server.pids()
+    os.kill(before["holdfast worker 0"], signal.SIGKILL)
+    until("new worker at the core", lambda: server.messages("core", "worker", epoch=2, fds=1))
+    assert server.messages("core", "worker_lost", epoch=1)
+    second = server.log("worker", "boot")[1]
+    assert (second["epoch"], second["loaded"]) == (2, True)
+    assert server.messages("keeper", "weights_sum", epoch=2, loaded=True)
+    until("restarted", lambda: server.event("restarted", "worker"))
+    assert "SIGKILL" in server.event("lost", "worker")[2]
+    after = server.pids()
+    assert {t for t in before if before[t] != after[t]} == {"holdfast worker 0"}
+
+
+def test_a_worker_that_finds_other_weights_never_serves_and_they_are_loaded_anew(
+    serve: Serve,
+) -> None:
+    server = serve(act={"worker": "damaged"}).wait_ready()
+    os.kill(server.pids()["holdfast worker 0"], signal.SIGKILL)
+    until("third epoch", lambda: server.messages("core", "worker", epoch=3))
+    assert not server.messages("core", "worker", epoch=2)
+    assert server.messages("keeper", "weights_forget")
+    assert [boot["loaded"] for boot in server.log("worker", "boot")] == [False, True, False]
+
+
+def test_a_dead_core_is_replaced_by_one_that_recovers_and_both_sides_are_linked_anew(
+    serve: Serve,
+) -> None:
+    server = serve().wait_ready()
+    before = server.pids()
+    os.kill(before["holdfast core"], signal.SIGKILL)
+    until("worker of epoch 2", lambda: server.messages("core", "worker", epoch=2))
+    assert [boot["recover"] for boot in server.log("core", "boot")] == [False, True]
+    for index in (0, 1):
+        until("eof", lambda i=index: server.log("api", "eof", index=i, link="core"))
+        assert server.messages("api", "core_lost", index=index)
+        assert server.messages("api", "core", index=index, fds=1)
+    new_core = server.log("core", "boot")[1]["pid"]
+    linked = server.messages("core", "api", pid=new_core, fds=1)
+    # Their processes are the old ones: what they asked for before is still theirs.
+    assert [m["message"]["fresh"] for m in linked] == [False, False]
+    after = server.pids()
+    replaced = {"holdfast core", "holdfast worker 0"}
+    assert {t for t in before if before[t] != after[t]} == replaced
+
+
+def test_a_dead_api_process_is_replaced_and_its_port_never_closes(serve: Serve) -> None:
+    server = serve(api_processes=1).wait_ready()
+    port = server.event("ready")[3]["port"]
+    os.kill(server.pids()["holdfast api 0"], signal.SIGKILL)
+    with socket.create_connection(("127.0.0.1", port), timeout=5):
+        until("new api at the core", lambda: len(server.messages("core", "api", index=0)) == 2)
+    assert server.messages("core", "api_lost", index=0)
+    assert [m["message"]["fresh"] for m in server.messages("core", "api")] == [True, True]
+
+
+def test_without_the_keeper_streams_end_with_an_engine_fault_and_the_exit_code_is_70(
+    serve: Serve,
+) -> None:
+    server = serve().wait_ready()
+    pids = server.pids()
+    os.kill(pids["holdfast keeper 0"], signal.SIGKILL)
+    assert server.wait_exit() == 70
+    assert server.messages("core", "end_all", end=5)
+    assert "keeper" in server.event("failed")[2]
+    assert all(gone(pid) for pid in pids.values())
+
+
+@pytest.mark.parametrize("role", ["holdfast core", "holdfast worker 0", "holdfast api 0"])
+def test_a_process_that_keeps_dying_is_given_up_with_one_clear_line(
+    serve: Serve, role: str
+) -> None:
+    server = serve(restarts_per_minute=1).wait_ready()
+    first = server.pids()[role]
+    os.kill(first, signal.SIGKILL)
+    second = until("second", lambda: (p := server.pids()[role]) != first and p)
+    until("restarted", lambda: server.event("restarted", role))
+    os.kill(second, signal.SIGKILL)
+    assert server.wait_exit() == 70
+    assert f"{role} ended 2 times in a minute; last: killed by SIGKILL" in server.event("failed")[2]
+
+
+@pytest.mark.parametrize("role", ["keeper", "worker", "core", "api"])
+def test_an_operator_fault_at_start_is_one_line_and_exit_code_2(serve: Serve, role: str) -> None:
+    server = serve(act={role: "operator"})
+    assert server.wait_exit() == 2
+    assert server.event("operator")[2] == "no such model"
+    assert server.stderr() == ""
+
+
+def test_a_process_that_crashes_at_every_start_does_not_loop_for_ever(serve: Serve) -> None:
+    server = serve(act={"core": "crash"}, restarts_per_minute=2)
+    assert server.wait_exit() == 70
+    assert "exit code 3" in server.event("failed")[2]
+    assert len(server.log("core", "boot")) == 3
+
+
+def test_a_process_that_never_gets_ready_is_ended_at_its_deadline(serve: Serve) -> None:
+    server = serve(act={"worker": "mute"}, start_timeout_s=0.5, restarts_per_minute=0)
+    assert server.wait_exit() == 70
+    assert "it said nothing for 0.5 s while starting" in server.event("failed")[2]
+
+
+def test_sigterm_drains_and_exits_0(serve: Serve) -> None:
+    server = serve().wait_ready()
+    pids = server.pids()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait_exit() == 0
+    assert server.messages("api", "drain", index=0) and server.messages("core", "drain")
+    # Nothing was live: nothing was ended, and everybody stopped by being told.
+    assert not server.messages("core", "end_all")
+    for role in ("api", "core", "worker", "keeper"):
+        assert server.messages(role, "stop")
+    assert all(gone(pid) for pid in pids.values())
+
+
+def test_streams_that_outlast_the_drain_deadline_are_ended_with_shutdown(serve: Serve) -> None:
+    server = serve(act={"core": "busy"}, drain_timeout_s=0.2).wait_ready()
+    server.process.send_signal(signal.SIGINT)
+    assert server.wait_exit() == 0
+    assert server.messages("core", "end_all", end=7)
+
+
+def test_a_second_signal_ends_everything_at_once(serve: Serve) -> None:
+    server = serve(act={"core": "busy"}, drain_timeout_s=600).wait_ready()
+    pids = server.pids()
+    server.process.send_signal(signal.SIGTERM)
+    until("draining", lambda: server.event("draining"))
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait_exit() == 128 + signal.SIGTERM
+    assert all(gone(pid) for pid in pids.values())
+
+
+def test_a_worker_that_dies_while_draining_is_still_replaced(serve: Serve) -> None:
+    server = serve(act={"core": "busy"}, drain_timeout_s=600).wait_ready()
+    server.process.send_signal(signal.SIGTERM)
+    until("draining", lambda: server.event("draining"))
+    os.kill(server.pids()["holdfast worker 0"], signal.SIGKILL)
+    until("new worker", lambda: server.messages("core", "worker", epoch=2))
+
+
+def test_after_sigkill_of_the_supervisor_nothing_is_left(serve: Serve) -> None:
+    server = serve().wait_ready()
+    pids = server.pids()
+    shm = set(os.listdir("/dev/shm"))
+    os.kill(server.pid, signal.SIGKILL)
+    server.process.wait(5)
+    for title, pid in pids.items():
+        until(f"{title} gone", lambda pid=pid: gone(pid), 5)
+    assert f"@holdfast-{server.pid}\n" not in Path("/proc/net/unix").read_text()
+    assert {name for name in os.listdir("/dev/shm") if name not in shm} == set()
+
+
+def test_a_signal_to_the_whole_group_still_drains(serve: Serve) -> None:
+    """systemd and a terminal's Ctrl-C signal every process; only the supervisor may act on it."""
+    server = serve(act={"core": "busy"}, drain_timeout_s=600).wait_ready()
+    pids = server.pids()
+    for pid in pids.values():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(pid, number)
+    server.process.send_signal(signal.SIGTERM)
+    until("drain at the api", lambda: server.messages("api", "drain", index=1))
+    assert server.pids() == pids
+
+
+def test_a_port_in_use_is_one_line_even_when_the_other_server_shares_its_port(
+    serve: Serve,
+) -> None:
+    server = serve().wait_ready()
+    port = server.event("ready")[3]["port"]
+    second = serve(port=port)
+    assert second.wait_exit() == 2
+    assert second.event("operator")[2] == f"--port: {port} is in use; choose another"
+    assert second.stderr() == ""
+    assert not second.log("keeper", "boot")
