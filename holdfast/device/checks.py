@@ -1,0 +1,162 @@
+"""What makes a plan unfit to run: every reason, checked before anything is touched by it.
+
+Pure functions of (plan, limits, row table), numpy only. Invariants: a plan that passes cannot make
+a later stage index outside the row table, the vocabulary or the pool, cannot write a page that it
+seals or that two rows share, and cannot read KV that was zeroed. Raises WorkerFault with the
+values; the caller ends the epoch, nothing is repaired here. Called by device.runner.
+
+    check_deltas    before they are applied: numbering, places in the table, ids, ragged lengths
+    check_rows      after they are applied: lengths against known tokens and held pages
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from holdfast.errors import WorkerFault
+from holdfast.wire.plan import StepPlan, handle_groups, handle_pages
+from holdfast.wire.rows import RowTable
+
+
+def check_deltas(plan: StepPlan, table: RowTable, epoch: int, last_step: int) -> None:
+    """Refuse a plan out of order, or whose deltas reach outside the table."""
+    if (plan.epoch, plan.step) != (epoch, last_step + 1):
+        raise WorkerFault(
+            f"plan {plan.epoch}:{plan.step} (epoch:step) after {epoch}:{last_step}; "
+            f"expected {epoch}:{last_step + 1}"
+        )
+    limits = table.limits
+    rows = limits.rows_total
+    _within(plan, "clears", plan.clears, 1, rows)
+    for name, handles in (("seals", plan.seals), ("zeros", plan.zeros)):
+        _within(plan, f"the group of {name}", handle_groups(handles), 0, limits.groups)
+        _within(plan, f"the page of {name}", handle_pages(handles), 1, limits.pages)
+    writes = plan.page_writes
+    _within(plan, "the group of page writes", writes["group"], 0, limits.groups)
+    _within(plan, "the row of page writes", writes["row"], 1, rows)
+    _within(plan, "the column of page writes", writes["column"], 0, limits.table_columns)
+    _within(plan, "the page of page writes", writes["page"], 0, limits.pages)
+    if plan.admits.size:
+        _check_admits(plan, table)
+
+
+def check_rows(plan: StepPlan, table: RowTable) -> None:
+    """Refuse rows that cannot be computed; `table` is the state after the plan's deltas."""
+    rows, query_lens = plan.rows, plan.query_lens
+    if not rows.size == query_lens.size == plan.samples.size:
+        raise _refusal(
+            plan, f"{rows.size} rows, {query_lens.size} lengths, {plan.samples.size} samples"
+        )
+    if rows.size == 0:
+        return
+    limits = table.limits
+    _within(plan, "rows", rows, 1, limits.rows_total)
+    _distinct(plan, "rows", rows)
+    _within(plan, "query lengths", query_lens, 1, limits.context_tokens + 1)
+    records = table.records[rows]
+    starts = table.length[rows]
+    ends = starts + query_lens
+    _no_row(plan, records["owner"] == 0, "is free")
+    _no_row(plan, ends > limits.context_tokens, "grows past the context")
+    known = np.maximum(records["tokens_len"], starts + 1)
+    _no_row(plan, ends > known, "computes tokens that nobody knows yet")
+    early = (plan.samples != 0) & (ends < records["tokens_len"])
+    _no_row(plan, early, "samples before the end of its known tokens")
+    _check_pages(plan, table, starts, ends)
+
+
+def _check_admits(plan: StepPlan, table: RowTable) -> None:
+    limits, admits = table.limits, plan.admits
+    _within(plan, "admitted rows", admits["row"], 1, limits.rows_total)
+    _distinct(plan, "admitted rows", admits["row"])
+    held = table.records["owner"][admits["row"]] != 0
+    held &= ~np.isin(admits["row"], plan.clears)
+    if held.any():
+        raise _refusal(plan, f"admits row {admits['row'][held][0]}, which is held")
+    if (admits["owner"] == 0).any():
+        raise _refusal(plan, "admits a row for owner 0, which means free")
+    for name, longest in (
+        ("tokens_len", limits.context_tokens),
+        ("bias_len", limits.bias_entries),
+        ("stop_len", limits.stop_ids),
+    ):
+        least = 1 if name == "tokens_len" else 0
+        _within(plan, f"{name} of admitted rows", admits[name], least, longest + 1)
+    _within(plan, "length of admitted rows", admits["length"], 0, admits["tokens_len"])
+    _within(plan, "prompt_len of admitted rows", admits["prompt_len"], 0, admits["tokens_len"] + 1)
+    top = limits.top_logprobs + 1
+    _within(plan, "top_logprobs of admitted rows", admits["top_logprobs"], -1, top)
+    for name, ids, total in (
+        ("tokens", plan.admit_tokens, admits["tokens_len"].sum()),
+        ("bias ids", plan.bias_ids, admits["bias_len"].sum()),
+        ("stop ids", plan.stop_ids, admits["stop_len"].sum()),
+    ):
+        if ids.size != total:
+            raise _refusal(plan, f"brings {ids.size} {name}, its admits name {total}")
+        _within(plan, name, ids, 0, limits.vocab_size)
+    if plan.bias_values.size != plan.bias_ids.size:
+        raise _refusal(plan, f"{plan.bias_values.size} bias values, {plan.bias_ids.size} ids")
+    for name, fit in (
+        ("temperature", np.isfinite(admits["temperature"]) & (admits["temperature"] >= 0)),
+        ("top_p", admits["top_p"] > 0),
+        ("min_p", (admits["min_p"] >= 0) & (admits["min_p"] <= 1)),
+        ("top_k", admits["top_k"] >= 0),
+        ("repetition_penalty", admits["repetition_penalty"] > 0),
+        ("presence_penalty", np.isfinite(admits["presence_penalty"])),
+        ("frequency_penalty", np.isfinite(admits["frequency_penalty"])),
+    ):
+        if not fit.all():
+            raise _refusal(plan, f"admits {name} {admits[name][~fit][0]}")
+
+
+def _check_pages(plan: StepPlan, table: RowTable, starts: np.ndarray, ends: np.ndarray) -> None:
+    """Every page that the step reads or writes is held, and what it writes is its row's own."""
+    size = table.limits.page_tokens
+    rows = plan.rows
+    columns_used = (ends + size - 1) // size
+    width = int(columns_used.max())
+    columns = np.arange(width)
+    used = columns < columns_used[:, None]
+    written = used & (columns >= (starts // size)[:, None])
+    read = used & (columns < ((starts + size - 1) // size)[:, None])
+    for group in range(table.limits.groups):
+        pages = table.page_table[group, rows, :width]
+        _no_row(plan, (used & (pages == 0)).any(axis=1), "needs a page that it does not hold")
+        targets = np.sort(pages[written])
+        if (targets[1:] == targets[:-1]).any():
+            twice = targets[1:][targets[1:] == targets[:-1]][0]
+            raise _refusal(plan, f"writes page {twice} for two rows")
+        for name, handles, touched in (
+            ("seals", plan.seals, targets),
+            ("zeros", plan.zeros, pages[read]),
+        ):
+            mine = handle_pages(handles[handle_groups(handles) == group])
+            clash = mine[np.isin(mine, touched)] if mine.size else mine
+            if clash.size:
+                verb = "writes" if name == "seals" else "reads"
+                raise _refusal(plan, f"{name} page {clash[0]} and {verb} it")
+
+
+def _within(
+    plan: StepPlan, name: str, values: np.ndarray, low: int, high: int | np.ndarray
+) -> None:
+    """Refuse unless low <= values < high."""
+    outside = (values < low) | (values >= high)
+    if outside.any():
+        bound = high if isinstance(high, int) else np.asarray(high)[outside][0]
+        raise _refusal(plan, f"{name}: {values[outside][0]} is not in {low} .. {bound - 1}")
+
+
+def _distinct(plan: StepPlan, name: str, values: np.ndarray) -> None:
+    if np.unique(values).size != values.size:
+        raise _refusal(plan, f"{name} are not distinct")
+
+
+def _no_row(plan: StepPlan, bad: np.ndarray, what: str) -> None:
+    if bad.any():
+        at = int(np.flatnonzero(bad)[0])
+        raise _refusal(plan, f"row {plan.rows[at]} (query length {plan.query_lens[at]}) {what}")
+
+
+def _refusal(plan: StepPlan, what: str) -> WorkerFault:
+    return WorkerFault(f"plan {plan.epoch}:{plan.step} refused: {what}")

@@ -1,0 +1,230 @@
+"""The worker: the one process that launches kernels. Disposable; nothing it holds is worth saving.
+
+It maps the keeper's memory, loads the weights when the slab is empty, sums what it found there,
+warms up, and then answers plans with results until it is told to stop or loses its core. Whether
+the sum is right is the keeper's to say (the supervisor asks it); a worker of wrong weights is ended
+before the core ever hears of it. Any error in a step ends the process: an epoch is never continued
+after a fault, it is replaced.
+
+Started by the supervisor through proc.child. It must not know requests, texts, or other workers.
+Torch is imported after `boot`, so that the process is tied to its parent's life from the start.
+
+    boot -> import -> map -> load | sum -> warm -> ready -> (plan -> result)* -> stop, core gone: 0
+                                                                              -> fault: 70
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import select
+import sys
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from holdfast.errors import LinkClosed, LinkError, OperatorError, OptionError
+from holdfast.proc.child import EXIT_FAULT, EXIT_OPERATOR, Boot, boot
+from holdfast.proc.control import Control
+from holdfast.wire.link import Kind, Link
+from holdfast.wire.plan import StepPlan
+
+if TYPE_CHECKING:
+    from holdfast.device.memory import DeviceMemory
+    from holdfast.device.runner import Runner
+    from holdfast.model.spec import ModelSpec
+    from holdfast.model.weights import WeightsLayout
+
+# Between two progress messages: at most ten a second.
+PROGRESS_S = 0.1
+# One sleep at most, so that a missed wake-up costs a second and not the worker.
+WAIT_S = 1.0
+# How long results that were computed may take to leave after "stop".
+STOP_FLUSH_S = 1.0
+# Of the traceback in a fault message; the innermost frames come last and are kept.
+TRACEBACK_CHARS = 16_000
+
+
+class Stopped(Exception):
+    """The supervisor said stop; not an error."""
+
+
+class Progress:
+    """Reports bytes done to the supervisor, and hears a stop while it waits for them."""
+
+    def __init__(self, control: Control, what: str) -> None:
+        self._control = control
+        self._what = what
+        self._next_s = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now_s = time.monotonic()
+        if now_s < self._next_s and done < total:
+            return
+        self._next_s = now_s + PROGRESS_S
+        self._control.progress(self._what, done, total)
+        obey(self._control)
+
+
+class Worker:
+    """A device behind two channels: plans come over `link`, a stop over `control`."""
+
+    def __init__(self, runner: Runner, control: Control, link: Link) -> None:
+        self._runner = runner
+        self._control = control
+        self._link = link
+
+    def run(self) -> None:
+        """Answer plans. Raises Stopped when told to, LinkClosed when core or supervisor is gone,
+        and whatever a step raises."""
+        poller = select.poll()
+        while True:
+            for channel in (self._control, self._link):
+                wanted = select.POLLOUT if channel.unsent_bytes else 0
+                poller.register(channel.fileno(), select.POLLIN | wanted)
+            ready = dict(poller.poll(WAIT_S * 1000))
+            if self._control.fileno() in ready:
+                self._control.flush()
+                obey(self._control)
+            if self._link.fileno() in ready:
+                self._link.flush()
+                for kind, payload in self._link.drain():
+                    self._step(kind, payload)
+
+    def flush(self) -> None:
+        """Give the core what was computed. Raises LinkError when it does not take it in time."""
+        self._link.flush_until(STOP_FLUSH_S)
+
+    def _step(self, kind: int, payload: bytes) -> None:
+        if kind != Kind.PLAN:
+            raise LinkError(f"frame of kind {kind} from the core")
+        result = self._runner.run(StepPlan.decode(payload))
+        self._link.send(Kind.RESULT, result.encode())
+
+
+def obey(control: Control) -> None:
+    """Take what the supervisor has said. Raises Stopped, or LinkError when it makes no sense."""
+    for message, _ in control.receive():
+        if message["type"] == "stop":
+            raise Stopped
+        raise LinkError(f"control message {message['type']!r} from the supervisor")
+
+
+def main() -> int:
+    start = boot()
+    control = start.control()
+    try:
+        return _work(start, control)
+    except Stopped:
+        return 0
+    except LinkClosed:
+        # The core is gone, or the supervisor, whose death kills us anyway: nobody to tell.
+        return 0
+    except OperatorError as error:
+        with contextlib.suppress(LinkError):
+            control.fault(error)
+        return EXIT_OPERATOR
+    except Exception as error:
+        _report(control, error)
+        return EXIT_FAULT
+
+
+def _work(start: Boot, control: Control) -> int:
+    from holdfast.model.spec import ModelSpec
+
+    config = start.config
+    if config["device"] != "cpu":
+        raise OptionError("--device", f"this build computes on cpu, not {config['device']!r}")
+    spec = ModelSpec.load(config["model"])
+
+    # Only now: what the operator can mend is said before the seconds that this takes.
+    import torch
+
+    torch.set_num_threads(config["threads"])
+    link = Link(start.socket("core"), epoch=config["epoch"])
+    runner, facts = prepare(start, spec, control)
+    # What is alive now stays alive; collections in the loop then have little to walk.
+    gc.collect()
+    gc.freeze()
+    control.ready(torch=str(torch.__version__), threads=torch.get_num_threads(), **facts)
+    worker = Worker(runner, control, link)
+    try:
+        worker.run()
+    except Stopped:
+        # A core that takes no results any more is no reason to end otherwise than told.
+        with contextlib.suppress(LinkError):
+            worker.flush()
+    return 0
+
+
+def prepare(start: Boot, spec: ModelSpec, control: Control) -> tuple[Runner, dict[str, Any]]:
+    """A warm runner over the keeper's memory, and what to tell of it."""
+    from holdfast.device.memory import DeviceMemory
+    from holdfast.device.runner import Runner
+    from holdfast.model.decoder import Decoder
+    from holdfast.model.weights import WeightsLayout
+    from holdfast.ops.checksum import slab_sum
+
+    config = start.config
+    memory = DeviceMemory.attach(
+        spec,
+        start.limits,
+        weights_fd=start.fds["weights"],
+        kv_fd=start.fds["pool"],
+        dtype=config["dtype"],
+        pool_dtype=config["pool_dtype"],
+    )
+    started_s = time.monotonic()
+    layout = WeightsLayout.of(spec, config["dtype"])
+    if not config["loaded"]:
+        load(spec, layout, memory, config, control)
+    loaded_s = time.monotonic()
+    weights_sum = slab_sum(memory.weights, Progress(control, "weights check"))
+    summed_s = time.monotonic()
+    decoder = Decoder(spec, layout.views(memory.weights))
+    runner = Runner(start.limits, decoder, memory, epoch=config["epoch"])
+    runner.warm_up()
+    facts = {
+        "weights_sum": weights_sum,
+        "weights_bytes": memory.weights.numel(),
+        "load_s": loaded_s - started_s,
+        "sum_s": summed_s - loaded_s,
+        "warm_s": time.monotonic() - summed_s,
+    }
+    return runner, facts
+
+
+def load(
+    spec: ModelSpec,
+    layout: WeightsLayout,
+    memory: DeviceMemory,
+    config: dict[str, Any],
+    control: Control,
+) -> None:
+    """Fill the weights slab, from the model's folder or with numbers drawn from the seed."""
+    from holdfast.model.weights import dummy_weights, load_weights
+
+    if config["load"] == "dummy":
+        dummy_weights(spec, memory.weights, layout, config["seed"])
+    else:
+        load_weights(spec, memory.weights, layout, Progress(control, "weights"))
+
+
+def _report(control: Control, error: Exception) -> None:
+    """Say what broke: in full on stderr, and to the supervisor, which shows one line of it."""
+    text = traceback.format_exc()
+    print(text, file=sys.stderr, flush=True)
+    message = {
+        "type": "fault",
+        "operator": False,
+        "message": str(error) or type(error).__name__,
+        "kind": type(error).__name__,
+        "traceback": text[-TRACEBACK_CHARS:],
+    }
+    # A supervisor that is gone or does not read sees the exit code.
+    with contextlib.suppress(LinkError):
+        control.send(message)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
