@@ -267,10 +267,11 @@ class Brain:
     def commit(self, result: StepResult, now_s: float) -> None:
         """Settle the oldest unanswered plan.
 
-        A result of another epoch, or one that was committed already, is counted and dropped.
-        Raises WorkerFault when the result cannot be of the plan: the epoch must end.
+        One that was committed already is counted and dropped; those of another epoch never get
+        past the link. Raises WorkerFault when the result cannot be of the plan: the epoch must end.
         """
-        if result.epoch != self.epoch or not self._flights or self.suspended:
+        require(result.epoch == self.epoch, f"result of epoch {result.epoch} in {self.epoch}")
+        if not self._flights or self.suspended:
             self.metrics.add("stale_results_total")
             return
         flight = self._flights[0]

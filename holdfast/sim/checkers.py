@@ -7,6 +7,8 @@ touch which page, what the oracle's text is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from holdfast.config import Limits
@@ -76,9 +78,11 @@ class PageWatch:
         self.limits = limits
         self.rows = RowTable(limits)
         self.touched: dict[int, dict[int, int]] = {}  # page -> life -> last launched step
+        self.tenants: dict[int, str] = {}  # page -> whose tokens it holds
         self.acknowledged = 0
 
-    def launch(self, plan: StepPlan) -> None:
+    def launch(self, plan: StepPlan, tenant_of_row: Callable[[int], str]) -> None:
+        """`plan` is about to be sent; `tenant_of_row` says whose request holds a row of it."""
         rows, size = self.rows, self.limits.page_tokens
         rows.apply(plan)
         for row, count in zip(plan.rows.tolist(), plan.query_lens.tolist(), strict=True):
@@ -87,12 +91,19 @@ class PageWatch:
             if life == 0:
                 raise Violation(f"step {plan.step} computes row {row}, which nobody owns")
             last = (start + count - 1) // size
-            written = table[start // size : last + 1].tolist()
-            for page in written:
+            tenant = tenant_of_row(row)
+            for page in table[start // size : last + 1].tolist():
                 self._write(plan.step, page, life)
+                if start % size == 0 or page != int(table[start // size]):
+                    self.tenants[page] = tenant
             for page in table[: last + 1].tolist():
                 if page == 0:
                     raise Violation(f"step {plan.step}: row {row} reads the trash page")
+                if self.tenants.get(page) != tenant:
+                    raise Violation(
+                        f"step {plan.step}: row {row} of tenant {tenant} reads page {page}, which "
+                        f"holds tokens of {self.tenants.get(page)}"
+                    )
                 self.touched.setdefault(page, {})[life] = plan.step
         rows.advance(plan, np.zeros(plan.rows.size, np.int32))
 

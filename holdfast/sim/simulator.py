@@ -76,6 +76,7 @@ class Simulation:
         self.faults: dict[str, int] = {}
         self.views: dict[int, ClientView] = {}
         self.cancelled: set[int] = set()  # the core was told
+        self.sent_at: dict[tuple[int, int], int] = {}  # when the core made a token
         self.journal = memoryview(bytearray(Journal.size(self.limits)))
         self.metrics = Metrics(memoryview(bytearray(Metrics.size(1))), 0)
         self.memory = memory_of(self.limits)
@@ -190,12 +191,18 @@ class Simulation:
             return
         while (plan := self.brain.plan(self.now_s)) is not None:
             self.steps += 1
-            self.watch.launch(plan)
+            self.watch.launch(plan, self._tenant_of)
             self._send_plan(plan)
         self._flush()
         deadline = self.brain.next_deadline_s
         if deadline is not None and deadline < 1e5:
             self.at(max(self.now + 1, int(deadline * 1e6) + 1), self._wake, "core wakes")
+
+    def _tenant_of(self, row: int) -> str:
+        request = self.brain.scheduler.running.requests[row]
+        if request is None:
+            raise Violation(f"row {row} is launched for nobody")
+        return request.admission.tenant
 
     def _wake(self) -> None:
         deadline = self.brain.next_deadline_s
@@ -214,9 +221,11 @@ class Simulation:
     def _no_token_after_cancel(self, kind: int, payload: bytes) -> None:
         if kind != Kind.TOKENS:
             return
-        for request in TokenBatch.decode(payload).requests.tolist():
+        batch = TokenBatch.decode(payload)
+        for request, index in zip(batch.requests.tolist(), batch.indexes.tolist(), strict=True):
             if request in self.cancelled:
                 raise Violation(f"request {request:#x}: a token after its cancel or finish")
+            self.sent_at.setdefault((request, index), self.now)
 
     def _core_dies(self) -> None:
         """Memory of the core is gone, and what it had not handed to a socket yet."""
@@ -466,6 +475,9 @@ class Simulation:
             if view.abandoned or view.end is End.STOP:
                 continue
             view.token(index, token, End(end), self.limits.vocab_size)
+            deadline = view.job.at + view.job.timeout
+            if self.sent_at.get((request, index), 0) > deadline + self.world.channel_time:
+                raise Violation(f"request {request:#x}: token {index} was made after its deadline")
             after = view.job.finish_after
             if view.end is None and after is not None and view.tokens >= after:
                 finished.append(Finish(request, view.tokens))

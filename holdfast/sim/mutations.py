@@ -1,0 +1,360 @@
+"""Mutations: real bugs of the field, each put into one production function to see it caught.
+
+A mutation is a change of source text: the function's own source, in which `old` must stand exactly
+once, recompiled with `new` in its place. So there are no hooks in production code, and a mutation
+whose place has moved fails loudly (`MutationStale`) instead of testing nothing.
+
+`hunt` runs worlds until one sees the mutation. The unmutated engine must pass all of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from holdfast.sim.simulator import Outcome, simulate
+from holdfast.sim.world import PROFILES, draw
+
+
+class MutationStale(Exception):
+    """The text that a mutation changes is not there (once) any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """`where`: module:Class.function or module:function. `bug`: the sentence it makes untrue."""
+
+    name: str
+    bug: str
+    where: str
+    old: str
+    new: str
+
+
+_S, _C, _B = "holdfast.core.scheduler:", "holdfast.core.commit:", "holdfast.core.brain:"
+_L, _P, _R = "holdfast.kv.ledger:", "holdfast.kv.prefix:", "holdfast.wire.rows:"
+
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "free-for-retire",
+        "a released page is reused only after the step that may touch it",
+        _L + "Ledger.release",
+        "if step <= self._acknowledged:",
+        "if True:",
+    ),
+    Mutation(
+        "reuse-at-abort",
+        "pages of an aborted request wait for the step in flight",
+        _S + "Scheduler.drop_row",
+        "self.ledger.release(self.running.leave(row), self.step)",
+        "self.ledger.release(self.running.leave(row), 0)",
+    ),
+    Mutation(
+        "lost-acknowledgement",
+        "every acknowledgement is taken",
+        _L + "Ledger.acknowledge",
+        "self._clock += 1",
+        "self._clock += 1\n    if step % 3 == 0: return",
+    ),
+    Mutation(
+        "drain-in-prefill-only",
+        "acknowledgements are drained in every step",
+        _C + "Commit.commit",
+        "self.ledger.acknowledge(plan.step)",
+        "if plan.admits.size: self.ledger.acknowledge(plan.step)",
+    ),
+    Mutation(
+        "index-before-seal",
+        "only sealed pages are indexed",
+        _S + "Scheduler.want_seals",
+        "self.seals.append(SealBatch(handles, tokens, chains))",
+        "self.ledger.index.insert(-1, tokens[:4 * page_tokens], int(handles[0]),"
+        " int(handles[0]) & 0xFFFFFF)",
+    ),
+    Mutation(
+        "page-boundary",
+        "a token at a page's first position has a page",
+        _S + "Scheduler._decode",
+        "// self.limits.page_tokens >= run.pages_len[rows]",
+        "// self.limits.page_tokens > run.pages_len[rows]",
+    ),
+    Mutation(
+        "chunk-page-boundary",
+        "a chunk that fills its last page has that page",
+        _S + "Scheduler._chunk",
+        "pages = self.limits.pages_for_tokens(planned + count) - held",
+        "pages = (planned + count - 1) // page_tokens - held",
+    ),
+    Mutation(
+        "clamp-to-size",
+        "a prefix hit leaves one token to compute",
+        _S + "Scheduler._admit",
+        "(tokens.size - 1) // self.limits.page_tokens",
+        "tokens.size // self.limits.page_tokens",
+    ),
+    Mutation(
+        "table-too-narrow",
+        "a page table holds the longest context",
+        "holdfast.config:Limits.table_columns",
+        "math.ceil(self.context_tokens / self.page_tokens)",
+        "max(1, self.context_tokens // self.page_tokens - 1)",
+    ),
+    Mutation(
+        "delta-twice",
+        "a step moves a row once",
+        _R + "RowTable.advance",
+        "self.length[plan.rows] += plan.query_lens",
+        "self.length[plan.rows] += plan.query_lens + (plan.query_lens > 4)",
+    ),
+    Mutation(
+        "stale-row",
+        "a row that ended is empty before it is used again",
+        _R + "RowTable.apply",
+        "self.page_table[:, rows] = 0",
+        "pass",
+    ),
+    Mutation(
+        "clear-forgotten",
+        "the device is told of every row that ends",
+        _S + "Scheduler.drop_row",
+        "self.clears.append(row)",
+        "self.clears[:] = [row]",
+    ),
+    Mutation(
+        "skip-epoch-check",
+        "a result of an old epoch is dropped",
+        "holdfast.wire.link:MemoryLink.receive",
+        "if epoch == self.epoch:",
+        "if epoch <= self.epoch:",
+    ),
+    Mutation(
+        "emit-before-journal",
+        "a token is in the journal before anybody sees it",
+        _C + "Commit._settle_tokens",
+        "if not self.journal.tokens(self._wall_ns(), ids, tokens):",
+        "late, self.late = getattr(self, 'late', None), (self._wall_ns(), ids, tokens)\n"
+        "    if late is not None and not self.journal.tokens(*late):",
+    ),
+    Mutation(
+        "resume-from-start",
+        "a resumed client gets what it has not seen",
+        _B + "Brain._send_tokens",
+        "tokens = tokens[first:]",
+        "pass",
+    ),
+    Mutation(
+        "resume-at-cursor",
+        "what was journalled and not sent is sent after a restart",
+        _B + "Brain._send_tokens",
+        "tokens = tokens[first:]",
+        "return",
+    ),
+    Mutation(
+        "double-release",
+        "a lease is released once",
+        _S + "Scheduler.drop_row",
+        "self.clears.append(row)",
+        "self.clears.append(row)\n    self.ledger.release(self.running.handles[row, :1], self.step)",
+    ),
+    Mutation(
+        "leak-on-abort-mid-prefill",
+        "a request that ends in the middle of its prompt gives its pages back",
+        _S + "Scheduler.drop_row",
+        "self.ledger.release(self.running.leave(row), self.step)",
+        "half = self.running.planned[row] < self.running.prompt[row]\n"
+        "    pages = self.running.leave(row)\n"
+        "    self.ledger.release(pages[:0] if half else pages, self.step)",
+    ),
+    Mutation(
+        "prefix-without-parent",
+        "a prefix hit continues the pages before it",
+        _P + "PrefixIndex.walk",
+        "parent = handle",
+        "pass",
+    ),
+    Mutation(
+        "prefix-without-tenant",
+        "a prefix is shared within its tenant only",
+        _S + "_tag",
+        'return tag + b"\\0" + tenant.encode()',
+        "return tag",
+    ),
+    Mutation(
+        "token-after-cancel",
+        "no token of a request follows its end",
+        _C + "Commit.commit",
+        "live = run.life[plan.rows] == flight.life",
+        "live = run.life[plan.rows] >= 0",
+    ),
+    Mutation(
+        "preempt-forgets",
+        "a preempted request keeps the tokens it has said",
+        _S + "Scheduler.preempt",
+        "if known > tokens.size:",
+        "if False:",
+    ),
+    Mutation(
+        "preempt-off-by-one",
+        "a preempted request goes on behind its last token",
+        _S + "Scheduler.preempt",
+        "known = request.prompt_len + int(run.emitted[row])",
+        "known = request.prompt_len + max(0, int(run.emitted[row]) - 1)",
+    ),
+    Mutation(
+        "seal-partial",
+        "only full pages are sealed",
+        _C + "Commit._want_seals",
+        "complete = mirror.length[rows] // self.limits.page_tokens",
+        "complete = -(-mirror.length[rows] // self.limits.page_tokens)",
+    ),
+    Mutation(
+        "twin-unleased",
+        "a page below another's twin keeps that twin from eviction",
+        _C + "Commit._borrow",
+        "chain.borrowed.append(handle)",
+        "self.ledger.release(handles, self.scheduler.step)",
+    ),
+    Mutation(
+        "digest-ignored",
+        "a device whose rows differ from the brain's is stopped",
+        _C + "Commit.commit",
+        "if expected != result.digest:",
+        "if False:",
+    ),
+    Mutation(
+        "deadline-ignored",
+        "a request ends at its deadline",
+        _B + "Brain.expire",
+        "if request is not None and request.deadline_s <= now_s:",
+        "if False:",
+    ),
+    Mutation(
+        "queue-unbounded",
+        "the queue is bounded",
+        "holdfast.core.admission:Admission.judge",
+        "if full or tokens:",
+        "if False:",
+    ),
+    Mutation(
+        "no-last-resort",
+        "when nothing can go on, somebody is preempted",
+        _S + "Scheduler._unblock",
+        "if run.active == 0:",
+        "if run.active >= 0:",
+    ),
+    Mutation(
+        "generation-kept",
+        "a freed page's old handles are stale",
+        "holdfast.kv.pages:PagePool.give_back",
+        "self.current[pages] += NEXT_GENERATION",
+        "pass",
+    ),
+    Mutation(
+        "end-forgotten",
+        "a client that missed its end gets it from the next core",
+        _B + "Brain._remember",
+        "self._ended[record.id] = (bare, output, end)",
+        "return",
+    ),
+    Mutation(
+        "restored-not-muted",
+        "a restored request is silent until its client resumes it",
+        _B + "Brain.restore",
+        "self.committer.muted.add(request.id)",
+        "pass",
+    ),
+    Mutation(
+        "evict-parent-first",
+        "a page leaves the trie after its children",
+        _L + "Ledger._evictable",
+        "and self.index.children[page] == 0",
+        "",
+    ),
+    Mutation(
+        "hit-without-lease",
+        "a row leases the pages it shares",
+        _S + "Scheduler._admit",
+        "self.ledger.acquire(hits)",
+        "pass",
+    ),
+    Mutation(
+        "followers-forgotten",
+        "held-back choices run when their leader is done",
+        _S + "Scheduler.release_followers",
+        "self.waiting.push(follower)",
+        "pass",
+    ),
+    Mutation(
+        "worker-loss-keeps-pages",
+        "after a worker is lost nothing unverified is reused",
+        _B + "Brain.new_epoch",
+        "self.ledger.reset()",
+        "self.ledger.acknowledge(1 << 40)\n    self.ledger._acknowledged = 0",
+    ),
+    Mutation(
+        "result-out-of-order",
+        "results are committed in order",
+        _B + "Brain.commit",
+        "if result.step < flight.plan.step:",
+        "if False:",
+    ),
+)
+
+
+@contextmanager
+def applied(mutation: Mutation) -> Iterator[None]:
+    """The production function with the bug in it, for as long as the context lasts."""
+    module_name, _, path = mutation.where.partition(":")
+    module = importlib.import_module(module_name)
+    *owners, name = path.split(".")
+    owner: Any = module
+    for part in owners:
+        owner = getattr(owner, part)
+    original = inspect.getattr_static(owner, name)
+    function = original.fget if isinstance(original, property) else original
+    source = textwrap.dedent(inspect.getsource(function))
+    if source.count(mutation.old) != 1:
+        raise MutationStale(f"{mutation.name}: {source.count(mutation.old)} times in {path}")
+    indent = " " * _indent_of(source, mutation.old)
+    # New lines of a replacement continue at the indent of the line they replace.
+    new = mutation.new.replace("\n    ", "\n" + indent).replace("\n" + indent * 2, "\n" + indent)
+    source = source.replace(mutation.old, new).replace("@property\n", "")
+    scope: dict[str, Any] = {}
+    code = compile(source, f"<mutation {mutation.name}>", "exec", flags=0x100000, dont_inherit=True)
+    exec(code, module.__dict__ | {"__class__": owner}, scope)
+    changed: Any = _rebound(scope[function.__name__], module)
+    setattr(owner, name, property(changed) if isinstance(original, property) else changed)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _indent_of(source: str, text: str) -> int:
+    line = source[: source.index(text)].rsplit("\n", 1)[-1]
+    return len(line) - len(line.lstrip())
+
+
+def _rebound(function: Any, module: Any) -> Any:
+    """The function with the module's own globals, so that it sees what others patch."""
+    import types
+
+    return types.FunctionType(
+        function.__code__, module.__dict__, function.__name__, function.__defaults__
+    )
+
+
+def hunt(mutation: Mutation, seeds: int = 200, first: int = 0) -> tuple[int, Outcome] | None:
+    """The first of `seeds` worlds, profiles in turn, that sees the bug, and how; None if none."""
+    profiles = [name for name in PROFILES if name != "calm"]
+    with applied(mutation):
+        for number in range(first, first + seeds):
+            outcome = simulate(draw(number, profiles[number % len(profiles)]))
+            if outcome.violation is not None:
+                return number, outcome
+    return None
