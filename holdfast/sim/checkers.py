@@ -79,10 +79,17 @@ class PageWatch:
         self.rows = RowTable(limits)
         self.touched: dict[int, dict[int, int]] = {}  # page -> life -> last launched step
         self.tenants: dict[int, str] = {}  # page -> whose tokens it holds
+        self.handles: dict[int, int] = {}  # handle -> the life it was given to, for ever
         self.acknowledged = 0
 
-    def launch(self, plan: StepPlan, tenant_of_row: Callable[[int], str]) -> None:
-        """`plan` is about to be sent; `tenant_of_row` says whose request holds a row of it."""
+    def launch(
+        self,
+        plan: StepPlan,
+        tenant_of_row: Callable[[int], str],
+        handle_of: Callable[[int, int], int],
+    ) -> None:
+        """`plan` is about to be sent; the callbacks say whose request holds a row of it, and by
+        which handle the brain holds the page in (row, column)."""
         rows, size = self.rows, self.limits.page_tokens
         rows.apply(plan)
         for row, count in zip(plan.rows.tolist(), plan.query_lens.tolist(), strict=True):
@@ -94,8 +101,11 @@ class PageWatch:
             tenant = tenant_of_row(row)
             for page in table[start // size : last + 1].tolist():
                 self._write(plan.step, page, life)
-                if start % size == 0 or page != int(table[start // size]):
-                    self.tenants[page] = tenant
+            for column in range(-(-start // size), last + 1):
+                self.tenants[int(table[column])] = tenant
+                handle = handle_of(row, column)
+                if self.handles.setdefault(handle, life) != life:
+                    raise Violation(f"step {plan.step}: handle {handle:#x} is given out again")
             for page in table[: last + 1].tolist():
                 if page == 0:
                     raise Violation(f"step {plan.step}: row {row} reads the trash page")

@@ -112,13 +112,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         "self.length[plan.rows] += plan.query_lens + (plan.query_lens > 4)",
     ),
     Mutation(
-        "stale-row",
-        "a row that ended is empty before it is used again",
-        _R + "RowTable.apply",
-        "self.page_table[:, rows] = 0",
-        "pass",
-    ),
-    Mutation(
         "clear-forgotten",
         "the device is told of every row that ends",
         _S + "Scheduler.drop_row",
@@ -159,7 +152,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "a lease is released once",
         _S + "Scheduler.drop_row",
         "self.clears.append(row)",
-        "self.clears.append(row)\n    self.ledger.release(self.running.handles[row, :1], self.step)",
+        "self.clears.append(row)\n"
+        "    self.ledger.release(self.running.handles[row, :1], self.step)",
     ),
     Mutation(
         "leak-on-abort-mid-prefill",

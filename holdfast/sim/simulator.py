@@ -191,7 +191,7 @@ class Simulation:
             return
         while (plan := self.brain.plan(self.now_s)) is not None:
             self.steps += 1
-            self.watch.launch(plan, self._tenant_of)
+            self.watch.launch(plan, self._tenant_of, self._handle_of)
             self._send_plan(plan)
         self._flush()
         deadline = self.brain.next_deadline_s
@@ -203,6 +203,9 @@ class Simulation:
         if request is None:
             raise Violation(f"row {row} is launched for nobody")
         return request.admission.tenant
+
+    def _handle_of(self, row: int, column: int) -> int:
+        return int(self.brain.scheduler.running.handles[row, column])
 
     def _wake(self) -> None:
         deadline = self.brain.next_deadline_s
