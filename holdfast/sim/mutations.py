@@ -290,13 +290,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         "self.ledger.reset()",
         "self.ledger.acknowledge(1 << 40)\n    self.ledger._acknowledged = 0",
     ),
-    Mutation(
-        "result-out-of-order",
-        "results are committed in order",
-        _B + "Brain.commit",
-        "if result.step < flight.plan.step:",
-        "if False:",
-    ),
 )
 
 

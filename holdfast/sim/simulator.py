@@ -238,9 +238,11 @@ class Simulation:
         self.brain.suspend()
         self.brain.restore(recover(self.journal), self.now_s)
         life = self.core_life
-        # What it had sent is still in the sockets; api reads that first, then asks for the rest.
-        delay = self.world.channel_time + 1
+        # What it had sent is still in the sockets; api reads that first, then asks for the rest,
+        # sooner or later.
         for api in range(self.limits.api_processes):
+            delay = self.world.channel_time + 1
+            delay += self.rng.choice([0, 3, 100]) * self.world.step_time
             self.after(delay, lambda api=api: self._api_resumes(api, life), f"api {api} resumes")
         self._respawn(self.epoch)
 

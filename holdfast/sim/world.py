@@ -149,6 +149,10 @@ def _draw_jobs(rng: Random, limits: Limits, rates: Rates, count: int, span: int)
     jobs, next_id = [], 1
     for _ in range(count):
         stem = list(rng.choice(stems))
+        if rng.random() < 0.2:
+            # A page that follows itself: told from its twin by its parent alone.
+            stem = stem[: rng.choice([1, 2, 7])] * limits.context_tokens
+            stem = stem[: limits.context_tokens]
         if rng.random() < 0.3:
             stem[rng.randrange(len(stem))] = rng.randrange(VOCAB)
         length = rng.randint(1, limits.context_tokens - 1)
