@@ -1,0 +1,212 @@
+"""`holdfast bench core`: what the brain's whole step costs, without a device.
+
+The production brain runs against a fake worker that keeps a production row table, reports its
+digest and draws tokens by hash. One step is timed as everything the core process does for it:
+expiry, plan, encode, decode, commit (digest check, journal, ledger), output. The fake worker's own
+time is taken out. Two plans are in flight, as in production.
+
+`contexts`: the rows already hold so many tokens; the step must not cost more for it.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from holdfast.bench.report import summary, table
+from holdfast.config import Limits
+from holdfast.core.brain import Brain
+from holdfast.core.journal import Journal
+from holdfast.core.metrics import Metrics
+from holdfast.errors import require
+from holdfast.sim.fake_worker import FakeWorker
+from holdfast.wire.messages import Sampling, Submit
+from holdfast.wire.plan import StepPlan, StepResult
+from holdfast.wire.rows import mix
+
+ROWS = (1, 16, 64, 256)
+CONTEXTS = (512, 4096, 32768)
+TARGETS_US = {64: 150.0, 256: 300.0}
+PAGE_TOKENS = 16
+VOCAB_SIZE = 32_000
+WARM_STEPS = 40
+
+
+class QuickWorker(FakeWorker):
+    """The simulator's worker, but a token is a hash of (seed, position), not of the whole history:
+    reading 256 histories of 32768 tokens would make each step wait 100 ms for its fake device."""
+
+    def _forward(self, plan: StepPlan) -> np.ndarray:
+        positions = self.rows.length[plan.rows] + plan.query_lens
+        drawn = mix(positions.astype(np.int64), self.rows.records["seed"][plan.rows])
+        tokens = (drawn % np.uint64(self.limits.vocab_size)).astype(np.int32)
+        return tokens * plan.samples.astype(np.int32)
+
+
+class Stopwatch:
+    """Adds up the time spent inside `with`: by the clock, and of this thread on a CPU."""
+
+    def __init__(self) -> None:
+        self.wall_ns = self.cpu_ns = 0
+
+    def __enter__(self) -> None:
+        self._cpu_ns = time.thread_time_ns()
+        self._wall_ns = time.perf_counter_ns()
+
+    def __exit__(self, *_: object) -> None:
+        self.wall_ns += time.perf_counter_ns() - self._wall_ns
+        self.cpu_ns += time.thread_time_ns() - self._cpu_ns
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    rows: int
+    context_tokens: int
+
+
+class Rig:
+    """A brain with `case.rows` requests that decode from about `case.context_tokens` on."""
+
+    def __init__(self, case: Case, steps: int) -> None:
+        self.case = case
+        self.limits = limits = _limits(case, steps)
+        journal = Journal(memoryview(bytearray(Journal.size(limits))), limits)
+        metrics = Metrics(memoryview(bytearray(Metrics.size(1))), 0)
+        self.brain = Brain(limits, journal, metrics)
+        self.worker = QuickWorker(limits)
+        self._frames: deque[bytes] = deque()
+        draw = np.random.default_rng([case.rows, case.context_tokens])
+        for number in range(case.rows):
+            # Lengths differ by a few pages, so that rows do not all cross a page in the same step.
+            size = case.context_tokens - int(draw.integers(0, 4 * PAGE_TOKENS))
+            prompt = draw.integers(0, VOCAB_SIZE, size=size, dtype=np.int32)
+            submit = Submit(
+                ids=(number + 1,),
+                prompt=prompt.tobytes(),
+                seeds=(number,),
+                max_tokens=limits.context_tokens - size,
+                sampling=Sampling(temperature=0.0),
+                timeout_s=limits.timeout_s,
+            )
+            self.brain.receive(0, submit, time.monotonic())
+        self.brain.take_output()
+
+    def step(self) -> tuple[float, float]:
+        """One step, steady state: a plan goes out, the oldest result comes in.
+
+        Returns (wall, CPU of this thread) microseconds that the brain took.
+        """
+        watch = Stopwatch()
+        with watch:
+            now_s = time.monotonic()
+            self.brain.expire(now_s)
+            plan = self.brain.plan(now_s)
+            frame = None if plan is None else plan.encode()
+        if frame is not None:
+            self._frames.append(self.worker.run(StepPlan.decode(frame)).encode())
+        if self._frames and (frame is None or self.brain.in_flight >= self.limits.steps_ahead):
+            answer = self._frames.popleft()
+            with watch:
+                self.brain.commit(StepResult.decode(answer), time.monotonic())
+                self.brain.take_output()
+        else:
+            require(frame is not None, "the brain neither plans nor waits for a result")
+        return watch.wall_ns / 1000, watch.cpu_ns / 1000
+
+    def prefill(self) -> None:
+        """Run until every row decodes. Bounded: the prompts' chunks and some."""
+        tokens = self.case.rows * self.case.context_tokens
+        bound = 100 + 4 * self.case.rows + 4 * tokens // self.limits.prefill_tokens
+        for _ in range(bound):
+            self.step()
+            if self._all_decode():
+                return
+        require(False, f"{self.case} did not reach decode within {bound} steps")
+
+    def _all_decode(self) -> bool:
+        table = self.worker.rows
+        held = table.records["owner"] != 0
+        if int(held.sum()) < self.case.rows:
+            return False
+        return bool((table.length[held] > table.records["prompt_len"][held]).all())
+
+
+def _limits(case: Case, steps: int) -> Limits:
+    prefill_tokens = 8192  # Only to reach long contexts soon; decode rows come first anyway.
+    # What all rows can have decoded by the end: the wait for the last prompt, and the steps timed.
+    prefill_steps = case.rows * case.context_tokens // prefill_tokens + case.rows + 100
+    context = case.context_tokens + prefill_steps + WARM_STEPS + steps + 100
+    columns = -(-context // PAGE_TOKENS)
+    return Limits(
+        vocab_size=VOCAB_SIZE,
+        context_tokens=context,
+        page_tokens=PAGE_TOKENS,
+        pages=case.rows * columns + 64,
+        rows_max=case.rows,
+        prefill_tokens=prefill_tokens,
+        queue_requests=max(case.rows, 64),
+        live_tokens=(case.rows + 1) * context,
+    )
+
+
+def measure(case: Case, steps: int) -> dict[str, object]:
+    """Brain microseconds of `steps` decode steps of `case`."""
+    rig = Rig(case, steps)
+    rig.prefill()
+    for _ in range(WARM_STEPS):
+        rig.step()
+    # As the core process does once it is up: what lives for ever is not walked again.
+    gc.collect()
+    gc.freeze()
+    try:
+        spent = [rig.step() for _ in range(steps)]
+    finally:
+        gc.unfreeze()
+    wall_us, cpu_us = zip(*spent, strict=True)
+    return {
+        "rows": case.rows,
+        "context_tokens": case.context_tokens,
+        "steps": steps,
+        "brain_us": {name: round(value, 1) for name, value in summary(wall_us).items()},
+        # On a machine that others use too, the difference is time that they took.
+        "brain_cpu_us": {name: round(value, 1) for name, value in summary(cpu_us).items()},
+        "target_us": TARGETS_US.get(case.rows),
+    }
+
+
+def run(
+    *,
+    rows: tuple[int, ...] = ROWS,
+    contexts: tuple[int, ...] = CONTEXTS,
+    steps: int = 1000,
+    report: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[dict[str, object]]:
+    """Every combination, smallest first."""
+    cases = [Case(row, context) for row in rows for context in contexts]
+    measured = []
+    for number, case in enumerate(cases):
+        report("bench core", number, len(cases))
+        measured.append(measure(case, steps))
+    report("bench core", len(cases), len(cases))
+    return measured
+
+
+def show(cases: list[dict[str, object]]) -> str:
+    """A table of `run`'s answer."""
+    rows = []
+    for case in cases:
+        wall, cpu, target = case["brain_us"], case["brain_cpu_us"], case["target_us"]
+        assert isinstance(wall, dict) and isinstance(cpu, dict)
+        rows.append(
+            (
+                f"{case['rows']} rows, {case['context_tokens']:,} tokens",
+                *(f"{spent[name]:.0f}" for spent in (wall, cpu) for name in ("p50", "p99")),
+                "" if target is None else f"{target:.0f}",
+            )
+        )
+    return table(("brain us a step", "p50", "p99", "CPU p50", "CPU p99", "target"), rows)

@@ -1,0 +1,74 @@
+"""`holdfast plan MODEL`: what fits on this machine, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from holdfast.cli.options import EngineOptions, Model, grouped
+from holdfast.cli.show import out
+from holdfast.sizing import Sizing, memory_available_bytes, show_bytes, size
+
+
+@grouped
+def plan(
+    model: Model = None,
+    *,
+    engine: EngineOptions,
+    api_processes: Annotated[
+        int, typer.Option(help="HTTP processes to leave room for.", min=1, max=64)
+    ] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say what fits before loading: weights, KV pages, tokens, rows.
+
+    Reads the model's config only. `serve` with the same options decides the same.
+    """
+    from holdfast.cli.engine import pick_dtype
+    from holdfast.model.spec import ModelSpec, resolve_model
+
+    spec = ModelSpec.load(resolve_model(model))
+    dtype = pick_dtype(engine)
+    sizing = size(
+        spec,
+        engine.wishes(api_processes=api_processes),
+        dtype=dtype,
+        available_bytes=memory_available_bytes(),
+    )
+    if as_json:
+        out.print_json(json.dumps({"model": spec.path.name, **sizing.as_dict()}))
+        return
+    out.print(_table(spec.path.name, sizing))
+
+
+def _table(name: str, sizing: Sizing) -> Table:
+    limits = sizing.limits
+    table = Table(title=f"{name} on this machine, {sizing.dtype}", title_justify="left")
+    table.add_column("what")
+    table.add_column("how much", justify="right")
+    table.add_column("why")
+    rows = [
+        ("memory available", show_bytes(sizing.available_bytes), "free now, within cgroup limits"),
+        ("weights", show_bytes(sizing.weights_bytes), "in shared memory, once"),
+        ("KV cache", show_bytes(sizing.kv_bytes), f"set by {sizing.binds}"),
+        ("journal", show_bytes(sizing.journal_bytes), "bound; grows with live requests"),
+        ("processes", show_bytes(sizing.process_bytes), "code and buffers, estimated"),
+        ("left", show_bytes(sizing.left_bytes), "for everything else on the machine"),
+        ("KV of one token", show_bytes(sizing.kv_token_bytes), "keys and values of all layers"),
+        (
+            "KV pages",
+            f"{limits.pages:,}",
+            f"of {limits.page_tokens} tokens, {show_bytes(sizing.page_bytes)} each; one is trash",
+        ),
+        ("KV tokens", f"{sizing.kv_tokens:,}", "of all requests together"),
+        ("context", f"{limits.context_tokens:,}", "tokens, prompt and answer of one request"),
+        ("rows", f"{limits.rows_max:,}", "requests computed in one step"),
+        ("full rows", f"{sizing.full_rows:,}", "requests of the longest context at once"),
+        ("queue", f"{limits.queue_requests:,}", "requests that may wait"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table

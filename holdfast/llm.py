@@ -1,0 +1,537 @@
+"""LLM: a model in this process, without a server.
+
+    from holdfast import LLM, SamplingParams
+
+    with LLM() as llm:
+        results = llm.generate(["A list is"], SamplingParams(max_tokens=40))
+        answer = llm.chat([{"role": "user", "content": "What is a tuple?"}])
+
+    async for delta in llm.stream("A list is", SamplingParams(max_tokens=40)):
+        print(delta.text, end="")
+
+`generate` and `chat` step the engine in the caller's thread; `stream` starts a thread that steps
+for all streams, and calls from any threads batch together. Same brain, device code and validation
+as `serve`: the same request with the same seed gives the same tokens there and here, and alone and
+in company. Faults end the process that has them; streams that survive are what `serve` is for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from holdfast.api.chat import render
+from holdfast.api.generation import error_of
+from holdfast.api.output import ChoiceOutput, TokenLogprob
+from holdfast.api.schema import Resolved, SamplingParams, check_id
+from holdfast.api.text import Tokenizer
+from holdfast.config import Limits
+from holdfast.errors import EngineFault, InvalidField, RequestError
+from holdfast.local import Drawn, LocalEngine, Run
+from holdfast.model.spec import ModelSpec, resolve_model
+from holdfast.sizing import Sizing, Wishes, memory_available_bytes, size
+from holdfast.wire.messages import End, Refused, Submit
+
+# A job in one's own process has no deadline unless it names one; a year is none.
+NO_DEADLINE_S = 365 * 86400.0
+# How often a wait looks whether the engine is still there.
+WATCH_S = 1.0
+
+Prompt = str | Sequence[int]
+LoadReport = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step added to choice `choice`. The last one of a choice has a finish_reason."""
+
+    choice: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(slots=True)
+class Choice:
+    """finish_reason: stop, length, or what went wrong (then `error` says it)."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Result:
+    """The answer to one prompt: `n` choices, of which the plain attributes are the first."""
+
+    prompt_token_ids: list[int]
+    choices: list[Choice]
+    cached_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.choices[0].token_ids
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.choices[0].finish_reason
+
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        return self.choices[0].logprobs
+
+
+class LLM:
+    """`model`: a folder, a hub id, or None for the bundled one. `options`: the fields of
+    holdfast.sizing.Wishes (rows_max, pages, kv_memory_bytes, context_tokens, ...).
+
+    Raises ModelError or OptionError, in one line each, before anything large is loaded.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        load: str = "hf",
+        threads: int | None = None,
+        seed: int = 0,
+        progress: LoadReport | None = None,
+        **options: Any,
+    ) -> None:
+        spec = ModelSpec.load(resolve_model(None if model is None else os.fspath(model)))
+        available = memory_available_bytes()
+        sizing = size(spec, Wishes(**options), dtype="float32", available_bytes=available)
+        self._open(spec, sizing, load, threads, seed, progress)
+
+    @classmethod
+    def prepared(
+        cls,
+        spec: ModelSpec,
+        sizing: Sizing,
+        *,
+        load: str = "hf",
+        threads: int | None = None,
+        seed: int = 0,
+        progress: LoadReport | None = None,
+    ) -> LLM:
+        """An LLM of a sizing that was decided before (the command line does)."""
+        llm = cls.__new__(cls)
+        llm._open(spec, sizing, load, threads, seed, progress)
+        return llm
+
+    @classmethod
+    def over(cls, spec: ModelSpec, limits: Limits, run: Run) -> LLM:
+        """An LLM over a device that the caller opened: `run` executes a plan."""
+        llm = cls.__new__(cls)
+        llm._attach(spec, limits, run)
+        return llm
+
+    def _open(
+        self,
+        spec: ModelSpec,
+        sizing: Sizing,
+        load: str,
+        threads: int | None,
+        seed: int,
+        progress: LoadReport | None,
+    ) -> None:
+        # The device answers before it returns here, so a second plan ahead would only compute
+        # tokens past the end of requests that the first one ends.
+        limits = dataclasses.replace(
+            sizing.limits, timeout_s=NO_DEADLINE_S, steps_ahead=1, api_processes=1
+        )
+        report = progress or (lambda what, done, total: None)
+        cores = threads or os.cpu_count() or 1
+        self._attach(
+            spec, limits, _open_device(spec, limits, sizing.dtype, load, seed, cores, report)
+        )
+
+    def _attach(self, spec: ModelSpec, limits: Limits, run: Run) -> None:
+        self.spec = spec
+        self.limits = limits
+        self.tokenizer = Tokenizer.load(spec.path, vocab_size=spec.vocab_size)
+        self._engine = LocalEngine(limits, run)
+
+    # --- life ---
+
+    def close(self) -> None:
+        """End what is running and give the memory back. Harmless when closed already."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self.tokenizer.template is not None
+
+    # --- many prompts ---
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | Callable[[int], None] = False,
+        tenant: str = "",
+    ) -> list[Result]:
+        """Answer every prompt (text or token ids; one alone counts as a list of one), in order.
+
+        progress: True draws a bar on a terminal; a function is told how many tokens came.
+        tenant: prompts of one tenant share cached prefixes, those of others do not.
+        Raises InvalidField for the first wrong prompt or parameter, before anything runs.
+        """
+        listed = _listed(prompts)
+        each = _params_of(params, len(listed))
+        jobs = [
+            self._job(self._encode(prompt, at), one, tenant)
+            for at, (prompt, one) in enumerate(zip(listed, each, strict=True))
+        ]
+        most = sum(job.resolved.max_tokens * job.resolved.choices for job in jobs)
+        with _counter(progress, most) as count:
+            self._finish(jobs, count)
+        return [job.result() for job in jobs]
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tenant: str = "",
+    ) -> Result:
+        """Answer one conversation by the model's chat template. Raises InvalidField."""
+        job = self._job(self._encode_chat(messages), params or SamplingParams(), tenant)
+        self._finish([job], lambda count: None)
+        return job.result()
+
+    def _finish(self, jobs: list[_Job], count: Callable[[int], None]) -> None:
+        """Run jobs to their ends. Admits no more than the queue holds; the rest waits here."""
+        waiting, live = deque(jobs), list[_Job]()
+        try:
+            while waiting or live:
+                room = self.limits.queue_requests - sum(job.resolved.choices for job in live)
+                while waiting and (waiting[0].resolved.choices <= room or not live):
+                    job = waiting.popleft()
+                    room -= job.resolved.choices
+                    self._engine.submit(job.start(self._engine), job.sinks)
+                    live.append(job)
+                self._engine.advance(WATCH_S)
+                count(sum(job.take_count() for job in live))
+                # Full of promised tokens: it comes again once something has ended.
+                back = [job for job in live if job.refused_for_now]
+                live = [job for job in live if job.open and not job.refused_for_now]
+                if back and not live:
+                    raise back[0].refusal()
+                waiting.extendleft(reversed(back))
+        except BaseException:
+            self._engine.cancel(tuple(i for job in live for i in job.ids))
+            raise
+        for job in jobs:
+            if job.refused is not None:
+                raise job.refusal()
+
+    # --- streams ---
+
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, tenant: str = ""
+    ) -> AsyncIterator[Delta]:
+        """Answer one prompt as it comes. Leaving the loop early cancels the request.
+
+        Raises InvalidField before the first delta, EngineFault when it cannot be finished.
+        """
+        ids = self._encode(prompt, None)
+        async for delta in self._stream(self._job(ids, params or SamplingParams(), tenant)):
+            yield delta
+
+    async def stream_chat(
+        self,
+        messages: list[dict[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tenant: str = "",
+    ) -> AsyncIterator[Delta]:
+        """`stream` of the next message of a conversation."""
+        ids = self._encode_chat(messages)
+        async for delta in self._stream(self._job(ids, params or SamplingParams(), tenant)):
+            yield delta
+
+    async def _stream(self, job: _Job) -> AsyncIterator[Delta]:
+        loop = asyncio.get_running_loop()
+        # Bounded by the request's own output allowance.
+        heard: asyncio.Queue[Delta | None] = asyncio.Queue()
+
+        def hear(delta: Delta | None) -> None:
+            # The loop may have been closed under a stream that nobody reads any more.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(heard.put_nowait, delta)
+
+        job.listen(hear)
+        self._engine.submit(job.start(self._engine), job.sinks)
+        self._engine.start_thread()
+        try:
+            left = job.resolved.choices
+            while left:
+                try:
+                    delta = await asyncio.wait_for(heard.get(), WATCH_S)
+                except TimeoutError:
+                    if not self._engine.thread_alive:
+                        raise EngineFault("the stepping thread is gone") from None
+                    continue
+                if delta is None:
+                    raise job.refusal()
+                yield delta
+                if delta.finish_reason is not None:
+                    left -= 1
+                    job.raise_error(delta.choice)
+        finally:
+            if job.open:
+                self._engine.cancel(job.ids)
+
+    # --- requests ---
+
+    def _job(self, ids: list[int], params: SamplingParams, tenant: str) -> _Job:
+        resolved = params.resolve(self.limits, prompt_tokens=len(ids), end_ids=self.spec.end_ids)
+        return _Job(ids, resolved, self.tokenizer, tenant)
+
+    def _encode(self, prompt: Prompt, at: int | None) -> list[int]:
+        where = "prompt" if at is None else f"prompts.{at}"
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, field=where)
+        ids = [int(token) for token in prompt]
+        for token in ids:
+            check_id(token, self.limits.vocab_size, where)
+        return ids
+
+    def _encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        text = render(self.tokenizer.template, messages)
+        # The template writes the special tokens itself.
+        return self.tokenizer.encode(text, special=False, field="messages")
+
+
+class _Job:
+    """One prompt on its way: its sinks, one a choice, and what they have heard."""
+
+    def __init__(
+        self, prompt: list[int], resolved: Resolved, tokenizer: Tokenizer, tenant: str
+    ) -> None:
+        self.prompt = prompt
+        self.resolved = resolved
+        self.tenant = tenant
+        self.ids: tuple[int, ...] = ()
+        self.refused: Refused | None = None
+        self._tokenizer = tokenizer
+        self._hear: Callable[[Delta | None], None] | None = None
+        self.sinks = self._new_sinks()
+
+    def _new_sinks(self) -> tuple[_Sink, ...]:
+        return tuple(
+            _Sink(self, number, self._tokenizer) for number in range(self.resolved.choices)
+        )
+
+    def start(self, engine: LocalEngine) -> Submit:
+        """The message that asks for it, with fresh ids. May be called again after a refusal."""
+        resolved = self.resolved
+        self.refused = None
+        self.ids = engine.new_ids(resolved.choices)
+        return Submit(
+            ids=self.ids,
+            prompt=np.array(self.prompt, np.int32).tobytes(),
+            seeds=resolved.seeds,
+            max_tokens=resolved.max_tokens,
+            sampling=resolved.sampling,
+            timeout_s=resolved.timeout_s,
+            tenant=self.tenant,
+            priority=resolved.priority,
+        )
+
+    def listen(self, hear: Callable[[Delta | None], None]) -> None:
+        """Tell each delta to `hear`, which is called by the stepping thread; None: refused."""
+        self._hear = hear
+
+    def tell(self, delta: Delta | None) -> None:
+        if self._hear is not None:
+            self._hear(delta)
+
+    @property
+    def open(self) -> bool:
+        return self.refused is None and any(s.answer.finish_reason is None for s in self.sinks)
+
+    @property
+    def refused_for_now(self) -> bool:
+        return self.refused is not None and self.refused.status == 429
+
+    def refusal(self) -> RequestError:
+        refused = self.refused
+        assert refused is not None, "nothing was refused"
+        if refused.field is not None:
+            return InvalidField(refused.field, refused.message, code=refused.code)
+        return EngineFault(refused.message, code=refused.code or "refused")
+
+    def raise_error(self, choice: int) -> None:
+        error = self.sinks[choice].error
+        if error is not None:
+            raise error
+
+    def take_count(self) -> int:
+        """Tokens that came since the last call."""
+        return sum(sink.take_count() for sink in self.sinks)
+
+    def result(self) -> Result:
+        cached = max(sink.cached_tokens for sink in self.sinks)
+        return Result(self.prompt, [sink.answer for sink in self.sinks], cached)
+
+
+class _Sink:
+    """One choice: from tokens to text and the answer (local.Sink)."""
+
+    def __init__(self, job: _Job, number: int, tokenizer: Tokenizer) -> None:
+        self._job = job
+        self._number = number
+        self._output = ChoiceOutput(tokenizer, job.prompt, job.resolved)
+        self._counted = 0
+        self._pieces: list[str] = []
+        self.cached_tokens = 0
+        self.error: RequestError | None = None
+        wanted = job.resolved.sampling.top_logprobs
+        self._alternatives = max(0, wanted)
+        self.answer = Choice(logprobs=[] if wanted >= 0 else None)
+
+    def push(self, drawn: Drawn) -> int | None:
+        self.cached_tokens = drawn.cached_tokens
+        self.answer.token_ids.append(drawn.token)
+        text = self._output.push(
+            drawn.token,
+            ends_by_id=drawn.end is End.STOP,
+            logprob=drawn.logprob,
+            top_ids=drawn.top_ids[: self._alternatives],
+            top_logprobs=drawn.top_logprobs[: self._alternatives],
+        )
+        keep: int | None = None
+        if self._output.stopped:
+            self.answer.finish_reason = "stop"
+            keep = len(self.answer.token_ids)
+        elif drawn.end is not End.NONE:
+            text += self._output.finish()
+            self.answer.finish_reason = "length" if drawn.end is End.LENGTH else "stop"
+        self._emit(text, (drawn.token,))
+        return keep
+
+    def finish(self, end: End, message: str) -> None:
+        self.error = error_of(end, message)
+        self.answer.error = None if self.error is None else self.error.message
+        self.answer.finish_reason = end.name.lower()
+        self._emit(self._output.finish(), ())
+
+    def refuse(self, refusal: Refused) -> None:
+        first = self._job.refused is None
+        self._job.refused = refusal
+        if first:
+            self._job.tell(None)
+
+    def take_count(self) -> int:
+        new = len(self.answer.token_ids) - self._counted
+        self._counted += new
+        return new
+
+    def _emit(self, text: str, tokens: tuple[int, ...]) -> None:
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if self.answer.logprobs is not None:
+            logprobs = tuple(self._output.logprobs())
+            self.answer.logprobs.extend(logprobs)
+        self._pieces.append(text)
+        reason = self.answer.finish_reason
+        if reason is not None:
+            self.answer.text = "".join(self._pieces)
+        self._job.tell(Delta(self._number, text, tokens, reason, logprobs))
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    listed = list(prompts)
+    if listed and all(isinstance(token, int | np.integer) for token in listed):
+        return [listed]  # type: ignore[list-item]
+    return listed  # type: ignore[return-value]
+
+
+def _params_of(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    each = list(params)
+    if len(each) != count:
+        raise InvalidField("params", f"{len(each)} parameters for {count} prompts")
+    return each
+
+
+@contextmanager
+def _counter(progress: bool | Callable[[int], None], total: int) -> Iterator[Callable[[int], None]]:
+    """What counts tokens: the caller's function, a bar on a terminal, or nothing."""
+    if callable(progress):
+        yield progress
+        return
+    if not progress:
+        yield lambda count: None
+        return
+    from holdfast.cli.show import bars
+
+    done = [0]
+    with bars(unit="tokens") as report:
+
+        def count(new: int) -> None:
+            done[0] += new
+            report("generating", done[0], total)
+
+        yield count
+
+
+def _open_device(
+    spec: ModelSpec,
+    limits: Limits,
+    dtype: str,
+    load: str,
+    seed: int,
+    threads: int,
+    report: LoadReport,
+) -> Run:
+    """The CPU device with its weights loaded, in memory of this process. Imports torch."""
+    from holdfast.device.memory import DeviceMemory
+    from holdfast.device.runner import Runner
+    from holdfast.model.decoder import Decoder
+    from holdfast.model.weights import WeightsLayout, dummy_weights, load_weights
+
+    memory = DeviceMemory.allocate(spec, limits, dtype=dtype, pool_dtype=dtype)
+    layout = WeightsLayout.of(spec, dtype)
+    if load == "dummy":
+        dummy_weights(spec, memory.weights, layout, seed)
+    else:
+        load_weights(
+            spec, memory.weights, layout, lambda done, total: report("weights", done, total)
+        )
+    decoder = Decoder(spec, layout.views(memory.weights))
+    return Runner(limits, decoder, memory, threads=threads).run

@@ -1,0 +1,270 @@
+"""LocalEngine: the brain and a device in one process, stepped by whoever waits for a token.
+
+The same brain, journal and plans as `serve`, with function calls for links. Any thread may submit
+and cancel (a deque, never a lock, so an event loop is not blocked by a step); any thread may
+`advance`, one at a time, and a step then serves everybody's requests, so callers batch together.
+Knows ids only; text is the sinks' business. No torch: the device comes in as `run`.
+
+Invariant: every submitted request's sink hears exactly one end, also when the device fails.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from holdfast.config import Limits
+from holdfast.core.brain import Brain
+from holdfast.core.journal import Journal
+from holdfast.core.metrics import Metrics
+from holdfast.errors import EngineFault, HoldfastError, InvariantError
+from holdfast.wire.link import Kind
+from holdfast.wire.messages import (
+    Accepted,
+    Cancel,
+    End,
+    Ended,
+    Finish,
+    Refused,
+    Submit,
+    ToCore,
+    TokenBatch,
+    decode_to_api,
+)
+from holdfast.wire.plan import StepPlan, StepResult
+
+# Whoever is waited for has a plan or a result coming; so many empty rounds are a bug of ours.
+EMPTY_ROUNDS_MAX = 1000
+THREAD_STOP_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One token of one request. top_ids, top_logprobs: most likely first; at least as many as
+    this request asked for (a step returns the most that any of its rows asked)."""
+
+    index: int
+    token: int
+    end: End
+    cached_tokens: int
+    logprob: float | None
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class Sink(Protocol):
+    """Who hears of a request. Called by the thread that steps; must not block or raise."""
+
+    def push(self, drawn: Drawn) -> int | None:
+        """Take a token; the number of tokens to keep when the request shall end here, else None."""
+        ...
+
+    def finish(self, end: End, message: str) -> None:
+        """The request ended without a further token."""
+        ...
+
+    def refuse(self, refusal: Refused) -> None:
+        """The request was not admitted."""
+        ...
+
+
+Run = Callable[[StepPlan], StepResult]
+
+
+class LocalEngine:
+    """`run` executes one plan and returns its result; it may raise WorkerFault."""
+
+    def __init__(self, limits: Limits, run: Run, *, tag: bytes = b"") -> None:
+        self.limits = limits
+        # Anonymous mappings: the journal is sized for the worst case and touched as it is used.
+        self._journal = mmap.mmap(-1, Journal.size(limits))
+        metrics = Metrics(memoryview(mmap.mmap(-1, Metrics.size(1))), 0)
+        self._brain = Brain(limits, Journal(memoryview(self._journal), limits), metrics, tag=tag)
+        self._run = run
+        self._inbox: deque[tuple[ToCore, tuple[Sink, ...]]] = deque()
+        self._results: deque[StepResult] = deque()
+        self._sinks: dict[int, Sink] = {}
+        self._ids = itertools.count(1)
+        self._stepping = threading.Lock()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._empty_rounds = 0
+        self.failure: HoldfastError | None = None
+
+    def new_ids(self, count: int) -> tuple[int, ...]:
+        return tuple(next(self._ids) for _ in range(count))
+
+    def submit(self, submit: Submit, sinks: tuple[Sink, ...]) -> None:
+        """Queue a request, one sink a choice. Raises what broke the engine, if it is broken."""
+        assert len(sinks) == len(submit.ids), f"{len(sinks)} sinks for {len(submit.ids)} ids"
+        if self._closed:
+            raise EngineFault("this LLM is closed", code="closed")
+        if self.failure is not None:
+            raise self.failure
+        self._inbox.append((submit, sinks))
+        self._wake.set()
+
+    def cancel(self, ids: tuple[int, ...]) -> None:
+        """Nobody waits for these any more; their sinks hear nothing further."""
+        self._inbox.append((Cancel(ids), ()))
+        self._wake.set()
+
+    @property
+    def idle(self) -> bool:
+        return not self._inbox and not self._brain.live
+
+    def advance(self, timeout_s: float) -> None:
+        """Make one step, or wait up to `timeout_s` while another thread makes one.
+
+        Raises what broke the engine. Sinks are called from within.
+        """
+        if self._stepping.acquire(timeout=timeout_s):
+            try:
+                self._advance()
+            finally:
+                self._stepping.release()
+        if self.failure is not None:
+            raise self.failure
+
+    def start_thread(self) -> None:
+        """From now on a thread steps whenever there is something to do (for streams)."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._drive, name="holdfast llm", daemon=True)
+            self._thread.start()
+
+    @property
+    def thread_alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def close(self) -> None:
+        """End every request and stop the thread. Raises InvariantError when it does not stop."""
+        self._closed = True
+        self._wake.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(THREAD_STOP_S)
+            if self._thread.is_alive():
+                raise InvariantError(f"the stepping thread did not end in {THREAD_STOP_S} s")
+        with self._stepping:
+            self._end_all(End.SHUTDOWN, "the LLM was closed")
+
+    def _drive(self) -> None:
+        while not self._closed:
+            if self.idle:
+                self._wake.wait(1.0)
+                self._wake.clear()
+                continue
+            try:
+                self.advance(1.0)
+            except HoldfastError:
+                return  # `failure` is set and every sink has heard of it.
+
+    def _advance(self) -> None:
+        if self.failure is not None or self._closed:
+            return
+        try:
+            self._step()
+        except BaseException as error:
+            # Whatever it is, a Ctrl-C between two halves of a step included: plans may be launched
+            # and not committed, so this engine cannot go on. Everybody is told, then it goes up.
+            known = isinstance(error, HoldfastError)
+            self.failure = error if known else EngineFault(f"a step was broken off: {error!r}")
+            self._end_all(End.ENGINE_FAULT, str(self.failure))
+            raise
+
+    def _step(self) -> None:
+        brain, before = self._brain, len(self._inbox)
+        for _ in range(before):
+            message, sinks = self._inbox.popleft()
+            self._receive(message, sinks)
+        brain.expire(time.monotonic())
+        while (plan := brain.plan(time.monotonic())) is not None:
+            self._results.append(self._run(plan))
+        committed = bool(self._results)
+        if committed:
+            brain.commit(self._results.popleft(), time.monotonic())
+        output = brain.take_output()
+        for _, kind, payload in output:
+            if kind == Kind.TOKENS:
+                self._tokens(TokenBatch.decode(payload))
+            else:
+                self._message(payload)
+        moved = committed or output or before
+        owed = brain.live or self._sinks
+        self._empty_rounds = 0 if moved or not owed else self._empty_rounds + 1
+        if self._empty_rounds > EMPTY_ROUNDS_MAX:
+            raise InvariantError(
+                f"{brain.live} requests are live, {len(self._sinks)} are waited for, and nothing "
+                "is planned"
+            )
+
+    def _receive(self, message: ToCore, sinks: tuple[Sink, ...]) -> None:
+        if isinstance(message, Submit):
+            self._sinks.update(zip(message.ids, sinks, strict=True))
+        elif isinstance(message, Cancel):
+            for request in message.ids:
+                self._sinks.pop(request, None)
+        self._brain.receive(0, message, time.monotonic())
+
+    def _tokens(self, batch: TokenBatch) -> None:
+        width = batch.top_k
+        logprobs = batch.logprobs.tolist() or None
+        top_ids, top_values = batch.top_ids.tolist(), batch.top_logprobs.tolist()
+        columns = zip(
+            batch.requests.tolist(),
+            batch.indexes.tolist(),
+            batch.tokens.tolist(),
+            batch.ends.tolist(),
+            batch.cached.tolist(),
+            strict=True,
+        )
+        for at, (request, index, token, end, cached) in enumerate(columns):
+            sink = self._sinks.get(request)
+            if sink is None:
+                continue  # Cancelled, or ended by a stop string: later tokens are void.
+            top = slice(at * width, (at + 1) * width)
+            keep = sink.push(
+                Drawn(
+                    index,
+                    token,
+                    End(end),
+                    cached,
+                    None if logprobs is None else logprobs[at],
+                    top_ids[top],
+                    top_values[top],
+                )
+            )
+            if end:
+                del self._sinks[request]
+            elif keep is not None:
+                del self._sinks[request]
+                self._brain.receive(0, Finish(request, keep), time.monotonic())
+
+    def _message(self, payload: bytes) -> None:
+        message = decode_to_api(payload)
+        if isinstance(message, Refused):
+            for request in message.ids:
+                sink = self._sinks.pop(request, None)
+                if sink is not None:
+                    sink.refuse(message)
+        elif isinstance(message, Ended):
+            sink = self._sinks.pop(message.id, None)
+            if sink is not None:
+                sink.finish(End(message.end), message.message)
+        else:
+            assert isinstance(message, Accepted), f"{message} for an engine in this process"
+
+    def _end_all(self, end: End, message: str) -> None:
+        for message_in, sinks in self._inbox:
+            if isinstance(message_in, Submit):
+                self._sinks.update(zip(message_in.ids, sinks, strict=True))
+        self._inbox.clear()
+        sinks, self._sinks = list(self._sinks.values()), {}
+        for sink in sinks:
+            sink.finish(end, message)

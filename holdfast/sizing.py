@@ -1,0 +1,257 @@
+"""What fits: memory of this machine, weights, KV pages, rows; decided before anything is loaded.
+
+One function, `size`, turns a model's dimensions and the operator's options into `Limits` and the
+arithmetic behind them. `holdfast plan` prints it, `serve`, `LLM` and the benches obey it, so what
+`plan` says is what `serve` does. Knows nothing of torch, processes or files of a model; it reads
+/proc and /sys only in `memory_available_bytes`, and is otherwise pure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from holdfast.config import Limits
+from holdfast.errors import OptionError
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+# Share of the available memory that the KV pool takes by default: the machine has other work.
+KV_SHARE = 0.25
+# Resident memory of the processes beside the slabs, measured on Linux x86-64 with torch 2.13 CPU:
+# a worker about 300 MiB (torch alone 220), core and supervisor 60 each, an api process 110.
+WORKER_BYTES = 350 * MIB
+BRAIN_BYTES = 150 * MIB
+API_BYTES = 120 * MIB
+
+
+class Dimensions(Protocol):
+    """What sizing needs of a model; model.spec.ModelSpec has it."""
+
+    vocab_size: int
+    context_tokens: int
+
+    def kv_token_bytes(self, dtype: str) -> int: ...
+    def weights_bytes(self, dtype: str) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What the operator asked for; None = decide for me. Counts as in Limits."""
+
+    rows_max: int | None = None
+    pages: int | None = None
+    kv_memory_bytes: int | None = None
+    page_tokens: int | None = None
+    prefill_tokens: int | None = None
+    context_tokens: int | None = None
+    queue_requests: int | None = None
+    live_tokens: int | None = None
+    timeout_s: float | None = None
+    steps_ahead: int | None = None
+    api_processes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizing:
+    """The outcome: Limits, and where each byte goes. `binds` says what set the number of pages."""
+
+    limits: Limits
+    dtype: str
+    available_bytes: int
+    weights_bytes: int
+    kv_token_bytes: int
+    page_bytes: int
+    kv_bytes: int
+    journal_bytes: int
+    process_bytes: int
+    binds: str
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + self.journal_bytes + self.process_bytes
+
+    @property
+    def left_bytes(self) -> int:
+        return self.available_bytes - self.needed_bytes
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that all requests together can hold."""
+        return self.limits.pages_usable * self.limits.page_tokens
+
+    @property
+    def full_rows(self) -> int:
+        """Requests of the longest context that fit at once."""
+        return min(self.limits.rows_max, self.limits.pages_usable // self.limits.table_columns)
+
+    def as_dict(self) -> dict[str, object]:
+        facts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        facts["limits"] = dataclasses.asdict(self.limits)
+        for name in ("needed_bytes", "left_bytes", "kv_tokens", "full_rows"):
+            facts[name] = getattr(self, name)
+        return facts
+
+
+def size(model: Dimensions, wishes: Wishes, *, dtype: str, available_bytes: int) -> Sizing:
+    """Decide every bound of an engine that serves `model`.
+
+    Raises OptionError, with the numbers, when an option is wrong or the memory is too small.
+    """
+    limits = _wished_limits(model, wishes)
+    weights = model.weights_bytes(dtype)
+    token_bytes = model.kv_token_bytes(dtype)
+    page_bytes = token_bytes * limits.page_tokens
+    process = WORKER_BYTES + BRAIN_BYTES + API_BYTES * limits.api_processes
+    journal = 2 * limits.journal_bytes
+    spare = available_bytes - weights - process - journal
+
+    context_pages = limits.table_columns + 1
+    if wishes.pages is not None:
+        pages, binds = wishes.pages, "--kv-pages"
+    elif wishes.kv_memory_bytes is not None:
+        pages, binds = wishes.kv_memory_bytes // page_bytes, "--kv-memory-gib"
+        if pages < 2:
+            raise OptionError(
+                "--kv-memory-gib",
+                f"holds {pages} pages of {show_bytes(page_bytes)}; at least 2 are needed",
+            )
+    else:
+        share = int(min(available_bytes * KV_SHARE, spare)) // page_bytes
+        wanted = limits.rows_max * limits.table_columns + 1
+        pages = min(share, wanted)
+        binds = f"{KV_SHARE:.0%} of available memory" if share < wanted else "rows x context"
+        if pages < context_pages:
+            # One request of the longest context is worth more than the share, if it fits at all.
+            pages, binds = context_pages, "one request of the longest context"
+    if weights + process > available_bytes:
+        raise OptionError(
+            "MODEL",
+            f"weights ({show_bytes(weights)}) and processes ({show_bytes(process)}) are more than "
+            f"the {show_bytes(available_bytes)} of memory available: choose a smaller model, or "
+            "free some memory",
+        )
+    if pages * page_bytes > spare:
+        raise OptionError(
+            _memory_option(wishes),
+            f"{pages} KV pages of {show_bytes(page_bytes)} are {show_bytes(pages * page_bytes)}; "
+            f"{show_bytes(available_bytes)} of memory are available, and weights "
+            f"({show_bytes(weights)}), journal ({show_bytes(journal)}) and processes "
+            f"({show_bytes(process)}) leave {show_bytes(max(0, spare))}: "
+            f"{_memory_advice(wishes)}",
+        )
+    return Sizing(
+        limits=dataclasses.replace(limits, pages=pages),
+        dtype=dtype,
+        available_bytes=available_bytes,
+        weights_bytes=weights,
+        kv_token_bytes=token_bytes,
+        page_bytes=page_bytes,
+        kv_bytes=pages * page_bytes,
+        journal_bytes=journal,
+        process_bytes=process,
+        binds=binds,
+    )
+
+
+def _wished_limits(model: Dimensions, wishes: Wishes) -> Limits:
+    """Limits as wished, with Limits' own defaults elsewhere; `pages` is decided afterwards."""
+    context = wishes.context_tokens or model.context_tokens
+    if context > model.context_tokens:
+        raise OptionError(
+            "--max-context-tokens",
+            f"the model was made for {model.context_tokens} tokens, got {context}",
+        )
+    chosen = {
+        field.name: value
+        for field in dataclasses.fields(wishes)
+        if field.name not in ("pages", "kv_memory_bytes", "context_tokens")
+        and (value := getattr(wishes, field.name)) is not None
+    }
+    # The default allowance of live tokens must hold one longest request of any model.
+    default_live = next(f.default for f in dataclasses.fields(Limits) if f.name == "live_tokens")
+    chosen.setdefault("live_tokens", max(default_live, context))
+    pages = {} if wishes.pages is None else {"pages": wishes.pages}
+    return Limits(vocab_size=model.vocab_size, context_tokens=context, **pages, **chosen)
+
+
+def _memory_option(wishes: Wishes) -> str:
+    if wishes.pages is not None:
+        return "--kv-pages"
+    return "--kv-memory-gib" if wishes.kv_memory_bytes is not None else "memory"
+
+
+def _memory_advice(wishes: Wishes) -> str:
+    if wishes.pages is not None or wishes.kv_memory_bytes is not None:
+        return "ask for less, or free some memory"
+    return "lower --max-context-tokens, --queue-requests or --live-tokens, or free some memory"
+
+
+def memory_available_bytes(root: Path = Path("/")) -> int:
+    """Memory that can be taken without swapping: the least of the kernel's estimate and cgroups.
+
+    `root` is where /proc and /sys are looked up. Raises OptionError where neither can be read.
+    """
+    found = []
+    try:
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    except OSError:
+        pass
+    found.extend(_cgroup_headrooms(root))
+    if not found:
+        raise OptionError("--kv-pages", "free memory cannot be read on this system; say how many")
+    return max(0, min(found))
+
+
+def _cgroup_headrooms(root: Path) -> list[int]:
+    """Room under every memory limit of this process's cgroup and its parents, v2 and v1."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    rooms = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = base / path.lstrip("/")
+        # In a container the path may be the host's; then the mount's own root holds our limits.
+        for place in [folder, *folder.parents]:
+            if place.is_relative_to(base):
+                rooms.extend(_headroom(place, *names))
+    return rooms
+
+
+def _headroom(folder: Path, limit_name: str, usage_name: str, reclaimable: str) -> list[int]:
+    try:
+        limit = (folder / limit_name).read_text().strip()
+        if limit == "max" or int(limit) >= 1 << 60:
+            return []
+        used = int((folder / usage_name).read_text())
+        for line in (folder / "memory.stat").read_text().splitlines():
+            name, value = line.split()
+            if name == reclaimable:
+                used -= int(value)
+        return [int(limit) - used]
+    except (OSError, ValueError):
+        return []
+
+
+def show_bytes(count: int) -> str:
+    """`count` with a binary unit, for people: 1536 -> '1.5 KiB'."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

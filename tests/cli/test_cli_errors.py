@@ -1,0 +1,203 @@
+"""What a wrong command says: one line on stderr that says what to do, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from holdfast import __version__
+from holdfast.__main__ import run
+
+COMMANDS = (
+    (),
+    ("serve",),
+    ("chat",),
+    ("generate",),
+    ("plan",),
+    ("ps",),
+    ("bench",),
+    ("bench", "offline"),
+    ("bench", "core"),
+    ("bench", "serve"),
+)
+
+
+def holdfast(*arguments: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HOLDFAST_")}
+    return subprocess.run(
+        [sys.executable, "-m", "holdfast", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**environment, "COLUMNS": "100", **env},
+        check=False,
+    )
+
+
+def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("holdfast: ")
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_of_every_command_reads_and_needs_no_model(command: tuple[str, ...]) -> None:
+    done = holdfast(*command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage: holdfast" in done.stdout
+    assert done.stderr == ""
+
+
+def test_serve_help_groups_its_options_and_shows_their_defaults() -> None:
+    text = holdfast("serve", "--help").stdout
+    for panel in ("Model", "Batching and memory", "Network", "Deadlines", "Processes and journal"):
+        assert f"─ {panel} ─" in text
+    for option in ("--max-rows", "--kv-pages", "--page-tokens", "--prefill-tokens", "--host"):
+        assert option in text
+    assert "[default: 8000]" in text
+
+
+def test_every_number_option_of_serve_names_its_unit() -> None:
+    text = holdfast("serve", "--help", COLUMNS="200").stdout
+    numbers = re.findall(r"(--[a-z-]+)\s+<(?:int|float)", text)
+    assert len(numbers) > 12, text
+    units = ("-rows", "-pages", "-tokens", "-gib", "-s", "-requests", "-ahead", "-processes")
+    for option in numbers:
+        assert option.endswith(units) or option in ("--port", "--threads"), option
+
+
+def test_version_is_one_line() -> None:
+    done = holdfast("--version")
+    assert (done.returncode, done.stdout) == (0, f"holdfast {__version__}\n")
+
+
+def test_an_unknown_option_is_named_with_the_nearest_one() -> None:
+    assert_one_clear_line(holdfast("serve", "--max-row", "3"), "--max-row", "--max-rows")
+
+
+def test_an_unknown_command_is_named() -> None:
+    assert_one_clear_line(holdfast("serf"), "serf", "serve")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--max-rows", "0"), ("--max-rows",)),
+        (("--max-rows", "many"), ("--max-rows",)),
+        (("--max-rows", "5000"), ("--max-rows", "4096", "5000")),
+        (("--kv-pages", "1"), ("--kv-pages",)),
+        (("--kv-pages", "9", "--kv-memory-gib", "1"), ("--kv-memory-gib", "--kv-pages")),
+        (("--kv-pages", "16000000"), ("--kv-pages", "GiB", "available")),
+        (("--max-context-tokens", "999999"), ("--max-context-tokens", "999999")),
+        (("--live-tokens", "5"), ("--live-tokens",)),
+        (("--steps-ahead", "3"), ("--steps-ahead",)),
+        (("--device", "cuda"), ("--device", "not in this version")),
+        (("--device", "tpu"), ("--device", "tpu")),
+        (("--dtype", "bfloat16"), ("--dtype", "float32")),
+        (("--load", "pickle"), ("--load",)),
+        (("--journal-sync", "often"), ("--journal-sync",)),
+        (("--port", "70000"), ("--port",)),
+        (("--api-key", ""), ("--api-key",)),
+        (("--request-timeout-s", "0"), ("--request-timeout-s",)),
+        (("/no/such/model",), ("/no/such/model",)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_serve_refuses_what_it_cannot_do(
+    arguments: tuple[str, ...], words: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    # In this process: the subprocess tests around show that the shell sees the same.
+    code = run(["serve", *arguments])
+    seen = capfd.readouterr()
+    done = subprocess.CompletedProcess(arguments, code, seen.out, seen.err)
+    assert_one_clear_line(done, *words)
+
+
+def test_a_host_that_is_none_is_named() -> None:
+    done = holdfast("serve", "--host", "no.such.host.invalid", "--kv-pages", "300")
+    assert_one_clear_line(done, "--host", "no.such.host.invalid")
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = holdfast("serve", "--port", port, "--kv-pages", "300")
+    assert_one_clear_line(done, "--port", port, "in use")
+
+
+@pytest.mark.parametrize(
+    ("files", "word"),
+    [
+        ({}, "config.json"),
+        ({"config.json": "{"}, "JSON"),
+        ({"config.json": "[]"}, "object"),
+        ({"config.json": '{"architectures": ["MambaForCausalLM"]}'}, "MambaForCausalLM"),
+    ],
+    ids=["empty folder", "broken json", "no object", "unknown architecture"],
+)
+def test_an_unreadable_model_says_what_is_wrong(
+    tmp_path: Path, files: dict[str, str], word: str
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for command in ("plan", "serve", "chat"):
+        assert_one_clear_line(holdfast(command, str(tmp_path)), word)
+
+
+def test_bench_says_which_options_it_needs() -> None:
+    assert_one_clear_line(holdfast("bench", "serve"), "--null", "--memory")
+    assert_one_clear_line(holdfast("bench", "core", "--rows", "1,x"), "--rows", "1,x")
+
+
+def test_chat_without_a_server_says_how_to_start_one() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    done = holdfast("chat", "--url", f"http://127.0.0.1:{port}")
+    assert_one_clear_line(done, "--url", str(port), "holdfast serve")
+    assert_one_clear_line(holdfast("chat", "--url", "ftp://x"), "--url", "ftp://x")
+
+
+def test_plan_prints_json_that_adds_up() -> None:
+    done = holdfast("plan", "--json", "--kv-pages", "300")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["limits"]["pages"] == 300
+    assert facts["binds"] == "--kv-pages"
+    assert facts["kv_bytes"] == 300 * facts["page_bytes"]
+    parts = ("weights_bytes", "kv_bytes", "journal_bytes", "process_bytes")
+    assert facts["needed_bytes"] == sum(facts[part] for part in parts)
+    assert facts["left_bytes"] == facts["available_bytes"] - facts["needed_bytes"]
+
+
+def test_plan_prints_a_table_without_loading_torch() -> None:
+    script = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "from holdfast.__main__ import run\n"
+        "sys.exit(run(['plan']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for word in ("weights", "KV pages", "rows", "left"):
+        assert word in done.stdout
+
+
+def test_ps_without_servers_of_ours_is_no_error() -> None:
+    done = holdfast("ps", "--json")
+    assert done.returncode == 0, done.stderr
+    assert isinstance(json.loads(done.stdout), list)

@@ -1,0 +1,139 @@
+"""Sizing: the numbers add up, and what does not fit is refused with the numbers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.errors import OptionError
+from holdfast.sizing import GIB, MIB, Wishes, memory_available_bytes, show_bytes, size
+
+
+class Small:
+    """A model of 7168 bytes of KV a token and 40 MiB of weights."""
+
+    vocab_size = 6144
+    context_tokens = 4096
+
+    def kv_token_bytes(self, dtype: str) -> int:
+        return 7168
+
+    def weights_bytes(self, dtype: str) -> int:
+        return 40 * MIB
+
+
+def sized(available: int = 24 * GIB, **wishes: object):
+    return size(Small(), Wishes(**wishes), dtype="float32", available_bytes=available)
+
+
+def test_on_a_large_machine_rows_times_context_binds() -> None:
+    sizing = sized()
+    assert sizing.binds == "rows x context"
+    assert sizing.limits.pages == 64 * 256 + 1
+    assert sizing.full_rows == sizing.limits.rows_max == 64
+
+
+def test_on_a_small_machine_the_share_of_memory_binds() -> None:
+    sizing = sized(4 * GIB)
+    assert "available memory" in sizing.binds
+    assert sizing.kv_bytes <= GIB
+    assert sizing.kv_bytes + sizing.page_bytes > GIB
+
+
+@pytest.mark.parametrize(
+    ("available", "wishes", "option"),
+    [
+        (300 * MIB, {}, "MODEL"),
+        (800 * MIB, {}, "memory"),
+        (24 * GIB, {"pages": 10**6}, "--kv-pages"),
+        (24 * GIB, {"kv_memory_bytes": 30 * GIB}, "--kv-memory-gib"),
+        (24 * GIB, {"kv_memory_bytes": 1}, "--kv-memory-gib"),
+        (24 * GIB, {"context_tokens": 5000}, "--max-context-tokens"),
+        (24 * GIB, {"pages": 1}, "--kv-pages"),
+        (24 * GIB, {"rows_max": 5000}, "--max-rows"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_the_option_to_change(
+    available: int, wishes: dict, option: str
+) -> None:
+    with pytest.raises(OptionError) as caught:
+        sized(available, **wishes)
+    assert caught.value.option == option
+    assert any(letter.isdigit() for letter in str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+@given(
+    available=st.integers(0, 64 * GIB),
+    rows=st.integers(1, 512),
+    page_tokens=st.integers(1, 256),
+    context=st.integers(1, 4096),
+)
+def test_a_sizing_never_takes_more_than_is_there_and_always_fits_one_request(
+    available: int, rows: int, page_tokens: int, context: int
+) -> None:
+    try:
+        sizing = sized(available, rows_max=rows, page_tokens=page_tokens, context_tokens=context)
+    except OptionError:
+        return
+    assert sizing.left_bytes >= 0
+    assert sizing.kv_bytes == sizing.limits.pages * page_tokens * 7168
+    assert sizing.limits.pages_usable >= math.ceil(context / page_tokens)
+
+
+def machine(root: Path, *, available_kib: int, files: dict[str, str], cgroup: str) -> Path:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable: {available_kib} kB\n")
+    (root / "proc/self/cgroup").write_text(cgroup)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_the_tightest_cgroup_above_us_counts_and_its_page_cache_does_not(tmp_path: Path) -> None:
+    root = machine(
+        tmp_path,
+        available_kib=1 << 20,
+        cgroup="0::/a/b\n",
+        files={
+            "a/memory.max": str(500 * MIB),
+            "a/memory.current": str(300 * MIB),
+            "a/memory.stat": f"anon 5\ninactive_file {100 * MIB}\n",
+            "a/b/memory.max": "max",
+            "a/b/memory.current": "1",
+            "a/b/memory.stat": "inactive_file 0\n",
+        },
+    )
+    assert memory_available_bytes(root) == 300 * MIB
+
+
+def test_a_version_1_cgroup_counts_too(tmp_path: Path) -> None:
+    root = machine(
+        tmp_path,
+        available_kib=1 << 20,
+        cgroup="7:cpu,memory:/docker/x\n0::/\n",
+        files={
+            "memory/memory.limit_in_bytes": str(256 * MIB),
+            "memory/memory.usage_in_bytes": str(56 * MIB),
+            "memory/memory.stat": "total_inactive_file 0\n",
+        },
+    )
+    assert memory_available_bytes(root) == 200 * MIB
+
+
+def test_without_cgroups_the_kernels_estimate_counts(tmp_path: Path) -> None:
+    root = machine(tmp_path, available_kib=1 << 20, cgroup="0::/\n", files={})
+    assert memory_available_bytes(root) == GIB
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(0, "0 B"), (1536, "1.5 KiB"), (GIB, "1.0 GiB"), (3 << 40, "3.0 TiB")]
+)
+def test_bytes_are_shown_with_binary_units(count: int, shown: str) -> None:
+    assert show_bytes(count) == shown
