@@ -24,6 +24,11 @@ class WaitingQueue:
         self.limits = limits
         self._levels: dict[int, OrderedDict[str, deque[Request]]] = {}
 
+    @property
+    def empty(self) -> bool:
+        """Whether nobody waits."""
+        return not self._levels or self.peek() is None
+
     def push(self, request: Request) -> None:
         self._line(request).append(request)
 

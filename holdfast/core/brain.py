@@ -52,6 +52,10 @@ from holdfast.wire.plan import StepPlan, StepResult
 from holdfast.wire.rows import RowTable
 
 
+# Gauges and sums are published every few steps, and whenever the pipe is empty.
+COUNT_EVERY_STEPS = 8
+
+
 class Brain:
     """`tag` names everything a page's content depends on besides tokens and tenant: model,
     weights, layout, dtype. `epoch` numbers the workers this brain has had, from 1. `wall_ns`: the
@@ -291,7 +295,8 @@ class Brain:
         seconds = now_s - flight.launched_s
         self._step_seconds += 0.05 * (seconds - self._step_seconds)
         self.metrics.observe("step_seconds", result.device_ns * 1e-9)
-        self._count()
+        if result.step % COUNT_EVERY_STEPS == 0 or not self._flights:
+            self._count()
 
     def _count(self) -> None:
         """Publish what the parts have counted since the last step."""

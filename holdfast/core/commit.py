@@ -25,10 +25,14 @@ from holdfast.errors import WorkerFault
 from holdfast.kv.ledger import Ledger
 from holdfast.wire.link import Kind
 from holdfast.wire.messages import End, TokenBatch
-from holdfast.wire.plan import ROW_OK, StepResult
-from holdfast.wire.rows import RowTable
+from holdfast.wire.plan import ROW_OK, StepPlan, StepResult
 
 Output = tuple[int, int, bytes]
+
+# Decode pages are sealed this many together, or every so many steps, whichever comes first. What is
+# not sealed is recomputed after a fault, so the steps stay few.
+SEAL_TOGETHER = 32
+SEAL_EVERY_STEPS = 4
 
 # Plain integers: reading a member of an IntEnum costs a microsecond in Python 3.11.
 _STOP, _LENGTH, _TOKENS = int(End.STOP), int(End.LENGTH), int(Kind.TOKENS)
@@ -74,50 +78,61 @@ class Commit:
                 f"(digest {result.digest:#x}, expected {expected:#x})"
             )
         mirror.advance(plan, result.tokens)
-        live = run.life[plan.rows] == flight.life
-        faulty = live & (result.faults != ROW_OK)
-        drawn = live & (plan.samples != 0) & ~faulty
-        ends = self._settle_tokens(flight, result, drawn) if drawn.any() else None
-        if faulty.any():
-            self._fail_rows(plan.rows[faulty])
-        self._want_seals(plan.rows[live & ~faulty], mirror)
-        if ends is not None and ends.any():
-            rows = plan.rows[drawn]
-            for at in np.flatnonzero(ends).tolist():
-                request = run.requests[int(rows[at])]
-                assert request is not None
-                self._ended(request, End(int(ends[at])), "")
+        rows, n = plan.rows, plan.rows.size
+        live = run.life[rows] == flight.life
+        # Nearly every step is whole: nobody left meanwhile, nobody failed, everybody drew a token.
+        whole = np.count_nonzero(live) == n and not np.count_nonzero(result.faults)
+        drawn = None
+        if not whole or np.count_nonzero(plan.samples) != n:
+            faulty = live & (result.faults != ROW_OK)
+            drawn = live & (plan.samples != 0) & ~faulty
+            if np.count_nonzero(faulty):
+                self._fail_rows(rows[faulty])
+            live &= ~faulty
+        ends = self._settle_tokens(flight, result, drawn)
+        self._want_seals(plan, rows if whole else rows[live], now=bool(ends))
+        for request, end in ends:
+            self._ended(request, end, "")
         self.ledger.acknowledge(plan.step)
         self._book_seals(flight, result)
         self.ledger.release(plan.zeros, plan.step)
 
-    def _settle_tokens(self, flight: Flight, result: StepResult, drawn: np.ndarray) -> np.ndarray:
-        """Journal and emit the step's tokens; returns uint8[k] ends of the drawn rows."""
+    def _settle_tokens(
+        self, flight: Flight, result: StepResult, drawn: np.ndarray | None
+    ) -> list[tuple[Request, End]]:
+        """Journal and emit the tokens of the `drawn` rows (None = all); returns who ends."""
         run, mirror = self.scheduler.running, self.scheduler.mirror
         rows, tokens = flight.plan.rows, result.tokens
-        if not drawn.all():
+        if drawn is not None:
             rows, tokens = rows[drawn], tokens[drawn]
+        if rows.size == 0:
+            return []
         # Unsigned, so that a negative id is too large as well.
-        if int(tokens.view(np.uint32).max()) >= self.limits.vocab_size:
+        if np.count_nonzero(tokens.view(np.uint32) >= self.limits.vocab_size):
             raise WorkerFault(f"step {flight.plan.step}: a token is outside the vocabulary")
-        emitted = run.emitted[rows] + 1
+        indexes = run.emitted[rows]
+        emitted = indexes + 1
         run.emitted[rows] = emitted
-        ends = np.zeros(rows.size, np.uint8)
-        ends[run.prompt[rows] + emitted >= run.limit[rows]] = _LENGTH
-        width = int(run.stop_len[rows].max())
-        if width:
-            hit = mirror.stop_ids[rows, :width] == tokens[:, None]
-            ends[hit.any(axis=1)] = _STOP
+        ends = (run.prompt[rows] + emitted >= run.limit[rows]).view(np.uint8) * _LENGTH
+        if run.stop_width:
+            hit = mirror.stop_ids[rows, : run.stop_width] == tokens[:, None]
+            if np.count_nonzero(hit):
+                ends[hit.any(axis=1)] = _STOP
         ids = run.ids[rows]
         self.tokens_generated += rows.size
         if not self.journal.tokens(self._wall_ns(), ids, tokens):
             self._compact()
             # The compaction wrote `emitted` tokens of each row, these among them.
-        for at in ends.nonzero()[0].tolist():
-            # Before output: a client that saw the end must find it in the journal.
-            self._journal_end(int(ids[at]), int(ends[at]), int(emitted[at]))
-        self._emit(flight, result, drawn, rows, ids, emitted - 1, tokens, ends)
-        return ends
+        ending = []
+        if np.count_nonzero(ends):
+            for at in ends.nonzero()[0].tolist():
+                # Before output: a client that saw the end must find it in the journal.
+                self._journal_end(int(ids[at]), int(ends[at]), int(emitted[at]))
+                request = run.requests[int(rows[at])]
+                assert request is not None
+                ending.append((request, End(int(ends[at]))))
+        self._emit(flight, result, drawn, rows, ids, indexes, tokens, ends)
+        return ending
 
     def _journal_end(self, request: int, end: int, tokens: int) -> None:
         if not self.journal.end(request, end, tokens):
@@ -128,7 +143,7 @@ class Commit:
         self,
         flight: Flight,
         result: StepResult,
-        drawn: np.ndarray,
+        drawn: np.ndarray | None,
         rows: np.ndarray,
         ids: np.ndarray,
         indexes: np.ndarray,
@@ -137,31 +152,31 @@ class Commit:
     ) -> None:
         """One TokenBatch to each api process with rows in the step."""
         run = self.scheduler.running
-        step, top_k = flight.plan.step, result.top_k
-        cached = run.cached[rows]
-        logprobs = result.logprobs[drawn] if result.logprobs.size else result.logprobs
-        top_ids = _rows_of(result.top_ids, top_k, drawn)
-        top_logprobs = _rows_of(result.top_logprobs, top_k, drawn)
+        batch = TokenBatch(
+            step=flight.plan.step,
+            requests=ids,
+            indexes=indexes,
+            tokens=tokens,
+            ends=ends,
+            cached=run.cached[rows],
+        )
+        if result.logprobs.size:
+            chosen = slice(None) if drawn is None else drawn
+            batch.logprobs = result.logprobs[chosen]
+            if top_k := result.top_k:
+                batch.top_k = top_k
+                batch.top_ids = result.top_ids.reshape(-1, top_k)[chosen].reshape(-1)
+                batch.top_logprobs = result.top_logprobs.reshape(-1, top_k)[chosen].reshape(-1)
+        if self.limits.api_processes == 1 and not self.muted:
+            self.output.append((0, _TOKENS, batch.encode()))
+            return
         apis = run.api[rows]
         for api in sorted(set(apis.tolist())):
-            mine = apis == api if self.limits.api_processes > 1 else slice(None)
+            mine = apis == api
             if self.muted:
-                mine = (apis == api) & [request not in self.muted for request in ids.tolist()]
-                if not mine.any():
-                    continue
-            batch = TokenBatch(
-                step=step,
-                requests=ids[mine],
-                indexes=indexes[mine],
-                tokens=tokens[mine],
-                ends=ends[mine],
-                cached=cached[mine],
-                top_k=top_k,
-                logprobs=logprobs[mine] if logprobs.size else logprobs,
-                top_ids=top_ids[mine].reshape(-1) if top_k else result.top_ids[:0],
-                top_logprobs=top_logprobs[mine].reshape(-1) if top_k else result.top_logprobs[:0],
-            )
-            self.output.append((api, _TOKENS, batch.encode()))
+                mine &= [request not in self.muted for request in ids.tolist()]
+            if np.count_nonzero(mine):
+                self.output.append((api, _TOKENS, batch.of(mine).encode()))
 
     def _fail_rows(self, rows: np.ndarray) -> None:
         """NaN rows end alone; what they wrote is zeroed before anybody can own it (0 * NaN)."""
@@ -177,11 +192,21 @@ class Commit:
             message = "the model's output for this request was not finite"
             self._ended(request, End.NOT_FINITE, message)
 
-    def _want_seals(self, rows: np.ndarray, mirror: RowTable) -> None:
-        complete = mirror.length[rows] // self.limits.page_tokens
+    def _want_seals(self, plan: StepPlan, rows: np.ndarray, *, now: bool) -> None:
+        """Ask for the sums of these rows' pages that have become full.
+
+        Pages of prompts and of rows that are about to leave (`now`) at once; pages that decode
+        fills one by one are put together over a few steps, as their array calls cost the same.
+        """
+        complete = self.scheduler.mirror.length[rows] // self.limits.page_tokens
         due = complete > self.scheduler.running.sealed_to[rows]
-        if due.any():
-            self.scheduler.want_seals(rows[due], complete[due])
+        count = np.count_nonzero(due)
+        if count == 0:
+            return
+        wait = count < SEAL_TOGETHER and plan.step % SEAL_EVERY_STEPS and not now
+        if wait and np.count_nonzero(plan.query_lens > 1) == 0:
+            return
+        self.scheduler.want_seals(rows[due], complete[due])
 
     def _book_seals(self, flight: Flight, result: StepResult) -> None:
         """The sums of the plan's seals are in: pages become sealed, shared, and followers go."""
@@ -224,8 +249,3 @@ def _check_shapes(flight: Flight, result: StepResult) -> None:
         raise WorkerFault(f"step {result.step}: {result.top_ids.size} top ids, not {top}")
     if result.logprobs.size not in (0, n):
         raise WorkerFault(f"step {result.step}: {result.logprobs.size} logprobs, not {n}")
-
-
-def _rows_of(values: np.ndarray, width: int, chosen: np.ndarray) -> np.ndarray:
-    """[chosen.sum(), width] of row-major values [n * width]."""
-    return values.reshape(-1, width)[chosen] if width else values

@@ -40,8 +40,9 @@ class RunningRows:
     """R = limits.rows_total rows, W = limits.table_columns. Row 0 (trash) is never used.
 
     life: int64[R], 0 = free. planned, total, limit, emitted, prompt, cached, pages_len, sealed_to,
-    stop_len: int32[R]. order: int64[R], rises with admission. ids: uint64[R]. api: int32[R].
-    handles: uint64[R, W], the pages held, of which the first pages_len are valid.
+    capacity (tokens that the pages held have room for): int32[R]. order: int64[R], rises with
+    admission. ids: uint64[R]. api: int32[R]. handles: uint64[R, W], the pages held, of which the
+    first pages_len are valid.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -61,13 +62,14 @@ class RunningRows:
             "sealed_to",
             "priority",
             "api",
-            "stop_len",
+            "capacity",
         ):
             setattr(self, name, np.zeros(rows, np.int32))
         self.handles = np.zeros((rows, limits.table_columns), np.uint64)
         self.requests: list[Request | None] = [None] * rows
         self.chains: list[Chain | None] = [None] * rows
         self.active = 0
+        self.stop_width = 0  # most stop ids of any row since the start
         self._free = list(range(rows - 1, 0, -1))
         self._lives = 0
 
@@ -81,7 +83,7 @@ class RunningRows:
     sealed_to: np.ndarray
     priority: np.ndarray
     api: np.ndarray
-    stop_len: np.ndarray
+    capacity: np.ndarray
 
     @property
     def rows_free(self) -> int:
@@ -98,7 +100,7 @@ class RunningRows:
         self.ids[row] = request.id
         self.api[row] = admission.api
         self.priority[row] = admission.priority
-        self.stop_len[row] = len(admission.sampling.stop_ids)
+        self.stop_width = max(self.stop_width, len(admission.sampling.stop_ids))
         self.planned[row] = hits.size * self.limits.page_tokens
         self.total[row] = request.tokens.size
         self.limit[row] = request.limit
@@ -107,6 +109,7 @@ class RunningRows:
         self.cached[row] = request.cached_tokens
         self.handles[row, : hits.size] = hits
         self.pages_len[row] = self.sealed_to[row] = hits.size
+        self.capacity[row] = hits.size * self.limits.page_tokens
         self.requests[row] = request
         self.chains[row] = chain
         self.active += 1
@@ -119,8 +122,9 @@ class RunningRows:
         assert chain is not None
         borrowed = np.array(chain.borrowed, np.uint64)
         handles = np.concatenate([self.handles[row, : self.pages_len[row]], borrowed])
-        self.life[row] = 0
-        self.pages_len[row] = 0
+        # planned == total: a free row is behind nothing, so no walk need ask whether it is free.
+        self.life[row] = self.planned[row] = self.total[row] = 0
+        self.pages_len[row] = self.capacity[row] = 0
         self.requests[row] = None
         self.chains[row] = None
         self._free.append(row)
@@ -136,4 +140,5 @@ class RunningRows:
         columns = self.pages_len[rows]
         self.handles[rows, columns] = handles
         self.pages_len[rows] = columns + 1
+        self.capacity[rows] += self.limits.page_tokens
         return columns

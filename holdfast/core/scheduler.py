@@ -28,6 +28,11 @@ from holdfast.kv.ledger import Ledger
 from holdfast.wire.plan import ADMIT, PAGE_WRITE, StepPlan, handle_pages
 from holdfast.wire.rows import RowTable
 
+# A row gets its next page up to so many tokens before it needs it, together with a row that needs
+# one now: page events then come every few steps for many rows, instead of every step for a few
+# (64 rows: 4 pages a step, of which the array calls alone cost 40 us).
+PAGE_AHEAD_TOKENS = 4
+
 
 @dataclass(slots=True)
 class SealBatch:
@@ -91,6 +96,7 @@ class Scheduler:
         self.tag = tag
         self.step = 0  # last launched
         self._page_range = np.arange(limits.page_tokens)
+        self._ones = np.ones(limits.rows_total, np.int32)
         self.preempted = 0
         self.starved: list[Request] = []  # cannot go on though nothing else holds pages
         self.clears: list[int] = []
@@ -111,6 +117,8 @@ class Scheduler:
     def _fill(self) -> _Draft:
         draft = _Draft()
         decode = self._decode(draft)
+        if decode == self.running.active and self.waiting.empty:
+            return draft
         budget = max(self.limits.prefill_tokens - decode, self.limits.page_tokens)
         budget -= self._continue_prompts(draft, budget)
         if budget > 0:
@@ -122,9 +130,11 @@ class Scheduler:
         self.step += 1
         rows = _concat(draft.rows, np.int32)
         query_lens = _concat(draft.query_lens, np.int32)
-        run.planned[rows] += query_lens
-        samples = run.planned[rows] == run.total[rows]
-        run.total[rows] += samples
+        planned = run.planned[rows] + query_lens
+        run.planned[rows] = planned
+        total = run.total[rows]
+        samples = planned == total
+        run.total[rows] = total + samples
         for handles in draft.fresh:
             self.ledger.launch(handles)
         seals, self.seals = self.seals, []
@@ -135,12 +145,16 @@ class Scheduler:
             step=self.step,
             rows=rows,
             query_lens=query_lens,
-            samples=samples.astype(np.uint8),
-            clears=np.array(clears, np.int32),
-            page_writes=_concat(draft.writes, PAGE_WRITE),
-            seals=_concat([batch.handles for batch in seals], np.uint64),
-            zeros=_concat(zeros, np.uint64),
+            samples=samples.view(np.uint8),
         )
+        if clears:
+            plan.clears = np.array(clears, np.int32)
+        if draft.writes:
+            plan.page_writes = _concat(draft.writes, PAGE_WRITE)
+        if seals:
+            plan.seals = _concat([batch.handles for batch in seals], np.uint64)
+        if zeros:
+            plan.zeros = _concat(zeros, np.uint64)
         if draft.admits:
             plan.admits = np.array(draft.admits, ADMIT)
             plan.admit_tokens = _concat(draft.tokens, np.int32)
@@ -155,22 +169,28 @@ class Scheduler:
         """Rows whose last known token is all that is left to compute; returns how many go."""
         run = self.running
         while True:
-            ready = (run.life != 0) & (run.total - run.planned == 1) & (run.total < run.limit)
-            rows = np.flatnonzero(ready)
-            needy = rows[run.planned[rows] // self.limits.page_tokens >= run.pages_len[rows]]
+            ready = (run.total - run.planned == 1) & (run.total < run.limit)
+            rows = ready.nonzero()[0]
+            needy = rows[run.planned[rows] >= run.capacity[rows]]
             short = needy.size - self.ledger.available()
             if short <= self.ledger.retiring or run.active <= 1:
                 break
             self.preempt(self._victim())
         if needy.size:
-            if short > 0:
+            soon = rows[
+                (run.planned[rows] + PAGE_AHEAD_TOKENS >= run.capacity[rows])
+                & (run.capacity[rows] < run.limit[rows])
+            ]
+            if soon.size <= self.ledger.available():
+                needy = soon
+            elif short > 0:
                 # Pages are on their way back; until then the oldest of the highest priority go.
                 keep = np.lexsort((run.order[needy], -run.priority[needy]))
                 stalled = needy[keep[self.ledger.available() :]]
                 needy = np.sort(needy[keep[: self.ledger.available()]])
                 rows = rows[~np.isin(rows, stalled)]
             self._give_pages(draft, needy)
-        draft.add(rows, np.ones(rows.size, np.int32))
+        draft.add(rows, self._ones[: rows.size])
         return rows.size
 
     def _give_pages(self, draft: _Draft, rows: np.ndarray) -> None:
@@ -192,7 +212,7 @@ class Scheduler:
     def _continue_prompts(self, draft: _Draft, budget: int) -> int:
         """Next chunks of prompts under way, oldest first; returns the tokens they take."""
         run = self.running
-        rows = np.flatnonzero((run.life != 0) & (run.total - run.planned > 1))
+        rows = (run.total - run.planned > 1).nonzero()[0]
         taken = 0
         for row in rows[np.argsort(run.order[rows])].tolist():
             if taken >= budget:
@@ -214,6 +234,7 @@ class Scheduler:
             require(handles is not None, f"{pages} pages promised and not there")
             run.handles[row, held : held + pages] = handles
             run.pages_len[row] = held + pages
+            run.capacity[row] = (held + pages) * page_tokens
             draft.writes.append(_row_writes(row, held, handles))
             draft.fresh.append(handles)
         draft.add(np.array([row], np.int32), np.array([count], np.int32))

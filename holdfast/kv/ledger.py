@@ -73,7 +73,8 @@ class Ledger:
         """The next step writes these reserved pages."""
         pool = self.pools[group]
         pages = pool.pages_of(handles)
-        require((pool.state[pages] == _RESERVED).all(), "a launched page is not reserved")
+        reserved = np.count_nonzero(pool.state[pages] == _RESERVED)
+        require(reserved == pages.size, "a launched page is not reserved")
         pool.state[pages] = _WRITING
 
     # --- sharing ---
@@ -87,10 +88,11 @@ class Ledger:
         """One more lease on each of these distinct pages."""
         pool = self.pools[group]
         pages = pool.pages_of(handles)
-        require(not (pool.state[pages] == _FREE).any(), "a lease on a free page")
+        require(not np.count_nonzero(pool.state[pages] == _FREE), "a lease on a free page")
+        leases = pool.leases[pages]
         if group == 0:
-            self.cached -= int((pool.leases[pages] == 0).sum())
-        pool.leases[pages] += 1
+            self.cached -= leases.size - np.count_nonzero(leases)
+        pool.leases[pages] = leases + 1
 
     def release(self, handles: np.ndarray, step: int, group: int = 0) -> None:
         """Give up one lease on each of these distinct handles, once the result of `step` is in.
@@ -101,13 +103,14 @@ class Ledger:
             return
         pool = self.pools[group]
         pages = pool.pages_of(handles)
-        require((pool.leases[pages] > 0).all(), "a lease was released twice")
+        leases = pool.leases[pages]
+        require(np.count_nonzero(leases > 0) == leases.size, "a lease was released twice")
         if step <= self._acknowledged:
             self._drop(group, pages)
             return
         latest = self._retired[-1][0] if self._retired else 0
         require(latest <= step, f"release at step {step} after one at step {latest}")
-        last = pool.leases[pages] == 1
+        last = leases == 1
         state = pool.state[pages]
         unsealed = (state == _RESERVED) | (state == _WRITING)
         pool.state[pages[last & unsealed]] = _RETIRING
@@ -125,12 +128,12 @@ class Ledger:
 
     def _drop(self, group: int, pages: np.ndarray) -> None:
         pool = self.pools[group]
-        pool.leases[pages] -= 1
-        left = pool.leases[pages]
-        require((left >= 0).all(), "a lease was dropped twice")
-        idle = pages[left == 0]
-        if idle.size == 0:
+        left = pool.leases[pages] - 1
+        require(np.count_nonzero(left < 0) == 0, "a lease was dropped twice")
+        pool.leases[pages] = left
+        if np.count_nonzero(left) == left.size:
             return
+        idle = pages[left == 0]
         if group != 0:
             pool.give_back(idle)
             return
@@ -152,7 +155,9 @@ class Ledger:
         pages = pool.pages_of(handles)
         state = pool.state[pages]
         writing = (state == _WRITING) | (state == _RETIRING)
-        require(writing.all(), "a page was sealed that was not being written")
+        require(
+            np.count_nonzero(writing) == pages.size, "a page was sealed that was not being written"
+        )
         pool.state[pages] = _SEALED
         pool.sums[pages] = checksums
 

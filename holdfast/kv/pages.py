@@ -78,7 +78,7 @@ class PagePool:
         """int32[k] pages of uint64[k] handles. Raises InvariantError when one is stale."""
         pages = handle_pages(handles)
         stale = self.current[pages] != handles
-        if stale.any():
+        if np.count_nonzero(stale):
             at = int(stale.argmax())
             raise InvariantError(
                 f"stale or foreign handle {int(handles[at]):#x}: page {pages[at]} of group "

@@ -80,8 +80,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "page-boundary",
         "a token at a page's first position has a page",
         _S + "Scheduler._decode",
-        "// self.limits.page_tokens >= run.pages_len[rows]",
-        "// self.limits.page_tokens > run.pages_len[rows]",
+        "run.planned[rows] >= run.capacity[rows]",
+        "run.planned[rows] > run.capacity[rows]",
     ),
     Mutation(
         "chunk-page-boundary",
@@ -108,8 +108,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "delta-twice",
         "a step moves a row once",
         _R + "RowTable.advance",
-        "self.length[plan.rows] += plan.query_lens",
-        "self.length[plan.rows] += plan.query_lens + (plan.query_lens > 4)",
+        "length = self.length[rows] + plan.query_lens",
+        "length = self.length[rows] + plan.query_lens + (plan.query_lens > 4)",
     ),
     Mutation(
         "clear-forgotten",
@@ -182,8 +182,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "token-after-cancel",
         "no token of a request follows its end",
         _C + "Commit.commit",
-        "live = run.life[plan.rows] == flight.life",
-        "live = run.life[plan.rows] >= 0",
+        "live = run.life[rows] == flight.life",
+        "live = run.life[rows] >= 0",
     ),
     Mutation(
         "preempt-forgets",
@@ -203,8 +203,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "seal-partial",
         "only full pages are sealed",
         _C + "Commit._want_seals",
-        "complete = mirror.length[rows] // self.limits.page_tokens",
-        "complete = -(-mirror.length[rows] // self.limits.page_tokens)",
+        "complete = self.scheduler.mirror.length[rows] // self.limits.page_tokens",
+        "complete = -(-self.scheduler.mirror.length[rows] // self.limits.page_tokens)",
     ),
     Mutation(
         "twin-unleased",

@@ -228,7 +228,8 @@ class Simulation:
         for request, index in zip(batch.requests.tolist(), batch.indexes.tolist(), strict=True):
             if request in self.cancelled:
                 raise Violation(f"request {request:#x}: a token after its cancel or finish")
-            self.sent_at.setdefault((request, index), self.now)
+            if batch.step:  # 0 = made earlier, and sent to a client that resumes
+                self.sent_at.setdefault((request, index), self.now)
 
     def _core_dies(self) -> None:
         """Memory of the core is gone, and what it had not handed to a socket yet."""

@@ -11,13 +11,20 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from holdfast.errors import LinkError
 
-_HEAD = struct.Struct("<II")
+_PADDING = [b"\0" * (-size % 8) for size in range(8)]
+
+
+def nothing(dtype: np.dtype | type) -> np.ndarray:
+    """A read-only array of no elements."""
+    empty = np.empty(0, dtype)
+    empty.flags.writeable = False
+    return empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,26 +34,31 @@ class ArrayLayout:
     magic: int
     scalars: tuple[str, ...]
     arrays: tuple[tuple[str, np.dtype], ...]
+    _head: struct.Struct = field(init=False)
+    _none: tuple[np.ndarray, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        head = f"<II{len(self.scalars)}q{len(self.arrays)}I"
+        padding = -struct.calcsize(head) % 8
+        object.__setattr__(self, "_head", struct.Struct(f"{head}{padding}x"))
+        object.__setattr__(self, "_none", tuple(nothing(dtype) for _, dtype in self.arrays))
 
     @property
     def body_at(self) -> int:
-        return _pad8(_HEAD.size + 8 * len(self.scalars) + 4 * len(self.arrays))
+        return self._head.size
 
     def encode(self, scalars: Sequence[int], arrays: Sequence[np.ndarray]) -> bytes:
         """Pack `arrays` (one-dimensional, of the layout's dtypes, in its order) into one frame."""
-        parts = [_HEAD.pack(self.magic, len(arrays))]
-        parts.append(struct.pack(f"<{len(scalars)}q", *scalars))
-        parts.append(struct.pack(f"<{len(arrays)}I", *[array.size for array in arrays]))
-        size = sum(map(len, parts))
-        parts.append(b"\0" * (_pad8(size) - size))
-        for (name, dtype), array in zip(self.arrays, arrays, strict=True):
-            assert array.dtype == dtype, f"{name}: {array.dtype}, not {dtype}"
-            if array.size == 0:
+        lengths = [len(array) for array in arrays]
+        parts = [self._head.pack(self.magic, len(arrays), *scalars, *lengths)]
+        for (name, dtype), array, length in zip(self.arrays, arrays, lengths, strict=True):
+            if length == 0:
                 continue
+            assert array.dtype == dtype, f"{name}: {array.dtype}, not {dtype}"
             data = array.tobytes()
             parts.append(data)
             if len(data) & 7:
-                parts.append(b"\0" * (8 - (len(data) & 7)))
+                parts.append(_PADDING[len(data) & 7])
         return b"".join(parts)
 
     def decode(self, frame: bytes | memoryview) -> tuple[tuple[int, ...], list[np.ndarray]]:
@@ -56,15 +68,16 @@ class ArrayLayout:
         """
         if len(frame) < self.body_at:
             raise LinkError(f"frame of {len(frame)} bytes is shorter than its header")
-        magic, count = _HEAD.unpack_from(frame, 0)
+        magic, count, *rest = self._head.unpack_from(frame, 0)
         if magic != self.magic or count != len(self.arrays):
             raise LinkError(f"frame is not of layout {self.magic:#x}: {magic:#x}, {count} arrays")
-        scalars = struct.unpack_from(f"<{len(self.scalars)}q", frame, _HEAD.size)
-        at = _HEAD.size + 8 * len(self.scalars)
-        lengths = struct.unpack_from(f"<{count}I", frame, at)
+        scalars, lengths = tuple(rest[: len(self.scalars)]), rest[len(self.scalars) :]
         at = self.body_at
         arrays = []
-        for (name, dtype), length in zip(self.arrays, lengths, strict=True):
+        for (name, dtype), length, none in zip(self.arrays, lengths, self._none, strict=True):
+            if length == 0:
+                arrays.append(none)
+                continue
             if at + length * dtype.itemsize > len(frame):
                 raise LinkError(f"frame ends inside array {name}")
             arrays.append(np.frombuffer(frame, dtype, length, at))

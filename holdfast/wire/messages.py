@@ -162,6 +162,7 @@ _TOKENS = ArrayLayout(
         ("top_logprobs", np.dtype(np.float32)),
     ),
 )
+_TOKENS_NAMES = [name for name, _ in _TOKENS.arrays]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -185,13 +186,30 @@ class TokenBatch:
     top_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     top_logprobs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
 
+    def of(self, chosen: np.ndarray) -> TokenBatch:
+        """The batch of the entries where bool[k] `chosen`."""
+        part = TokenBatch(
+            step=self.step,
+            requests=self.requests[chosen],
+            indexes=self.indexes[chosen],
+            tokens=self.tokens[chosen],
+            ends=self.ends[chosen],
+            cached=self.cached[chosen],
+            top_k=self.top_k,
+        )
+        if self.logprobs.size:
+            part.logprobs = self.logprobs[chosen]
+        if self.top_k:
+            part.top_ids = self.top_ids.reshape(-1, self.top_k)[chosen].reshape(-1)
+            part.top_logprobs = self.top_logprobs.reshape(-1, self.top_k)[chosen].reshape(-1)
+        return part
+
     def encode(self) -> bytes:
-        arrays = [getattr(self, name) for name, _ in _TOKENS.arrays]
+        arrays = [getattr(self, name) for name in _TOKENS_NAMES]
         return _TOKENS.encode((self.step, self.top_k), arrays)
 
     @classmethod
     def decode(cls, frame: bytes | memoryview) -> TokenBatch:
         """Raises LinkError on a frame that is no token batch."""
         (step, top_k), arrays = _TOKENS.decode(frame)
-        names = [name for name, _ in _TOKENS.arrays]
-        return cls(step=step, top_k=top_k, **dict(zip(names, arrays, strict=True)))
+        return cls(step=step, top_k=top_k, **dict(zip(_TOKENS_NAMES, arrays, strict=True)))

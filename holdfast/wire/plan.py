@@ -24,7 +24,7 @@ from typing import NewType
 
 import numpy as np
 
-from holdfast.wire.arrays import ArrayLayout
+from holdfast.wire.arrays import ArrayLayout, nothing
 
 Epoch = NewType("Epoch", int)
 StepId = NewType("StepId", int)
@@ -121,8 +121,13 @@ _PLAN = ArrayLayout(
 )
 
 
-def _empty(dtype: np.dtype | type) -> np.ndarray:
-    return np.empty(0, dtype)
+_PLAN_NAMES = [name for name, _ in _PLAN.arrays]
+
+# One empty array of each dtype for all plans and results; none of them is ever written.
+_NONE = {
+    dtype: nothing(dtype)
+    for dtype in (np.int32, np.uint8, np.float32, np.uint64, ADMIT, PAGE_WRITE)
+}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -141,29 +146,28 @@ class StepPlan:
 
     epoch: int
     step: int
-    rows: np.ndarray = field(default_factory=lambda: _empty(np.int32))
-    query_lens: np.ndarray = field(default_factory=lambda: _empty(np.int32))
-    samples: np.ndarray = field(default_factory=lambda: _empty(np.uint8))
-    clears: np.ndarray = field(default_factory=lambda: _empty(np.int32))
-    admits: np.ndarray = field(default_factory=lambda: _empty(ADMIT))
-    admit_tokens: np.ndarray = field(default_factory=lambda: _empty(np.int32))
-    bias_ids: np.ndarray = field(default_factory=lambda: _empty(np.int32))
-    bias_values: np.ndarray = field(default_factory=lambda: _empty(np.float32))
-    stop_ids: np.ndarray = field(default_factory=lambda: _empty(np.int32))
-    page_writes: np.ndarray = field(default_factory=lambda: _empty(PAGE_WRITE))
-    seals: np.ndarray = field(default_factory=lambda: _empty(np.uint64))
-    zeros: np.ndarray = field(default_factory=lambda: _empty(np.uint64))
+    rows: np.ndarray = field(default_factory=lambda: _NONE[np.int32])
+    query_lens: np.ndarray = field(default_factory=lambda: _NONE[np.int32])
+    samples: np.ndarray = field(default_factory=lambda: _NONE[np.uint8])
+    clears: np.ndarray = field(default_factory=lambda: _NONE[np.int32])
+    admits: np.ndarray = field(default_factory=lambda: _NONE[ADMIT])
+    admit_tokens: np.ndarray = field(default_factory=lambda: _NONE[np.int32])
+    bias_ids: np.ndarray = field(default_factory=lambda: _NONE[np.int32])
+    bias_values: np.ndarray = field(default_factory=lambda: _NONE[np.float32])
+    stop_ids: np.ndarray = field(default_factory=lambda: _NONE[np.int32])
+    page_writes: np.ndarray = field(default_factory=lambda: _NONE[PAGE_WRITE])
+    seals: np.ndarray = field(default_factory=lambda: _NONE[np.uint64])
+    zeros: np.ndarray = field(default_factory=lambda: _NONE[np.uint64])
 
     def encode(self) -> bytes:
-        arrays = [getattr(self, name) for name, _ in _PLAN.arrays]
+        arrays = [getattr(self, name) for name in _PLAN_NAMES]
         return _PLAN.encode((self.epoch, self.step), arrays)
 
     @classmethod
     def decode(cls, frame: bytes | memoryview) -> StepPlan:
         """Raises LinkError on a frame that is no plan."""
         (epoch, step), arrays = _PLAN.decode(frame)
-        names = [name for name, _ in _PLAN.arrays]
-        return cls(epoch=epoch, step=step, **dict(zip(names, arrays, strict=True)))
+        return cls(epoch=epoch, step=step, **dict(zip(_PLAN_NAMES, arrays, strict=True)))
 
 
 # StepResult.faults
@@ -182,6 +186,7 @@ _RESULT = ArrayLayout(
         ("top_logprobs", np.dtype(np.float32)),
     ),
 )
+_RESULT_NAMES = [name for name, _ in _RESULT.arrays]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -204,15 +209,15 @@ class StepResult:
     digest: int
     device_ns: int = 0
     top_k: int = 0
-    tokens: np.ndarray = field(default_factory=lambda: _empty(np.int32))
-    faults: np.ndarray = field(default_factory=lambda: _empty(np.uint8))
-    seal_sums: np.ndarray = field(default_factory=lambda: _empty(np.uint64))
-    logprobs: np.ndarray = field(default_factory=lambda: _empty(np.float32))
-    top_ids: np.ndarray = field(default_factory=lambda: _empty(np.int32))
-    top_logprobs: np.ndarray = field(default_factory=lambda: _empty(np.float32))
+    tokens: np.ndarray = field(default_factory=lambda: _NONE[np.int32])
+    faults: np.ndarray = field(default_factory=lambda: _NONE[np.uint8])
+    seal_sums: np.ndarray = field(default_factory=lambda: _NONE[np.uint64])
+    logprobs: np.ndarray = field(default_factory=lambda: _NONE[np.float32])
+    top_ids: np.ndarray = field(default_factory=lambda: _NONE[np.int32])
+    top_logprobs: np.ndarray = field(default_factory=lambda: _NONE[np.float32])
 
     def encode(self) -> bytes:
-        arrays = [getattr(self, name) for name, _ in _RESULT.arrays]
+        arrays = [getattr(self, name) for name in _RESULT_NAMES]
         # The digest is unsigned; scalars travel as int64.
         signed = self.digest - (1 << 64) if self.digest >= 1 << 63 else self.digest
         return _RESULT.encode((self.epoch, self.step, signed, self.device_ns, self.top_k), arrays)
@@ -221,12 +226,11 @@ class StepResult:
     def decode(cls, frame: bytes | memoryview) -> StepResult:
         """Raises LinkError on a frame that is no result."""
         (epoch, step, digest, device_ns, top_k), arrays = _RESULT.decode(frame)
-        names = [name for name, _ in _RESULT.arrays]
         return cls(
             epoch=epoch,
             step=step,
             digest=digest % (1 << 64),
             device_ns=device_ns,
             top_k=top_k,
-            **dict(zip(names, arrays, strict=True)),
+            **dict(zip(_RESULT_NAMES, arrays, strict=True)),
         )

@@ -31,6 +31,7 @@ _C_FIELD = np.uint64(0x9E37_79B9_7F4A_7C15)
 _C_VALUE = np.uint64(0xD1B5_4A32_D192_ED03)
 _C_FINAL = np.uint64(0xBF58_476D_1CE4_E5B9)
 _SHIFT = np.uint64(32)
+_TOKENS_OFFSET = np.uint64((_TOKENS * 0x9E37_79B9_7F4A_7C15) % (1 << 64))
 
 RECORD_WORDS = ADMIT.itemsize // 8
 
@@ -45,7 +46,13 @@ def mix(fields: np.ndarray | int, values: np.ndarray) -> np.ndarray:
     if isinstance(fields, int):
         offset = np.uint64((fields * 0x9E37_79B9_7F4A_7C15) % (1 << 64))
     else:
-        offset = fields.astype(np.uint64) * _C_FIELD
+        offset = fields.astype(np.uint64)
+        offset *= _C_FIELD
+    return _mix(offset, values)
+
+
+def _mix(offset: np.ndarray | np.uint64, values: np.ndarray) -> np.ndarray:
+    """`mix` with field * C1 given."""
     x = values.astype(np.uint64)
     x *= _C_VALUE
     x = x + offset
@@ -134,7 +141,7 @@ class RowTable:
         fields = _page_fields(group, column)
         old = self.page_table[group, row, column]
         change = _page_digest(fields, page)
-        if old.any():
+        if np.count_nonzero(old):
             change -= _page_digest(fields, old)
         self.page_table[group, row, column] = page
         np.maximum.at(self.pages_len, (group, row), column + 1)
@@ -147,7 +154,7 @@ class RowTable:
         row after plan row, positions rising from each row's length.
         """
         starts = self.length[rows]
-        if query_lens.size == int(query_lens.sum()):
+        if np.count_nonzero(query_lens == 1) == query_lens.size:
             return rows, starts, self.tokens[rows, starts]
         ends = np.cumsum(query_lens)
         within = np.arange(ends[-1], dtype=np.int32) - np.repeat(ends - query_lens, query_lens)
@@ -157,10 +164,14 @@ class RowTable:
 
     def advance(self, plan: StepPlan, tokens: np.ndarray) -> None:
         """Move the plan's rows past the step: `tokens` int32[n] as in StepResult.tokens."""
-        self.length[plan.rows] += plan.query_lens
-        drawn = plan.samples != 0
-        rows = plan.rows[drawn]
-        self.tokens[rows, self.length[rows]] = tokens[drawn]
+        rows, samples = plan.rows, plan.samples
+        length = self.length[rows] + plan.query_lens
+        self.length[rows] = length
+        if np.count_nonzero(samples) == samples.size:
+            self.tokens[rows, length] = tokens
+        else:
+            drawn = samples != 0
+            self.tokens[rows[drawn], length[drawn]] = tokens[drawn]
 
     def digest(self, plan: StepPlan) -> int:
         """Digest of the rows the step uses, after `apply` and before `advance`; incremental."""
@@ -184,12 +195,16 @@ class RowTable:
             return 0
         # The first query token's position is the row's length, so the length needs no term.
         _, position, token = self.inputs(rows, query_lens)
-        per_token = mix(_TOKENS + position.astype(np.int64), token.view(np.uint32))
+        offset = position.astype(np.uint64)
+        offset *= _C_FIELD
+        offset += _TOKENS_OFFSET
+        per_token = _mix(offset, token.view(np.uint32))
         if per_token.size != rows.size:
             ends = np.cumsum(query_lens)
             per_token = np.add.reduceat(per_token, ends - query_lens)
-        fields = self._order[: rows.size] + rows
-        return int(mix(fields, settled + per_token).sum(dtype=np.uint64))
+        per_token += settled
+        per_row = mix(self._order[: rows.size] + rows, per_token)
+        return int(np.add.reduce(per_row))
 
     def _record_digest(self, rows: np.ndarray) -> np.ndarray:
         """uint64[k]: the part of the digest that comes from the admission record and its lists."""
