@@ -18,6 +18,7 @@ from holdfast.cli.generate import generate
 from holdfast.cli.plan import plan
 from holdfast.cli.ps import ps
 from holdfast.cli.serve import serve
+from holdfast.cli.simulate import simulate_command
 from holdfast.errors import OperatorError, RequestError
 
 EXIT_FAILED = 1
@@ -62,6 +63,7 @@ app.command()(chat)
 app.command()(generate)
 app.command()(plan)
 app.command()(ps)
+app.command("simulate")(simulate_command)
 app.add_typer(bench, name="bench")
 
 

@@ -35,7 +35,7 @@ from holdfast.api.output import ChoiceOutput, TokenLogprob
 from holdfast.api.schema import Resolved, SamplingParams, check_id
 from holdfast.api.text import Tokenizer
 from holdfast.config import Limits
-from holdfast.errors import EngineFault, InvalidField, RequestError
+from holdfast.errors import EngineFault, InvalidField, OptionError, RequestError
 from holdfast.local import Drawn, LocalEngine, Run
 from holdfast.model.spec import ModelSpec, resolve_model
 from holdfast.sizing import Sizing, Wishes, memory_available_bytes, size
@@ -97,6 +97,10 @@ class Result:
         return self.choices[0].logprobs
 
 
+# Fields of Wishes that say how processes work together.
+SERVER_ONLY = ("steps_ahead", "api_processes", "timeout_s")
+
+
 class LLM:
     """`model`: a folder, a hub id, or None for the bundled one. `options`: the fields of
     holdfast.sizing.Wishes (rows_max, pages, kv_memory_bytes, context_tokens, ...).
@@ -114,6 +118,9 @@ class LLM:
         progress: LoadReport | None = None,
         **options: Any,
     ) -> None:
+        for name in SERVER_ONLY:
+            if options.get(name) is not None:
+                raise OptionError(name, "is for `holdfast serve`; one process has no use for it")
         spec = ModelSpec.load(resolve_model(None if model is None else os.fspath(model)))
         available = memory_available_bytes()
         sizing = size(spec, Wishes(**options), dtype="float32", available_bytes=available)

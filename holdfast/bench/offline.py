@@ -61,6 +61,7 @@ def run(
         "dtype": sizing.dtype,
         "threads": threads,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
         "rows_max": sizing.limits.rows_max,
         "holdfast": _side(ours, tokens),
     }

@@ -48,14 +48,17 @@ def pick_dtype(engine: EngineOptions) -> str:
 
 
 def share_cores() -> None:
-    """Let threads of the tensor library sleep, not spin, while they wait for each other.
+    """Let threads of the tensor library spin only briefly while they wait for each other.
 
-    Read when torch is loaded, here or in a child. On cores that other processes use as well (api
-    and core do), spinning is ruinous. Seen on 2 cores under a changing load of others, 2 threads,
-    16 requests of 64 tokens, one run each: sleeping 6.3 s; spinning not done when it was ended at
-    100 s. On a quiet machine not compared yet. An operator's own setting stays.
+    Read when torch is loaded, here or in a child. libgomp's default spins for ever as long as there
+    are as many cores as threads, which is ruinous on cores that api and core use as well: 16
+    requests of 64 tokens were not done after 100 s beside others, where sleeping took 6.3 s. But
+    sleeping at once costs a third on a quiet machine. `bench offline`, 2 cores, tokens a second:
+    default 1122, sleeping at once 757, spin counts 500 / 2,000 / 10,000: 832 / 1043 / 1092 (one
+    run each). An operator's own setting stays.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def open_llm(model: str | None, engine: EngineOptions) -> LLM:

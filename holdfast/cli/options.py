@@ -110,16 +110,12 @@ class EngineOptions:
     prefill_tokens: Annotated[
         int | None, _option(BATCH_PANEL, "Tokens of one step, prompts included", "512", min=1)
     ] = None
-    steps_ahead: Annotated[
-        int | None,
-        _option(BATCH_PANEL, "Steps launched at once: 2 overlaps, 1 does not", "2", min=1, max=2),
-    ] = None
     queue_requests: Annotated[
         int | None, _option(BATCH_PANEL, "Requests that may wait for a row", "4096", min=1)
     ] = None
     live_tokens: Annotated[
         int | None,
-        _option(BATCH_PANEL, "Prompt and answer tokens of all admitted requests", "8 Mi", min=1),
+        _option(BATCH_PANEL, "Prompt and answer tokens of all admitted requests", "4 Mi", min=1),
     ] = None
 
     def wishes(self, **more: object) -> Wishes:
@@ -136,7 +132,6 @@ class EngineOptions:
             context_tokens=self.max_context_tokens,
             queue_requests=self.queue_requests,
             live_tokens=self.live_tokens,
-            steps_ahead=self.steps_ahead,
             **more,
         )
 
@@ -145,6 +140,10 @@ class EngineOptions:
 class ServerOptions:
     """How a model is served."""
 
+    steps_ahead: Annotated[
+        int | None,
+        _option(BATCH_PANEL, "Steps launched at once: 2 overlaps, 1 does not", "2", min=1, max=2),
+    ] = None
     host: Annotated[str, _option(NETWORK_PANEL, "Address to listen on; 0.0.0.0 for everybody")] = (
         "127.0.0.1"
     )

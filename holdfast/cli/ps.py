@@ -44,7 +44,8 @@ def _table(server: dict[str, Any]) -> Table:
         ("restarts", "right"),
         ("last end", "left"),
     ):
-        table.add_column(name, justify=side)  # type: ignore[arg-type]
+        fixed = name in ("pid", "process", "state")
+        table.add_column(name, justify=side, no_wrap=fixed)  # type: ignore[arg-type]
     table.add_row(
         str(server["pid"]),
         server["title"],

@@ -48,7 +48,11 @@ def serve_options(model: str | None, server: ServerOptions, engine: EngineOption
 
     keys = server.keys()
     prepared = prepare(
-        model, engine, api_processes=server.api_processes, timeout_s=server.request_timeout_s
+        model,
+        engine,
+        api_processes=server.api_processes,
+        timeout_s=server.request_timeout_s,
+        steps_ahead=server.steps_ahead,
     )
     return ServeOptions(
         spec=prepared.spec,

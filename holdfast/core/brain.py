@@ -51,7 +51,6 @@ from holdfast.wire.messages import (
 from holdfast.wire.plan import StepPlan, StepResult
 from holdfast.wire.rows import RowTable
 
-
 # Gauges and sums are published every few steps, and whenever the pipe is empty.
 COUNT_EVERY_STEPS = 8
 
@@ -252,9 +251,11 @@ class Brain:
         if self.suspended or len(self._flights) >= self.limits.steps_ahead:
             return None
         flight = self.scheduler.plan(self.epoch, len(self._flights), now_s)
-        for request in self.scheduler.starved:
+        while self.scheduler.starved:
+            request = self.scheduler.starved.pop()
             self._end(request, End.ENGINE_FAULT, "too few KV pages to continue this request")
-        self.scheduler.starved.clear()
+            # Its pages may be all that the next one waits for, and nothing else will wake us.
+            flight = self.scheduler.plan(self.epoch, len(self._flights), now_s)
         if flight is None:
             return None
         self._flights.append(flight)

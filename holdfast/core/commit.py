@@ -113,7 +113,7 @@ class Commit:
         indexes = run.emitted[rows]
         emitted = indexes + 1
         run.emitted[rows] = emitted
-        ends = (run.prompt[rows] + emitted >= run.limit[rows]).view(np.uint8) * _LENGTH
+        ends = (emitted >= run.output_limit[rows]).view(np.uint8) * _LENGTH
         if run.stop_width:
             hit = mirror.stop_ids[rows, : run.stop_width] == tokens[:, None]
             if np.count_nonzero(hit):
@@ -198,15 +198,15 @@ class Commit:
         Pages of prompts and of rows that are about to leave (`now`) at once; pages that decode
         fills one by one are put together over a few steps, as their array calls cost the same.
         """
-        complete = self.scheduler.mirror.length[rows] // self.limits.page_tokens
-        due = complete > self.scheduler.running.sealed_to[rows]
+        length = self.scheduler.mirror.length[rows]
+        due = length >= self.scheduler.running.seal_at[rows]
         count = np.count_nonzero(due)
         if count == 0:
             return
         wait = count < SEAL_TOGETHER and plan.step % SEAL_EVERY_STEPS and not now
         if wait and np.count_nonzero(plan.query_lens > 1) == 0:
             return
-        self.scheduler.want_seals(rows[due], complete[due])
+        self.scheduler.want_seals(rows[due], length[due] // self.limits.page_tokens)
 
     def _book_seals(self, flight: Flight, result: StepResult) -> None:
         """The sums of the plan's seals are in: pages become sealed, shared, and followers go."""

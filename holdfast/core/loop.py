@@ -95,8 +95,11 @@ class CoreLoop:
         control: ControlLike,
         *,
         clock: Callable[[], float] = time.monotonic,
+        spent: Callable[[float], None] = lambda seconds: None,
     ) -> None:
+        """`spent` is told the seconds from a result read to the next plan sent."""
         self.brain = brain
+        self._spent = spent
         self._control = control
         self._clock = clock
         self._selector = selectors.DefaultSelector()
@@ -139,8 +142,10 @@ class CoreLoop:
             for message, fds in self._control.receive():
                 self._obey(message, fds)
         if ("worker", 0) in read and self._worker is not None:
+            started_s = self._clock()
             self._commit(self._worker)
             self._launch()
+            self._spent(self._clock() - started_s)
         for index in sorted(self._apis):
             self._listen(index, ("api", index) in read)
         self.brain.expire(self._clock())

@@ -39,10 +39,10 @@ class Chain:
 class RunningRows:
     """R = limits.rows_total rows, W = limits.table_columns. Row 0 (trash) is never used.
 
-    life: int64[R], 0 = free. planned, total, limit, emitted, prompt, cached, pages_len, sealed_to,
-    capacity (tokens that the pages held have room for): int32[R]. order: int64[R], rises with
-    admission. ids: uint64[R]. api: int32[R]. handles: uint64[R, W], the pages held, of which the
-    first pages_len are valid.
+    life: int64[R], 0 = free. planned, total, limit, emitted, output_limit, cached, pages_len,
+    sealed_to, seal_at (tokens at which the next page is full), capacity (tokens that the pages held
+    have room for): int32[R]. order: int64[R], rises with admission. ids: uint64[R]. api: int32[R].
+    handles: uint64[R, W], the pages held, of which the first pages_len are valid.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -56,10 +56,11 @@ class RunningRows:
             "total",
             "limit",
             "emitted",
-            "prompt",
+            "output_limit",
             "cached",
             "pages_len",
             "sealed_to",
+            "seal_at",
             "priority",
             "api",
             "capacity",
@@ -77,10 +78,11 @@ class RunningRows:
     total: np.ndarray
     limit: np.ndarray
     emitted: np.ndarray
-    prompt: np.ndarray
+    output_limit: np.ndarray
     cached: np.ndarray
     pages_len: np.ndarray
     sealed_to: np.ndarray
+    seal_at: np.ndarray
     priority: np.ndarray
     api: np.ndarray
     capacity: np.ndarray
@@ -105,11 +107,12 @@ class RunningRows:
         self.total[row] = request.tokens.size
         self.limit[row] = request.limit
         self.emitted[row] = request.emitted
-        self.prompt[row] = request.prompt_len
+        self.output_limit[row] = request.limit - request.prompt_len
         self.cached[row] = request.cached_tokens
         self.handles[row, : hits.size] = hits
         self.pages_len[row] = self.sealed_to[row] = hits.size
         self.capacity[row] = hits.size * self.limits.page_tokens
+        self.seal_at[row] = (hits.size + 1) * self.limits.page_tokens
         self.requests[row] = request
         self.chains[row] = chain
         self.active += 1

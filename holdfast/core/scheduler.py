@@ -372,6 +372,7 @@ class Scheduler:
         at = column[:, None] * page_tokens + self._page_range
         tokens = self.mirror.tokens[row[:, None], at].tobytes()
         run.sealed_to[rows] = complete
+        run.seal_at[rows] = (complete + 1) * page_tokens
         chains = [run.chains[row_id] for row_id in row.tolist()]
         self.seals.append(SealBatch(handles, tokens, chains))
 

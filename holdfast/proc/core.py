@@ -50,7 +50,10 @@ def main() -> int:
     gc.collect()
     gc.freeze()
     control.ready(recovered=recovered)
-    return CoreLoop(brain, control).run()
+    metrics = brain.metrics
+    return CoreLoop(
+        brain, control, spent=lambda seconds: metrics.observe("brain_seconds", seconds)
+    ).run()
 
 
 if __name__ == "__main__":

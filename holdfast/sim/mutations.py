@@ -160,7 +160,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "a request that ends in the middle of its prompt gives its pages back",
         _S + "Scheduler.drop_row",
         "self.ledger.release(self.running.leave(row), self.step)",
-        "half = self.running.planned[row] < self.running.prompt[row]\n"
+        "half = self.running.total[row] - self.running.planned[row] > 1\n"
         "    pages = self.running.leave(row)\n"
         "    self.ledger.release(pages[:0] if half else pages, self.step)",
     ),
@@ -203,8 +203,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "seal-partial",
         "only full pages are sealed",
         _C + "Commit._want_seals",
-        "complete = self.scheduler.mirror.length[rows] // self.limits.page_tokens",
-        "complete = -(-self.scheduler.mirror.length[rows] // self.limits.page_tokens)",
+        "length = self.scheduler.mirror.length[rows]",
+        "length = self.scheduler.mirror.length[rows] + 1",
     ),
     Mutation(
         "twin-unleased",

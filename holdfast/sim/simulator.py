@@ -76,6 +76,7 @@ class Simulation:
         self.faults: dict[str, int] = {}
         self.views: dict[int, ClientView] = {}
         self.cancelled: set[int] = set()  # the core was told
+        self.linked: dict[int, int] = {}  # api -> life of the core that it has a link to
         self.sent_at: dict[tuple[int, int], int] = {}  # when the core made a token
         self.journal = memoryview(bytearray(Journal.size(self.limits)))
         self.metrics = Metrics(memoryview(bytearray(Metrics.size(1))), 0)
@@ -415,6 +416,8 @@ class Simulation:
 
     def _to_core(self, api: int, frame: bytes) -> None:
         life = self.core_life
+        if self.linked.get(api, 1) != life:
+            return  # No link yet: what matters is in the Resume that comes first over the next one.
         self.after(
             self.world.channel_time,
             lambda: self._core_receives(api, frame, life),
@@ -494,6 +497,7 @@ class Simulation:
     def _api_resumes(self, api: int, life: int) -> None:
         if life != self.core_life:
             return
+        self.linked[api] = life
         mine = [v for r, v in self.views.items() if r >> 48 == api]
         gone = tuple(v.request for v in mine if v.end is not None)
         if gone:

@@ -135,7 +135,9 @@ class RowTable:
         writes = plan.page_writes
         group, row, column, page = (writes[name] for name in ("group", "row", "column", "page"))
         require(
-            int(row.min()) > TRASH_ROW and int(column.max()) < self.page_table.shape[2],
+            int(row.min()) > TRASH_ROW
+            and int(column.min()) >= 0
+            and int(column.max()) < self.page_table.shape[2],
             f"step {plan.step} writes a page outside the table",
         )
         fields = _page_fields(group, column)

@@ -246,6 +246,22 @@ def test_a_preempted_request_of_low_priority_lets_the_high_one_finish_first():
     d.check(2)
 
 
+def test_the_last_request_that_cannot_go_on_fails_alone_and_the_server_goes_on():
+    d = Driver(limits_of(pages=33))
+    lost = d.brain.ledger.reserve(20)  # As if a fault had put these pages in quarantine.
+    d.submit(1, prompt(1, 40), max_tokens=40)
+    d.submit(2, prompt(2, 4), max_tokens=8)
+    d.run()
+    assert d.ends == {1: End.ENGINE_FAULT, 2: End.LENGTH}
+    assert d.tokens[2] == d.expected(2, 8)
+    d.check(1)
+    d.brain.ledger.release(lost, 0)
+    d.submit(3, prompt(1, 40), max_tokens=40)
+    d.run()
+    assert d.tokens[3] == d.expected(3, 40)
+    d.check_home()
+
+
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers():
     d = Driver(limits_of(pages=9))
     d.submit(1, prompt(1, 30), max_tokens=20)
