@@ -76,6 +76,7 @@ class Simulation:
         self.faults: dict[str, int] = {}
         self.views: dict[int, ClientView] = {}
         self.cancelled: set[int] = set()  # the core was told
+        self.api_lives: dict[int, int] = {}
         self.linked: dict[int, int] = {}  # api -> life of the core that it has a link to
         self.sent_at: dict[tuple[int, int], int] = {}  # when the core made a token
         self.journal = memoryview(bytearray(Journal.size(self.limits)))
@@ -174,6 +175,8 @@ class Simulation:
 
     def _tick(self) -> None:
         """What core.loop does after any input: results, deadlines, plans, output."""
+        if self.chance("api_death"):
+            self._api_dies(self.rng.randrange(self.limits.api_processes))
         for kind, payload in self.core_link.drain():
             assert kind == Kind.RESULT
             result = StepResult.decode(payload)
@@ -231,6 +234,15 @@ class Simulation:
                 raise Violation(f"request {request:#x}: a token after its cancel or finish")
             if batch.step:  # 0 = made earlier, and sent to a client that resumes
                 self.sent_at.setdefault((request, index), self.now)
+
+    def _api_dies(self, api: int) -> None:
+        """Its connections are gone, and what it had sent is too; the next one starts afresh."""
+        self.api_lives[api] = self.api_lives.get(api, 0) + 1
+        for request, view in self.views.items():
+            if request >> 48 == api and view.end is None:
+                view.abandoned, view.end = True, End.CANCELLED
+        self.cancelled.update(r for r in self.brain.requests if r >> 48 == api)
+        self.brain.drop_api(api, self.now_s)
 
     def _core_dies(self) -> None:
         """Memory of the core is gone, and what it had not handed to a socket yet."""
@@ -418,11 +430,13 @@ class Simulation:
         life = self.core_life
         if self.linked.get(api, 1) != life:
             return  # No link yet: what matters is in the Resume that comes first over the next one.
-        self.after(
-            self.world.channel_time,
-            lambda: self._core_receives(api, frame, life),
-            f"core receives from api {api}",
-        )
+        mine = self.api_lives.get(api, 0)
+
+        def arrive() -> None:
+            if self.api_lives.get(api, 0) == mine:
+                self._core_receives(api, frame, life)
+
+        self.after(self.world.channel_time, arrive, f"core receives from api {api}")
 
     def _abort(self, job: Job) -> None:
         ids = tuple(request for request in job.ids if self.views[request].end is None)
