@@ -17,6 +17,9 @@ PAGES_MAX = 1 << 24
 # Upper bound on one journal record of an admission, besides its tokens: scalars, tenant, and the
 # bias and stop lists at their limits (msgpack: at most 16 and 8 bytes an entry) are added below.
 JOURNAL_RECORD_BYTES = 512
+# Ended requests that the journal keeps, in units of all that can be live: one for the last ones of
+# this core, three for those that a client has not asked for since the core was replaced.
+ENDED_SHARES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class Limits:
     """Plans launched and not yet answered: 2 = one step ahead, 1 = overlap off."""
     queue_requests: int = 4096
     """Requests waiting for a row, and bound of a client's burst."""
-    live_tokens: int = 4 << 20
+    live_tokens: int = 2 << 20
     """Prompt tokens and output allowance, summed over all admitted requests."""
     bias_entries: int = 300
     """Entries of logit_bias per request; OpenAI's documented clients send at most 300."""
@@ -105,15 +108,15 @@ class Limits:
     def journal_bytes(self) -> int:
         """Size of one journal half that provably holds every live request at its largest.
 
-        A live request is one admission record plus one copy of its tokens. As many ended ones are
-        kept without prompt and parameters, for clients that have not read their end when the core
-        dies (all live requests may end at one deadline). A quarter is left for the records between
-        two compactions.
+        A live request is one admission record plus one copy of its tokens. Ended ones are kept
+        without prompt and parameters, for clients that have not read their end when the core dies:
+        as many as can be live, and three times as many that wait for their client after a core was
+        replaced (ENDED_SHARES). A quarter is left for the records between two compactions.
         """
         record = JOURNAL_RECORD_BYTES + 16 * self.bias_entries + 8 * self.stop_ids
         live = self.live_requests * record + 4 * self.live_tokens
         ended = self.live_requests * JOURNAL_RECORD_BYTES + 4 * self.live_tokens
-        return (live + ended) * 5 // 4 + 4096
+        return (live + ENDED_SHARES * ended) * 5 // 4 + 4096
 
     def pages_for_tokens(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)

@@ -115,7 +115,7 @@ class EngineOptions:
     ] = None
     live_tokens: Annotated[
         int | None,
-        _option(BATCH_PANEL, "Prompt and answer tokens of all admitted requests", "4 Mi", min=1),
+        _option(BATCH_PANEL, "Prompt and answer tokens of all admitted requests", "2 Mi", min=1),
     ] = None
 
     def wishes(self, **more: object) -> Wishes:

@@ -15,16 +15,16 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 
-import msgspec
 import numpy as np
 
-from holdfast.config import Limits
+from holdfast.config import ENDED_SHARES, Limits
 from holdfast.core.admission import Admission as AdmissionControl
 from holdfast.core.admission import WaitingQueue
 from holdfast.core.commit import Commit, Output
+from holdfast.core.ended import EndedRequests
 from holdfast.core.journal import Admission, Journal, JournalledRequest
 from holdfast.core.metrics import Metrics
 from holdfast.core.request import Phase, Request
@@ -41,7 +41,6 @@ from holdfast.wire.messages import (
     Finish,
     Refused,
     Resume,
-    Sampling,
     Submit,
     ToApi,
     ToCore,
@@ -83,10 +82,10 @@ class Brain:
         self._deadlines: list[tuple[float, int]] = []
         self._flights: deque[Flight] = deque()
         self._output: list[Output] = []
-        # The last ended requests: (admission, output tokens, end), for a client that has not read
-        # its end when the core dies. Oldest first; bounded like the live ones, and without prompts.
-        self._ended: OrderedDict[int, tuple[Admission, np.ndarray, int]] = OrderedDict()
-        self._ended_tokens = 0
+        # For clients that have not read their end when the core dies: the last requests that ended
+        # here, and those of a core before that no client has asked for since.
+        self._ended = EndedRequests(limits, shares=1)
+        self._unresumed = EndedRequests(limits, shares=ENDED_SHARES - 1)
         self._step_seconds = 0.05  # smoothed, for Retry-After
         running, mirror = RunningRows(limits), RowTable(limits)
         self.scheduler = Scheduler(limits, self.ledger, self.waiting, running, mirror, tag)
@@ -207,8 +206,9 @@ class Brain:
             if request is not None:
                 tokens = self._tokens_of(request)[request.prompt_len :]
                 self._send_tokens(api, request_id, next_index, tokens, request.cached_tokens)
-            elif request_id in self._ended:
-                record, tokens, end = self._ended[request_id]
+            elif entry := self._unresumed.take(request_id) or self._ended.take(request_id):
+                record, tokens, end = entry
+                self._ended.add(*entry)
                 self._send_tokens(api, request_id, next_index, tokens, record.cached_tokens)
                 self._send(api, Ended(request_id, end, "", tokens.size, record.cached_tokens))
             else:
@@ -252,6 +252,7 @@ class Brain:
             return None
         flight = self.scheduler.plan(self.epoch, len(self._flights), now_s)
         while self.scheduler.starved:
+            require(flight is None, "a plan was launched although its only row is starved")
             request = self.scheduler.starved.pop()
             self._end(request, End.ENGINE_FAULT, "too few KV pages to continue this request")
             # Its pages may be all that the next one waits for, and nothing else will wake us.
@@ -336,27 +337,19 @@ class Brain:
         self.admission.ended(request)
         self.metrics.add("requests_ended_total", labels=(end.name.lower(),))
         kept = output.size if tokens is None else min(tokens, output.size)
+        muted = request.id in self.committer.muted
         if end is not End.CANCELLED:
-            self._remember(request.admission, output[:kept], end)
+            keeper = self._unresumed if muted else self._ended
+            keeper.add(request.admission, output[:kept], end)
         if end in (End.STOP, End.LENGTH) and tokens is None:
             return  # core.commit journalled it with its last token
         if not self.journal.end(request.id, end, kept):
             self._compact()
             self.journal.end(request.id, end, kept)
-        muted = request.id in self.committer.muted
         self.committer.muted.discard(request.id)
         if end not in (End.STOP, End.CANCELLED) and not muted:
             ended = Ended(request.id, end, message, kept, request.cached_tokens)
             self._send(request.admission.api, ended)
-
-    def _remember(self, record: Admission, output: np.ndarray, end: int) -> None:
-        bare = msgspec.structs.replace(record, prompt=b"", sampling=Sampling())
-        self._ended[record.id] = (bare, output, end)
-        self._ended_tokens += output.size
-        limits = self.limits
-        while len(self._ended) > limits.live_requests or self._ended_tokens > limits.live_tokens:
-            _, (_, dropped, _) = self._ended.popitem(last=False)
-            self._ended_tokens -= dropped.size
 
     def expire(self, now_s: float) -> None:
         """End every request whose deadline has passed."""
@@ -374,6 +367,7 @@ class Brain:
         """An api process died: nobody waits for its requests any more."""
         for request in [r for r in self.requests.values() if r.admission.api == api]:
             self._end(request, End.CANCELLED, "")
+        self._unresumed.forget(api)
 
     def drain(self) -> None:
         """Refuse what comes from now on; what is live goes on."""
@@ -416,7 +410,8 @@ class Brain:
         for entry in recovered.values():
             record, output = entry.admission, np.array(entry.tokens, np.int32)
             if entry.end:
-                self._remember(record, output, entry.end)
+                if entry.end != End.CANCELLED:
+                    self._unresumed.add(record, output, entry.end)
                 continue
             tokens = np.concatenate([np.frombuffer(record.prompt, np.int32), output])
             deadline_s = now_s + (record.deadline_ns - wall_ns) * 1e-9
@@ -435,7 +430,7 @@ class Brain:
             (request.admission, self._tokens_of(request)[request.prompt_len :], 0)
             for request in self.requests.values()
         )
-        self.journal.compact(itertools.chain(self._ended.values(), live))
+        self.journal.compact(itertools.chain(self._unresumed, self._ended, live))
 
     def verify(self) -> None:
         """Recount everything. Raises InvariantError naming what does not add up."""

@@ -224,19 +224,21 @@ class Commit:
                     tokens = batch.tokens[at * size : at * size + size]
                     chain.parent = share(handle, chain.parent, tokens)
                     if chain.parent != handle and chain.parent is not None:
-                        self._borrow(chain, chain.parent)
+                        self._borrow(chain, chain.parent, flight.plan.step)
                 if chain.request.followers and chain.pages >= chain.waits:
                     self.scheduler.release_followers(chain.request)
         self.ledger.release(flight.plan.seals, flight.plan.step)
 
-    def _borrow(self, chain: Chain, handle: int) -> None:
-        """Lease the page that stands for an equal one of this row, as long as the row lasts."""
+    def _borrow(self, chain: Chain, handle: int, step: int) -> None:
+        """Lease the page that stands for an equal one of this row as long as the row's own leases
+        last: a leased page must not hang below an unleased one, nor the other way round."""
         handles = np.array([handle], np.uint64)
-        self.ledger.acquire(handles)
-        if self.scheduler.running.chains[chain.request.row] is chain:
+        if chain.left_at == 0:
+            self.ledger.acquire(handles)
             chain.borrowed.append(handle)
-        else:
-            self.ledger.release(handles, self.scheduler.step)
+        elif chain.left_at > step:
+            self.ledger.acquire(handles)
+            self.ledger.release(handles, chain.left_at)
 
 
 def _check_shapes(flight: Flight, result: StepResult) -> None:

@@ -25,6 +25,7 @@ class Chain:
 
     parent: handle or root that stands for the pages before; None once the chain is broken.
     pages: how many pages from the start are sealed. waits: followers go when `pages` reaches it.
+    left_at: the step after whose result the row's leases drop, once the row is given up; else 0.
     borrowed: pages of others that stand in the trie for equal pages of this row. The row leases
     them although it reads its own, since a leased page must not hang below an unleased one.
     """
@@ -33,6 +34,7 @@ class Chain:
     pages: int
     waits: int
     request: Request
+    left_at: int = 0
     borrowed: list[int] = field(default_factory=list)
 
 

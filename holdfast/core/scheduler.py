@@ -108,9 +108,10 @@ class Scheduler:
     def plan(self, epoch: int, in_flight: int, now_s: float) -> Flight | None:
         """The next plan, or None when nothing can be launched now."""
         draft = self._fill()
-        while not draft.rows and in_flight == 0 and self._unblock():
+        pending = bool(self.seals or self.zeros)  # their leases come back with a plan of their own
+        while not draft.rows and in_flight == 0 and not pending and self._unblock():
             draft = self._fill()
-        if not draft.rows and (in_flight or not (self.seals or self.zeros)):
+        if not draft.rows and (in_flight or not pending):
             return None
         return self._launch(draft, epoch, now_s)
 
@@ -316,8 +317,12 @@ class Scheduler:
             self.preempt(self._victim())
             return True
         row = int(run.rows()[0])
-        request = run.requests[row]
-        assert request is not None
+        request, chain = run.requests[row], run.chains[row]
+        assert request is not None and chain is not None
+        if chain.borrowed:
+            # It holds pages twice, its own and their shared twins. Admitted again it has one each.
+            self.preempt(row)
+            return True
         self.starved.append(request)
         return False
 
@@ -344,6 +349,9 @@ class Scheduler:
 
     def drop_row(self, row: int) -> None:
         """A row's request leaves: its leases go once every launched step is over."""
+        chain = self.running.chains[row]
+        assert chain is not None
+        chain.left_at = self.step
         self.ledger.release(self.running.leave(row), self.step)
         self.clears.append(row)
 

@@ -13,8 +13,6 @@ Called by core.scheduler and core.commit; integers only; no request, no text, no
 
 from __future__ import annotations
 
-from collections import deque
-
 import numpy as np
 
 from holdfast.config import Limits
@@ -48,7 +46,8 @@ class Ledger:
         self.evicted = 0
         self._acknowledged = 0
         self._clock = 0
-        self._retired: deque[tuple[int, int, np.ndarray]] = deque()  # (step, group, handles)
+        # step -> (group, handles) whose leases drop with its result. A handful of steps at most.
+        self._retired: dict[int, list[tuple[int, np.ndarray]]] = {}
 
     # --- room ---
 
@@ -108,23 +107,21 @@ class Ledger:
         if step <= self._acknowledged:
             self._drop(group, pages)
             return
-        latest = self._retired[-1][0] if self._retired else 0
-        require(latest <= step, f"release at step {step} after one at step {latest}")
         last = leases == 1
         state = pool.state[pages]
         unsealed = (state == _RESERVED) | (state == _WRITING)
         pool.state[pages[last & unsealed]] = _RETIRING
-        self._retired.append((step, group, handles))
+        self._retired.setdefault(step, []).append((group, handles))
         self.retiring += handles.size
 
     def acknowledge(self, step: int) -> None:
         """The result of `step` is in: leases released at or before it drop. Called every step."""
         self._clock += 1
         self._acknowledged = step
-        while self._retired and self._retired[0][0] <= step:
-            _, group, handles = self._retired.popleft()
-            self.retiring -= handles.size
-            self._drop(group, self.pools[group].pages_of(handles))
+        for due in sorted(at for at in self._retired if at <= step):
+            for group, handles in self._retired.pop(due):
+                self.retiring -= handles.size
+                self._drop(group, self.pools[group].pages_of(handles))
 
     def _drop(self, group: int, pages: np.ndarray) -> None:
         pool = self.pools[group]
@@ -236,5 +233,5 @@ class Ledger:
         require(cached == self.cached, f"cached count {self.cached}, found {cached}")
         for handle in self.index.handles():
             require(self._handle(handle & 0xFF_FFFF) == handle, f"stale handle {handle:#x} indexed")
-        waiting = sum(handles.size for _, _, handles in self._retired)
+        waiting = sum(h.size for retired in self._retired.values() for _, h in retired)
         require(waiting == self.retiring, f"retiring count {self.retiring}, found {waiting}")

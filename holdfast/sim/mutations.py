@@ -210,8 +210,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "twin-unleased",
         "a page below another's twin keeps that twin from eviction",
         _C + "Commit._borrow",
-        "chain.borrowed.append(handle)",
-        "self.ledger.release(handles, self.scheduler.step)",
+        "handles = np.array([handle], np.uint64)",
+        "return",
     ),
     Mutation(
         "digest-ignored",
@@ -251,8 +251,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "end-forgotten",
         "a client that missed its end gets it from the next core",
-        _B + "Brain._remember",
-        "self._ended[record.id] = (bare, output, end)",
+        "holdfast.core.ended:EndedRequests.add",
+        "self._entries[record.id] = (bare, output, end)",
         "return",
     ),
     Mutation(

@@ -237,6 +237,7 @@ class Simulation:
 
     def _api_dies(self, api: int) -> None:
         """Its connections are gone, and what it had sent is too; the next one starts afresh."""
+        self._flush()
         self.api_lives[api] = self.api_lives.get(api, 0) + 1
         for request, view in self.views.items():
             if request >> 48 == api and view.end is None:
