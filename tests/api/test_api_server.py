@@ -154,8 +154,6 @@ def test_an_endless_request_head_is_cut_off() -> None:
 
 
 def test_the_api_process_serves_drains_and_stops_by_its_control_channel() -> None:
-    if not (bundled() / "tokenizer.json").exists():
-        pytest.skip("no bundled tokenizer")
     from holdfast.config import Limits
     from holdfast.proc.child import limits_config, spawn
 

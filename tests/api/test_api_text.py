@@ -210,7 +210,6 @@ def test_an_unreadable_tokenizer_is_one_clear_line(tmp_path: Path, content: byte
         Tokenizer.load(tmp_path, vocab_size=VOCAB)
 
 
-@pytest.mark.skipif(not (bundled() / "tokenizer.json").exists(), reason="no bundled tokenizer")
 def test_the_bundled_tokenizer_decodes_what_it_encodes() -> None:
     tokenizer = Tokenizer.load(bundled(), vocab_size=6144)
     text = "Hello wörld 👩‍👩‍👧, naïve 日本語."
