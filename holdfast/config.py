@@ -14,6 +14,9 @@ from holdfast.errors import OptionError
 
 # (group, page, generation) handles hold the page in 24 bits (wire.plan).
 PAGES_MAX = 1 << 24
+# Draft tokens are counted in a byte (wire.plan); nobody's acceptance makes more worth their pages.
+DRAFT_DEPTH_MAX = 32
+_MAY_BE_ZERO = {"draft_depth", "windows", "window_pages"}
 # Upper bound on one journal record of an admission, besides its tokens: scalars, tenant, and the
 # bias and stop lists at their limits (msgpack: at most 16 and 8 bytes an entry) are added below.
 JOURNAL_RECORD_BYTES = 512
@@ -37,12 +40,18 @@ class Limits:
     page_tokens: int = 16
     pages: int = 1024
     """Pages of the pool of each layer group, the trash page 0 included."""
-    groups: int = 1
-    """Layer groups with a page table of their own (full attention; windows come later)."""
+    windows: tuple[int, ...] = (0,)
+    """Tokens that the layers of each layer group can see, the query's own included; 0 = all of them
+    (full attention). Group 0 must be full: the prefix index stands on its pages. A model whose
+    layers all have a window is one full group, whose kernels mask."""
+    window_pages: int = 0
+    """Pages of the pools of the groups with a window, as `pages`; 0 = the same number."""
     rows_max: int = 64
     """Requests in one step."""
     prefill_tokens: int = 512
     """Tokens of one step, decode rows first; what they leave is for prefill chunks."""
+    draft_depth: int = 0
+    """Most draft tokens of one row in one step (speculation); 0 = off."""
     steps_ahead: int = 2
     """Plans launched and not yet answered: 2 = one step ahead, 1 = overlap off."""
     queue_requests: int = 4096
@@ -61,14 +70,18 @@ class Limits:
     api_processes: int = 1
 
     def __post_init__(self) -> None:
-        positive = [f.name for f in fields(self)]
-        for name in positive:
+        # A config that travelled as JSON has a list here.
+        object.__setattr__(self, "windows", tuple(self.windows))
+        for name in [f.name for f in fields(self) if f.name not in _MAY_BE_ZERO]:
             if not getattr(self, name) > 0:
                 raise OptionError(_option(name), f"must be positive, got {getattr(self, name)}")
         if self.pages > PAGES_MAX:
             raise OptionError("--kv-pages", f"at most {PAGES_MAX}, got {self.pages}")
         if self.pages < 2:
             raise OptionError("--kv-pages", "needs at least 2: page 0 is the trash page")
+        self._check_windows()
+        if not 0 <= self.draft_depth <= DRAFT_DEPTH_MAX:
+            raise OptionError("--draft-depth", f"0 to {DRAFT_DEPTH_MAX}, got {self.draft_depth}")
         if self.steps_ahead > 2:
             raise OptionError("--steps-ahead", f"1 or 2, got {self.steps_ahead}")
         if self.rows_max > 4096:
@@ -78,6 +91,36 @@ class Limits:
                 "--live-tokens",
                 f"must hold one request of {self.context_tokens} tokens, got {self.live_tokens}",
             )
+
+    def _check_windows(self) -> None:
+        if not self.windows or self.windows[0] != 0 or not all(w > 0 for w in self.windows[1:]):
+            raise OptionError(
+                "--windows", f"a full group (0) and then windows above 0, got {self.windows}"
+            )
+        for window in self.windows[1:]:
+            usable = self.pages_by_group[1] - 1
+            if usable < self.window_need(window):
+                raise OptionError(
+                    "--window-pages",
+                    f"a window of {window} tokens needs {self.window_need(window)} pages of "
+                    f"{self.page_tokens} tokens for one row; there are {usable}",
+                )
+
+    @property
+    def groups(self) -> int:
+        """Layer groups, each with a pool and page tables of its own."""
+        return len(self.windows)
+
+    @property
+    def pages_by_group(self) -> tuple[int, ...]:
+        """Pages of each group's pool, the trash page included."""
+        others = self.window_pages or self.pages
+        return (self.pages, *(others for _ in self.windows[1:]))
+
+    def window_need(self, window: int) -> int:
+        """Pages that a row alone needs of a group with this window to compute one more token, be it
+        at any offset in a page: what it sees, the token, and all drafts."""
+        return min(self.table_columns, self.pages_for_tokens(window + self.draft_depth) + 1)
 
     @property
     def rows_total(self) -> int:

@@ -99,7 +99,7 @@ class Brain:
             output=self._output,
             wall_ns=wall_ns,
         )
-        self._counted = {"tokens": 0, "evicted": 0, "preempted": 0}
+        self._counted = dict.fromkeys(("tokens", "evicted", "preempted", "proposed", "accepted"), 0)
 
     @property
     def in_flight(self) -> int:
@@ -260,7 +260,7 @@ class Brain:
         if flight is None:
             return None
         self._flights.append(flight)
-        prefilled = int(flight.plan.query_lens.sum()) - int(flight.plan.samples.sum())
+        prefilled = int(flight.plan.known_lens.sum()) - int(flight.plan.samples.sum())
         self.metrics.add("steps_total")
         if flight.plan.admits.size:
             admits = flight.plan.admits
@@ -307,15 +307,19 @@ class Brain:
             "evicted": self.ledger.evicted,
             "preempted": self.scheduler.preempted,
         }
+        if (drafts := self.scheduler.drafts) is not None:
+            now |= {"proposed": drafts.proposed, "accepted": drafts.accepted}
         names = {
             "tokens": "tokens_generated_total",
             "evicted": "pages_evicted_total",
             "preempted": "preemptions_total",
+            "proposed": "draft_tokens_total",
+            "accepted": "draft_tokens_accepted_total",
         }
         for key, value in now.items():
             if value != self._counted[key]:
                 self.metrics.add(names[key], value - self._counted[key])
-        self._counted = now
+        self._counted |= now
         metrics, ledger = self.metrics, self.ledger
         metrics.set("rows_running", self.scheduler.running.active)
         metrics.set("requests_waiting", self._queued())

@@ -20,12 +20,13 @@ from holdfast.config import Limits
 from holdfast.core.journal import Journal
 from holdfast.core.request import Request
 from holdfast.core.running import Chain
-from holdfast.core.scheduler import Flight, Scheduler
+from holdfast.core.scheduler import Flight, Scheduler, SealBatch
 from holdfast.errors import WorkerFault
 from holdfast.kv.ledger import Ledger
 from holdfast.wire.link import Kind
 from holdfast.wire.messages import End, TokenBatch
-from holdfast.wire.plan import ROW_OK, StepPlan, StepResult
+from holdfast.wire.plan import ROW_OK, StepPlan, StepResult, handle_groups
+from holdfast.wire.rows import drawn_slots
 
 Output = tuple[int, int, bytes]
 
@@ -77,9 +78,11 @@ class Commit:
                 f"step {plan.step}: the device's rows are not the brain's "
                 f"(digest {result.digest:#x}, expected {expected:#x})"
             )
-        mirror.advance(plan, result.tokens)
+        mirror.advance(plan, result.tokens, result.accepted)
         rows, n = plan.rows, plan.rows.size
         live = run.life[rows] == flight.life
+        if plan.drafts.size:
+            self._roll_back(plan, result, rows, live)
         # Nearly every step is whole: nobody left meanwhile, nobody failed, everybody drew a token.
         whole = np.count_nonzero(live) == n and not np.count_nonzero(result.faults)
         drawn = None
@@ -95,29 +98,57 @@ class Commit:
             self._ended(request, end, "")
         self.ledger.acknowledge(plan.step)
         self._book_seals(flight, result)
-        self.ledger.release(plan.zeros, plan.step)
+        self._release_groups(plan.zeros[: flight.zeros], plan.step)
+
+    def _roll_back(
+        self, plan: StepPlan, result: StepResult, rows: np.ndarray, live: np.ndarray
+    ) -> None:
+        """Take back what was planned as if every draft were right. Their pages stay the row's own:
+        what the rejected ones left there lies behind its last token and is written over."""
+        run, policy = self.scheduler.running, self.scheduler.drafts
+        assert policy is not None
+        rows, drafts, accepted = rows[live], plan.drafts[live], result.accepted[live]
+        rejected = (drafts - accepted).astype(np.int32)
+        run.planned[rows] -= rejected
+        run.total[rows] -= rejected
+        policy.learn(rows, drafts, accepted)
 
     def _settle_tokens(
         self, flight: Flight, result: StepResult, drawn: np.ndarray | None
     ) -> list[tuple[Request, End]]:
         """Journal and emit the tokens of the `drawn` rows (None = all); returns who ends."""
         run, mirror = self.scheduler.running, self.scheduler.mirror
-        rows, tokens = flight.plan.rows, result.tokens
-        if drawn is not None:
-            rows, tokens = rows[drawn], tokens[drawn]
+        plan, slots = flight.plan, drawn
+        rows, tokens, within = plan.rows, result.tokens, None
+        if plan.drafts.size:
+            drawn = plan.samples != 0 if drawn is None else drawn
+            slots = drawn_slots(plan.drafts, drawn, result.accepted)
+            counts = result.accepted[drawn].astype(np.int32) + 1
+            rows, tokens = np.repeat(rows[drawn], counts), tokens[slots]
+            within = np.arange(rows.size) - np.repeat(np.cumsum(counts) - counts, counts)
+        elif slots is not None:
+            rows, tokens = rows[slots], tokens[slots]
         if rows.size == 0:
             return []
         # Unsigned, so that a negative id is too large as well.
         if np.count_nonzero(tokens.view(np.uint32) >= self.limits.vocab_size):
-            raise WorkerFault(f"step {flight.plan.step}: a token is outside the vocabulary")
+            raise WorkerFault(f"step {plan.step}: a token is outside the vocabulary")
         indexes = run.emitted[rows]
+        if within is not None:
+            indexes = indexes + within.astype(np.int32)
         emitted = indexes + 1
-        run.emitted[rows] = emitted
         ends = (emitted >= run.output_limit[rows]).view(np.uint8) * _LENGTH
         if run.stop_width:
             hit = mirror.stop_ids[rows, : run.stop_width] == tokens[:, None]
             if np.count_nonzero(hit):
                 ends[hit.any(axis=1)] = _STOP
+        if within is not None and np.count_nonzero(ends):
+            # Accepted behind a stop id: never said.
+            kept = _until_end(within, ends)
+            rows, tokens, ends, slots = rows[kept], tokens[kept], ends[kept], slots[kept]
+            indexes, emitted = indexes[kept], emitted[kept]
+        # A row with several tokens keeps the last of its numbers.
+        run.emitted[rows] = emitted
         ids = run.ids[rows]
         self.tokens_generated += rows.size
         if not self.journal.tokens(self._wall_ns(), ids, tokens):
@@ -131,7 +162,7 @@ class Commit:
                 request = run.requests[int(rows[at])]
                 assert request is not None
                 ending.append((request, End(int(ends[at]))))
-        self._emit(flight, result, drawn, rows, ids, indexes, tokens, ends)
+        self._emit(flight, result, slots, rows, ids, indexes, tokens, ends)
         return ending
 
     def _journal_end(self, request: int, end: int, tokens: int) -> None:
@@ -143,14 +174,15 @@ class Commit:
         self,
         flight: Flight,
         result: StepResult,
-        drawn: np.ndarray | None,
+        slots: np.ndarray | None,
         rows: np.ndarray,
         ids: np.ndarray,
         indexes: np.ndarray,
         tokens: np.ndarray,
         ends: np.ndarray,
     ) -> None:
-        """One TokenBatch to each api process with rows in the step."""
+        """One TokenBatch to each api process with rows in the step. slots: where the tokens stood
+        in the result, a mask or indexes; None = all of it."""
         run = self.scheduler.running
         batch = TokenBatch(
             step=flight.plan.step,
@@ -161,7 +193,7 @@ class Commit:
             cached=run.cached[rows],
         )
         if result.logprobs.size:
-            chosen = slice(None) if drawn is None else drawn
+            chosen = slice(None) if slots is None else slots
             batch.logprobs = result.logprobs[chosen]
             if top_k := result.top_k:
                 batch.top_k = top_k
@@ -184,11 +216,13 @@ class Commit:
         for row in rows.tolist():
             request = run.requests[row]
             assert request is not None
-            first = int(run.sealed_to[row])
-            own = run.handles[row, first : int(run.pages_len[row])].copy()
-            if own.size:
-                self.ledger.acquire(own)
-                scheduler.zeros.append(own)
+            last = int(run.pages_len[row])
+            for group in range(self.limits.groups):
+                first = max(int(run.sealed_to[row]), int(run.dropped[group, row]))
+                own = run.handles[group, row, first:last].copy()
+                if own.size:
+                    self.ledger.acquire(own, group)
+                    scheduler.zeros.append(own)
             message = "the model's output for this request was not finite"
             self._ended(request, End.NOT_FINITE, message)
 
@@ -214,7 +248,11 @@ class Commit:
             return
         self.ledger.seal(flight.plan.seals, result.seal_sums)
         share, size = self.ledger.share, 4 * self.limits.page_tokens
+        windowed = self.limits.groups > 1
         for batch in flight.seals:
+            if batch.group:
+                self._share_beside(batch)
+                continue
             for at, (handle, chain) in enumerate(
                 zip(batch.handles.tolist(), batch.chains, strict=True)
             ):
@@ -225,9 +263,29 @@ class Commit:
                     chain.parent = share(handle, chain.parent, tokens)
                     if chain.parent != handle and chain.parent is not None:
                         self._borrow(chain, chain.parent, flight.plan.step)
+                if windowed:
+                    chain.stood.append(chain.parent)
                 if chain.request.followers and chain.pages >= chain.waits:
                     self.scheduler.release_followers(chain.request)
-        self.ledger.release(flight.plan.seals, flight.plan.step)
+        self._release_groups(flight.plan.seals, flight.plan.step)
+
+    def _share_beside(self, batch: SealBatch) -> None:
+        """Window pages go beside the pages of group 0 that stand for the same tokens."""
+        columns, handles = batch.columns.tolist(), batch.handles.tolist()
+        for column, handle, chain in zip(columns, handles, batch.chains, strict=True):
+            assert chain is not None
+            stands = chain.stood[column]
+            if stands is not None:
+                self.ledger.share_beside(stands, handle)
+
+    def _release_groups(self, handles: np.ndarray, step: int) -> None:
+        """Give up one lease on each of these handles, of whatever groups."""
+        if self.limits.groups == 1:
+            self.ledger.release(handles, step)
+            return
+        groups = handle_groups(handles)
+        for group in range(self.limits.groups):
+            self.ledger.release(handles[groups == group], step, group)
 
     def _borrow(self, chain: Chain, handle: int, step: int) -> None:
         """Lease the page that stands for an equal one of this row as long as the row's own leases
@@ -243,11 +301,24 @@ class Commit:
 
 def _check_shapes(flight: Flight, result: StepResult) -> None:
     n, seals = flight.plan.rows.size, flight.plan.seals.size
-    sizes = (result.tokens.size, result.faults.size, result.seal_sums.size)
-    if sizes != (n, n, seals):
-        raise WorkerFault(f"step {result.step}: result sizes {sizes}, not {(n, n, seals)}")
-    top = n * result.top_k
+    slots, drafts = flight.plan.slots, flight.plan.drafts
+    sizes = (result.tokens.size, result.faults.size, result.accepted.size, result.seal_sums.size)
+    wanted = (slots, n, drafts.size, seals)
+    if sizes != wanted:
+        raise WorkerFault(f"step {result.step}: result sizes {sizes}, not {wanted}")
+    if drafts.size and np.count_nonzero(result.accepted > drafts):
+        raise WorkerFault(f"step {result.step}: more drafts accepted than there were")
+    top = slots * result.top_k
     if (result.top_ids.size, result.top_logprobs.size) != (top, top):
         raise WorkerFault(f"step {result.step}: {result.top_ids.size} top ids, not {top}")
-    if result.logprobs.size not in (0, n):
-        raise WorkerFault(f"step {result.step}: {result.logprobs.size} logprobs, not {n}")
+    if result.logprobs.size not in (0, slots):
+        raise WorkerFault(f"step {result.step}: {result.logprobs.size} logprobs, not {slots}")
+
+
+def _until_end(within: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """bool[t]: tokens up to each row's first end. within: a token's place among its row's own."""
+    over = np.cumsum(ends != 0)
+    before = over - (ends != 0)  # ends among the tokens before, of all rows
+    first = np.flatnonzero(within == 0)
+    counts = np.diff(first, append=within.size)
+    return before == np.repeat(before[first], counts)

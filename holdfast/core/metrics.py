@@ -97,6 +97,8 @@ METRICS: tuple[Declared, ...] = (
     _counter("tokens_prefilled_total", "Tokens computed without drawing one: prompts, recomputes"),
     _counter("prefix_hit_tokens_total", "Prompt tokens served from the prefix cache"),
     _counter("prefix_query_tokens_total", "Prompt tokens looked up in the prefix cache"),
+    _counter("draft_tokens_total", "Draft tokens tried (speculation)"),
+    _counter("draft_tokens_accepted_total", "Draft tokens that were right"),
     _counter("preemptions_total", "Requests sent back to the queue because pages ran short"),
     _counter("requests_admitted_total", "Choices admitted"),
     _counter("requests_refused_total", "Requests refused by the core", reason=REFUSALS),

@@ -36,6 +36,9 @@ class Chain:
     request: Request
     left_at: int = 0
     borrowed: list[int] = field(default_factory=list)
+    # Per column the page that stands in the trie, None once the chain is broken; kept only when
+    # there are window groups, whose pages hang beside them.
+    stood: list[int | None] = field(default_factory=list)
 
 
 class RunningRows:
@@ -44,7 +47,8 @@ class RunningRows:
     life: int64[R], 0 = free. planned, total, limit, emitted, output_limit, cached, pages_len,
     sealed_to, seal_at (tokens at which the next page is full), capacity (tokens that the pages held
     have room for): int32[R]. order: int64[R], rises with admission. ids: uint64[R]. api: int32[R].
-    handles: uint64[R, W], the pages held, of which the first pages_len are valid.
+    handles: uint64[groups, R, W], the pages held: columns dropped .. pages_len of each group.
+    dropped: int32[groups, R], the first columns, which no layer of a window group can see any more.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -68,7 +72,8 @@ class RunningRows:
             "capacity",
         ):
             setattr(self, name, np.zeros(rows, np.int32))
-        self.handles = np.zeros((rows, limits.table_columns), np.uint64)
+        self.handles = np.zeros((limits.groups, rows, limits.table_columns), np.uint64)
+        self.dropped = np.zeros((limits.groups, rows), np.int32)
         self.requests: list[Request | None] = [None] * rows
         self.chains: list[Chain | None] = [None] * rows
         self.active = 0
@@ -93,8 +98,9 @@ class RunningRows:
     def rows_free(self) -> int:
         return len(self._free)
 
-    def enter(self, request: Request, hits: np.ndarray, chain: Chain) -> int:
-        """Give `request` a row whose first pages are `hits`; returns the row."""
+    def enter(self, request: Request, hits: list[np.ndarray], chain: Chain) -> int:
+        """Give `request` a row whose first pages are `hits` (Ledger.find); returns the row."""
+        pages = hits[0].size
         row = self._free.pop()
         self._lives += 1
         request.admit(row)
@@ -105,45 +111,60 @@ class RunningRows:
         self.api[row] = admission.api
         self.priority[row] = admission.priority
         self.stop_width = max(self.stop_width, len(admission.sampling.stop_ids))
-        self.planned[row] = hits.size * self.limits.page_tokens
+        self.planned[row] = pages * self.limits.page_tokens
         self.total[row] = request.tokens.size
         self.limit[row] = request.limit
         self.emitted[row] = request.emitted
         self.output_limit[row] = request.limit - request.prompt_len
         self.cached[row] = request.cached_tokens
-        self.handles[row, : hits.size] = hits
-        self.pages_len[row] = self.sealed_to[row] = hits.size
-        self.capacity[row] = hits.size * self.limits.page_tokens
-        self.seal_at[row] = (hits.size + 1) * self.limits.page_tokens
+        for group, handles in enumerate(hits):
+            self.handles[group, row, pages - handles.size : pages] = handles
+            self.dropped[group, row] = pages - handles.size
+        self.pages_len[row] = self.sealed_to[row] = pages
+        self.capacity[row] = pages * self.limits.page_tokens
+        self.seal_at[row] = (pages + 1) * self.limits.page_tokens
         self.requests[row] = request
         self.chains[row] = chain
         self.active += 1
         return row
 
-    def leave(self, row: int) -> np.ndarray:
-        """The row's request goes; returns the handles it leased, for the ledger to release."""
+    def leave(self, row: int) -> list[np.ndarray]:
+        """The row's request goes; returns the handles it leased in each group, for the ledger to
+        release."""
         require(self.life[row] != 0, f"row {row} left twice")
         chain = self.chains[row]
         assert chain is not None
-        borrowed = np.array(chain.borrowed, np.uint64)
-        handles = np.concatenate([self.handles[row, : self.pages_len[row]], borrowed])
+        held = [
+            self.handles[group, row, self.dropped[group, row] : self.pages_len[row]].copy()
+            for group in range(self.limits.groups)
+        ]
+        if chain.borrowed:
+            held[0] = np.concatenate([held[0], np.array(chain.borrowed, np.uint64)])
         # planned == total: a free row is behind nothing, so no walk need ask whether it is free.
         self.life[row] = self.planned[row] = self.total[row] = 0
         self.pages_len[row] = self.capacity[row] = 0
+        self.dropped[:, row] = 0
         self.requests[row] = None
         self.chains[row] = None
         self._free.append(row)
         self.active -= 1
-        return handles
+        return held
 
     def rows(self) -> np.ndarray:
         """int64[k] rows in use, rising."""
         return np.flatnonzero(self.life)
 
     def append_pages(self, rows: np.ndarray, handles: np.ndarray) -> np.ndarray:
-        """One more page for each of these distinct rows; returns their columns int32[k]."""
+        """One more page set, uint64[groups, k], for each of these rows, equal ones side by side;
+        returns their columns int32[k]."""
         columns = self.pages_len[rows]
-        self.handles[rows, columns] = handles
+        if self.limits.draft_depth:
+            # A row may come several times: its pages lie one behind the other.
+            first = np.maximum.accumulate(
+                np.where(np.diff(rows, prepend=-1) != 0, np.arange(rows.size), 0)
+            )
+            columns = columns + (np.arange(rows.size) - first).astype(np.int32)
+        self.handles[:, rows, columns] = handles
         self.pages_len[rows] = columns + 1
-        self.capacity[rows] += self.limits.page_tokens
+        self.capacity[rows] = (columns + 1) * self.limits.page_tokens
         return columns

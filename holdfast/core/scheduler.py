@@ -21,12 +21,13 @@ import numpy as np
 
 from holdfast.config import Limits
 from holdfast.core.admission import WaitingQueue
+from holdfast.core.draft import DraftPolicy
 from holdfast.core.request import Phase, Request
 from holdfast.core.running import Chain, RunningRows
 from holdfast.errors import require
 from holdfast.kv.ledger import Ledger
-from holdfast.wire.plan import ADMIT, PAGE_WRITE, StepPlan, handle_pages
-from holdfast.wire.rows import RowTable
+from holdfast.wire.plan import ADMIT, PAGE_WRITE, TRASH_PAGE, StepPlan, handle_pages
+from holdfast.wire.rows import RowTable, first_column
 
 # A row gets its next page up to so many tokens before it needs it, together with a row that needs
 # one now: page events then come every few steps for many rows, instead of every step for a few
@@ -38,21 +39,28 @@ PAGE_AHEAD_TOKENS = 4
 class SealBatch:
     """Full pages whose checksums the device is asked for; each holds a lease of its own.
 
-    handles: uint64[k]; tokens: the pages' ids, one page after the other; chains: k rows' chains.
+    handles: uint64[k], columns: int[k] of their rows; tokens: the pages' ids, one page after the
+    other (group 0 only); chains: k rows' chains.
     """
 
+    group: int
     handles: np.ndarray
+    columns: np.ndarray
     tokens: bytes
     chains: list[Chain | None]
 
 
 @dataclass(slots=True)
 class Flight:
-    """A launched plan and what its result will be matched with. life: int64[n], of plan.rows."""
+    """A launched plan and what its result will be matched with.
+
+    life: int64[n], of plan.rows. zeros: how many of plan.zeros hold a lease until then.
+    """
 
     plan: StepPlan
     life: np.ndarray
     seals: list[SealBatch]
+    zeros: int
     launched_s: float
 
 
@@ -62,6 +70,7 @@ class _Draft:
 
     rows: list[np.ndarray] = field(default_factory=list)
     query_lens: list[np.ndarray] = field(default_factory=list)
+    drafts: np.ndarray | None = None  # of the decode rows, which come first
     writes: list[np.ndarray] = field(default_factory=list)
     fresh: list[np.ndarray] = field(default_factory=list)
     admits: list[tuple] = field(default_factory=list)
@@ -97,16 +106,20 @@ class Scheduler:
         self.step = 0  # last launched
         self._page_range = np.arange(limits.page_tokens)
         self._ones = np.ones(limits.rows_total, np.int32)
+        self.drafts = DraftPolicy(limits) if limits.draft_depth else None
         self.preempted = 0
         self.starved: list[Request] = []  # cannot go on though nothing else holds pages
         self.clears: list[int] = []
         self.seals: list[SealBatch] = []
         self.zeros: list[np.ndarray] = []
+        self.drops: list[tuple[np.ndarray, np.ndarray]] = []  # lives of the rows, PAGE_WRITEs
 
     # --- the plan ---
 
     def plan(self, epoch: int, in_flight: int, now_s: float) -> Flight | None:
         """The next plan, or None when nothing can be launched now."""
+        if self.limits.groups > 1:
+            self._drop_unseen()
         draft = self._fill()
         pending = bool(self.seals or self.zeros)  # their leases come back with a plan of their own
         while not draft.rows and in_flight == 0 and not pending and self._unblock():
@@ -117,9 +130,10 @@ class Scheduler:
 
     def _fill(self) -> _Draft:
         draft = _Draft()
-        decode = self._decode(draft)
-        if decode == self.running.active and self.waiting.empty:
+        rows = self._decode(draft)
+        if rows == self.running.active and self.waiting.empty:
             return draft
+        decode = rows if draft.drafts is None else rows + int(draft.drafts.sum())
         budget = max(self.limits.prefill_tokens - decode, self.limits.page_tokens)
         budget -= self._continue_prompts(draft, budget)
         if budget > 0:
@@ -134,12 +148,21 @@ class Scheduler:
         planned = run.planned[rows] + query_lens
         run.planned[rows] = planned
         total = run.total[rows]
+        drafts = None
+        if draft.drafts is not None:
+            # As if all were right: an upper bound, which the result corrects (core.commit).
+            drafts = np.zeros(rows.size, np.uint8)
+            drafts[: draft.drafts.size] = draft.drafts
+            total += drafts
         samples = planned == total
         run.total[rows] = total + samples
-        for handles in draft.fresh:
-            self.ledger.launch(handles)
         seals, self.seals = self.seals, []
         zeros, self.zeros = self.zeros, []
+        leased = sum(handles.size for handles in zeros)
+        for handles in draft.fresh:
+            self.ledger.launch(handles)
+            if (soiled := self.ledger.soiled(handles)).size:
+                zeros.append(soiled)
         clears, self.clears = self.clears, []
         plan = StepPlan(
             epoch=epoch,
@@ -148,8 +171,12 @@ class Scheduler:
             query_lens=query_lens,
             samples=samples.view(np.uint8),
         )
+        if drafts is not None:
+            plan.drafts = drafts
         if clears:
             plan.clears = np.array(clears, np.int32)
+        if self.drops:
+            draft.writes.extend(self._drops_of_the_living())
         if draft.writes:
             plan.page_writes = _concat(draft.writes, PAGE_WRITE)
         if seals:
@@ -162,7 +189,41 @@ class Scheduler:
             plan.bias_ids = np.array([entry[0] for entry in draft.bias], np.int32)
             plan.bias_values = np.array([entry[1] for entry in draft.bias], np.float32)
             plan.stop_ids = np.array(draft.stop_ids, np.int32)
-        return Flight(plan, run.life[rows], seals, now_s)
+        return Flight(plan, run.life[rows], seals, leased, now_s)
+
+    # --- windows ---
+
+    def _drop_unseen(self) -> None:
+        """Give up the pages of window groups that no token to come can see.
+
+        What is committed is the least that a row has reached, whatever became of its drafts. Steps
+        in flight may still have the pages in their tables, so they retire like all others; the next
+        plan takes them out of the device's tables.
+        """
+        run = self.running
+        rows = run.rows()
+        length = self.mirror.length[rows]
+        for group in range(1, self.limits.groups):
+            seen = first_column(length, self.limits.windows[group], self.limits.page_tokens)
+            first = run.dropped[group, rows]
+            late = seen > first
+            # A row that has just been admitted is not in the mirror yet.
+            late &= self.mirror.records["owner"][rows] == run.life[rows]
+            if np.count_nonzero(late) == 0:
+                continue
+            row, column = _spread(rows[late], first[late], seen[late])
+            self.ledger.release(run.handles[group, row, column], self.step, group)
+            run.dropped[group, rows[late]] = seen[late]
+            writes = np.zeros(row.size, PAGE_WRITE)
+            writes["group"], writes["row"], writes["column"] = group, row, column
+            writes["page"] = TRASH_PAGE
+            self.drops.append((run.life[row], writes))
+
+    def _drops_of_the_living(self) -> list[np.ndarray]:
+        """Page writes for the drops since the last plan. A row that was left meanwhile has none: it
+        is cleared, and may belong to somebody else already."""
+        drops, self.drops = self.drops, []
+        return [writes[self.running.life[writes["row"]] == life] for life, writes in drops]
 
     # --- decode ---
 
@@ -174,7 +235,7 @@ class Scheduler:
             rows = ready.nonzero()[0]
             needy = rows[run.planned[rows] >= run.capacity[rows]]
             short = needy.size - self.ledger.available()
-            if short <= self.ledger.retiring or run.active <= 1:
+            if short <= 0 or self.ledger.coming(needy.size) or run.active <= 1:
                 break
             self.preempt(self._victim())
         if needy.size:
@@ -191,21 +252,50 @@ class Scheduler:
                 needy = np.sort(needy[keep[: self.ledger.available()]])
                 rows = rows[~np.isin(rows, stalled)]
             self._give_pages(draft, needy)
-        draft.add(rows, self._ones[: rows.size])
+        query_lens = self._ones[: rows.size]
+        if self.drafts is not None and rows.size:
+            depths = self._draft_depths(draft, rows)
+            if np.count_nonzero(depths):
+                draft.drafts = depths.astype(np.uint8)
+                query_lens = query_lens + depths
+        draft.add(rows, query_lens)
         return rows.size
 
+    def _draft_depths(self, draft: _Draft, rows: np.ndarray) -> np.ndarray:
+        """int32[k]: drafts of these decode rows, with pages reserved as if all were right.
+
+        Nobody is preempted or left out for a draft: where pages are short, only those held count.
+        """
+        run, drafts = self.running, self.drafts
+        assert drafts is not None
+        spare = max(0, self.limits.prefill_tokens - rows.size)
+        depths = drafts.depths(rows, self.step + 1, spare)
+        np.minimum(depths, run.limit[rows] - run.total[rows] - 1, out=depths)
+        room = run.capacity[rows] - run.planned[rows] - 1
+        wanted = -((room - depths) // self.limits.page_tokens)
+        needy = wanted > 0
+        if np.count_nonzero(needy) == 0:
+            return depths
+        if int(wanted[needy].sum()) + run.active > self.ledger.available():
+            return np.minimum(depths, room)
+        self._give_pages(draft, np.repeat(rows[needy], wanted[needy]))
+        return depths
+
     def _give_pages(self, draft: _Draft, rows: np.ndarray) -> None:
-        """One page for each of these rows; the caller knows that there are as many."""
+        """One page for each of these rows, equal ones side by side; the caller knows that there are
+        as many."""
         if rows.size == 0:
             return
         handles = self.ledger.reserve(rows.size)
         require(handles is not None, f"{rows.size} pages promised and not there")
         columns = self.running.append_pages(rows, handles)
-        writes = np.zeros(rows.size, PAGE_WRITE)
-        writes["row"] = rows
-        writes["column"] = columns
-        writes["page"] = handle_pages(handles)
-        draft.writes.append(writes)
+        for group, mine in enumerate(handles):
+            writes = np.zeros(rows.size, PAGE_WRITE)
+            writes["group"] = group
+            writes["row"] = rows
+            writes["column"] = columns
+            writes["page"] = handle_pages(mine)
+            draft.writes.append(writes)
         draft.fresh.append(handles)
 
     # --- prompts ---
@@ -233,10 +323,11 @@ class Scheduler:
         if pages > 0:
             handles = self.ledger.reserve(pages)
             require(handles is not None, f"{pages} pages promised and not there")
-            run.handles[row, held : held + pages] = handles
+            run.handles[:, row, held : held + pages] = handles
             run.pages_len[row] = held + pages
             run.capacity[row] = (held + pages) * page_tokens
-            draft.writes.append(_row_writes(row, held, handles))
+            for group, mine in enumerate(handles):
+                draft.writes.append(_row_writes(group, row, held, mine))
             draft.fresh.append(handles)
         draft.add(np.array([row], np.int32), np.array([count], np.int32))
         return count
@@ -253,21 +344,25 @@ class Scheduler:
             root = self.ledger.index.root(_tag(self.tag, request.admission.tenant))
             # At least one token is computed, for there must be logits to draw from.
             hits = self.ledger.find(root, tokens, (tokens.size - 1) // self.limits.page_tokens)
-            self.ledger.acquire(hits)
+            for group, mine in enumerate(hits):
+                self.ledger.acquire(mine, group)
             # Room for the whole prompt and one page for each row that decodes beside it: fewer
             # preemptions than admitting to the last page.
-            pages = self.limits.pages_for_tokens(tokens.size) - hits.size
-            wanted = pages + self.running.active if self.running.active else 1
-            if self.ledger.available() < wanted:
-                self.ledger.release(hits, 0)
+            if not self._has_room(self.limits.pages_for_tokens(tokens.size) - hits[0].size):
+                for group, mine in enumerate(hits):
+                    self.ledger.release(mine, 0, group)
                 return
             self.waiting.pop()
-            parent = int(hits[-1]) if hits.size else root
+            shared = hits[0].tolist()
             waits = request.prompt_len // self.limits.page_tokens
-            chain = Chain(parent, hits.size, waits, request)
+            chain = Chain(shared[-1] if shared else root, len(shared), waits, request)
+            if self.limits.groups > 1:
+                chain.stood.extend(shared)
             if request.emitted == 0:
-                request.cached_tokens = hits.size * self.limits.page_tokens
+                request.cached_tokens = len(shared) * self.limits.page_tokens
             row = self.running.enter(request, hits, chain)
+            if self.drafts is not None:
+                self.drafts.enter(row)
             self._admit_record(draft, row, request, hits)
             if chain.pages >= chain.waits:
                 self.release_followers(request)
@@ -275,14 +370,26 @@ class Scheduler:
             require(count > 0, f"row {row} was admitted without a token to compute")
             budget -= count
 
-    def _admit_record(self, draft: _Draft, row: int, request: Request, hits: np.ndarray) -> None:
+    def _has_room(self, pages: int) -> bool:
+        """Whether a request that needs `pages` more of group 0 may start beside those that run."""
+        if self.running.active == 0:
+            return self.ledger.available() >= 1
+        for group, window in enumerate(self.limits.windows):
+            wanted = min(pages, self.limits.window_need(window)) if window else pages
+            if self.ledger.available_in(group) < wanted + self.running.active:
+                return False
+        return True
+
+    def _admit_record(
+        self, draft: _Draft, row: int, request: Request, hits: list[np.ndarray]
+    ) -> None:
         admission, sampling = request.admission, request.admission.sampling
         draft.admits.append(
             (
                 int(self.running.life[row]),
                 admission.seed,
                 row,
-                hits.size * self.limits.page_tokens,
+                hits[0].size * self.limits.page_tokens,
                 request.tokens.size,
                 request.prompt_len,
                 sampling.temperature,
@@ -303,8 +410,10 @@ class Scheduler:
         draft.admit_tokens += request.tokens.size
         draft.bias.extend(sampling.bias)
         draft.stop_ids.extend(sampling.stop_ids)
-        if hits.size:
-            draft.writes.append(_row_writes(row, 0, hits))
+        for group, handles in enumerate(hits):
+            if handles.size:
+                first = hits[0].size - handles.size
+                draft.writes.append(_row_writes(group, row, first, handles))
 
     # --- shortage ---
 
@@ -352,7 +461,8 @@ class Scheduler:
         chain = self.running.chains[row]
         assert chain is not None
         chain.left_at = self.step
-        self.ledger.release(self.running.leave(row), self.step)
+        for group, handles in enumerate(self.running.leave(row)):
+            self.ledger.release(handles, self.step, group)
         self.clears.append(row)
 
     def release_followers(self, request: Request) -> None:
@@ -369,34 +479,47 @@ class Scheduler:
         """
         run, page_tokens = self.running, self.limits.page_tokens
         first = run.sealed_to[rows]
-        counts = complete - first
-        row, column = rows, first
-        if int(counts.max()) > 1:
-            row = np.repeat(rows, counts)
-            within = np.arange(row.size) - np.repeat(np.cumsum(counts) - counts, counts)
-            column = np.repeat(first, counts) + within
-        handles = run.handles[row, column]
+        row, column = _spread(rows, first, complete)
+        handles = run.handles[0, row, column]
         self.ledger.acquire(handles)
         at = column[:, None] * page_tokens + self._page_range
         tokens = self.mirror.tokens[row[:, None], at].tobytes()
+        chains = [run.chains[row_id] for row_id in row.tolist()]
+        self.seals.append(SealBatch(0, handles, column, tokens, chains))
+        for group in range(1, self.limits.groups):
+            held = np.maximum(first, run.dropped[group, rows])
+            row, column = _spread(rows, held, np.maximum(held, complete))
+            handles = run.handles[group, row, column]
+            self.ledger.acquire(handles, group)
+            chains = [run.chains[row_id] for row_id in row.tolist()]
+            self.seals.append(SealBatch(group, handles, column, b"", chains))
         run.sealed_to[rows] = complete
         run.seal_at[rows] = (complete + 1) * page_tokens
-        chains = [run.chains[row_id] for row_id in row.tolist()]
-        self.seals.append(SealBatch(handles, tokens, chains))
 
     def restart(self, running: RunningRows, mirror: RowTable) -> None:
         """A new epoch: nothing that was asked of the old device counts. Steps number from 1."""
         self.running, self.mirror = running, mirror
         self.step = 0
-        self.clears, self.seals, self.zeros = [], [], []
+        self.clears, self.seals, self.zeros, self.drops = [], [], [], []
 
 
-def _row_writes(row: int, column: int, handles: np.ndarray) -> np.ndarray:
+def _row_writes(group: int, row: int, column: int, handles: np.ndarray) -> np.ndarray:
     writes = np.zeros(handles.size, PAGE_WRITE)
+    writes["group"] = group
     writes["row"] = row
     writes["column"] = np.arange(column, column + handles.size)
     writes["page"] = handle_pages(handles)
     return writes
+
+
+def _spread(rows: np.ndarray, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(row, column) of the columns first .. last of each row, one row after the other."""
+    counts = last - first
+    if np.count_nonzero(counts == 1) == counts.size:
+        return rows, first
+    row = np.repeat(rows, counts)
+    within = np.arange(row.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    return row, np.repeat(first, counts) + within
 
 
 def _tag(tag: bytes, tenant: str) -> bytes:

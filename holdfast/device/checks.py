@@ -15,7 +15,7 @@ import numpy as np
 
 from holdfast.errors import WorkerFault
 from holdfast.wire.plan import StepPlan, handle_groups, handle_pages
-from holdfast.wire.rows import RowTable
+from holdfast.wire.rows import RowTable, first_column
 
 
 def check_deltas(plan: StepPlan, table: RowTable, epoch: int, last_step: int) -> None:
@@ -47,6 +47,8 @@ def check_rows(plan: StepPlan, table: RowTable) -> None:
         raise _refusal(
             plan, f"{rows.size} rows, {query_lens.size} lengths, {plan.samples.size} samples"
         )
+    if plan.drafts.size:
+        raise _refusal(plan, "has draft tokens; this device proposes none")
     if rows.size == 0:
         return
     limits = table.limits
@@ -119,8 +121,11 @@ def _check_pages(plan: StepPlan, table: RowTable, starts: np.ndarray, ends: np.n
     used = columns < columns_used[:, None]
     written = used & (columns >= (starts // size)[:, None])
     read = used & (columns < ((starts + size - 1) // size)[:, None])
-    for group in range(table.limits.groups):
+    for group, window in enumerate(table.limits.windows):
         pages = table.page_table[group, rows, :width]
+        if window:
+            seen = columns >= first_column(starts, window, size)[:, None]
+            used, read = used & seen, read & seen
         _no_row(plan, (used & (pages == 0)).any(axis=1), "needs a page that it does not hold")
         targets = np.sort(pages[written])
         if (targets[1:] == targets[:-1]).any():

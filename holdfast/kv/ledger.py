@@ -19,6 +19,8 @@ from holdfast.config import Limits
 from holdfast.errors import require
 from holdfast.kv.pages import PagePool, PageState
 from holdfast.kv.prefix import PrefixIndex
+from holdfast.kv.window import WindowCache
+from holdfast.wire.plan import handle_groups
 
 # Plain integers: reading a member of an IntEnum costs a microsecond in Python 3.11.
 _FREE, _RESERVED, _WRITING, _SEALED, _RETIRING, _TRASH = (
@@ -35,14 +37,25 @@ _FREE, _RESERVED, _WRITING, _SEALED, _RETIRING, _TRASH = (
 
 
 class Ledger:
-    """All pools of one engine. Group 0 (full attention) is the one the prefix index covers."""
+    """All pools of one engine. Group 0 (full attention) is the one the prefix index stands on; the
+    pages of a window group hang beside its pages (kv.window).
+
+    Pages are given to rows as sets: one of each group, for the same column of their page tables.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.pools = [PagePool(group, limits.pages) for group in range(limits.groups)]
+        self.pools = [PagePool(group, pages) for group, pages in enumerate(limits.pages_by_group)]
         self.index = PrefixIndex(limits.pages)
-        self.cached = 0  # sealed, indexed, without a lease: free on demand
-        self.retiring = 0  # leases waiting for a step's result
+        self.windows = [
+            WindowCache(pages, window, limits.page_tokens)
+            for pages, window in zip(limits.pages_by_group[1:], limits.windows[1:], strict=True)
+        ]
+        self._cached = [0] * limits.groups  # sealed, indexed, without a lease: free on demand
+        self._retiring = [0] * limits.groups  # leases waiting for a step's result
+        # Pages whose bytes may be anything (0 * NaN is NaN): zeroed before their next use.
+        self._dirty = [np.zeros(pages, np.bool_) for pages in limits.pages_by_group]
+        self._dirty_pages = 0
         self.evicted = 0
         self._acknowledged = 0
         self._clock = 0
@@ -51,37 +64,82 @@ class Ledger:
 
     # --- room ---
 
-    def available(self, group: int = 0) -> int:
-        """Pages that `reserve` can hand out now."""
-        return self.pools[group].free + (self.cached if group == 0 else 0)
+    @property
+    def cached(self) -> int:
+        """Pages of group 0 that are sealed, indexed and without a lease."""
+        return self._cached[0]
+
+    @property
+    def retiring(self) -> int:
+        """Leases that wait for a step's result, of all groups."""
+        return sum(self._retiring)
+
+    def available(self) -> int:
+        """Sets of pages, one of each group, that `reserve` can hand out now."""
+        if not self.windows:
+            return self.pools[0].free + self._cached[0]
+        return min(self.available_in(group) for group in range(len(self.pools)))
+
+    def available_in(self, group: int) -> int:
+        """Pages of one group that can be handed out now."""
+        return self.pools[group].free + self._cached[group]
+
+    def coming(self, count: int) -> bool:
+        """Whether `count` sets may be there once what is retiring has come back."""
+        return all(
+            count - self.available_in(group) <= self._retiring[group]
+            for group in range(len(self.pools))
+        )
 
     def held(self, group: int = 0) -> int:
         """Pages that somebody has a lease on."""
-        return self.limits.pages_usable - self.available(group)
+        return self.limits.pages_by_group[group] - 1 - self.available_in(group)
 
-    def reserve(self, count: int, group: int = 0) -> np.ndarray | None:
-        """uint64[count] handles, each with one lease, or None when there are not that many."""
-        pool = self.pools[group]
-        if count > pool.free:
-            if count > self.available(group):
-                return None
-            self._evict(count - pool.free)
-        return pool.take(count)
+    def reserve(self, count: int) -> np.ndarray | None:
+        """uint64[groups, count] handles, each with one lease, or None when there are not that
+        many sets."""
+        if count > self.available():
+            return None
+        handles = np.empty((len(self.pools), count), np.uint64)
+        for group, pool in enumerate(self.pools):
+            if count > pool.free:
+                self._evict(group, count - pool.free)
+            handles[group] = pool.take(count)
+        return handles
 
-    def launch(self, handles: np.ndarray, group: int = 0) -> None:
-        """The next step writes these reserved pages."""
-        pool = self.pools[group]
-        pages = pool.pages_of(handles)
-        reserved = np.count_nonzero(pool.state[pages] == _RESERVED)
-        require(reserved == pages.size, "a launched page is not reserved")
-        pool.state[pages] = _WRITING
+    def soiled(self, handles: np.ndarray) -> np.ndarray:
+        """uint64[k]: those of these newly reserved handles whose pages must be zeroed before they
+        are used. Each is told once: the plan that first uses the page zeroes it."""
+        if self._dirty_pages == 0:
+            return handles[:0].reshape(-1)
+        found = []
+        for group, mine in enumerate(handles):
+            pages = self.pools[group].pages_of(mine)
+            dirty = self._dirty[group][pages]
+            found.append(mine[dirty])
+            self._dirty[group][pages[dirty]] = False
+            self._dirty_pages -= np.count_nonzero(dirty)
+        return np.concatenate(found)
+
+    def launch(self, handles: np.ndarray) -> None:
+        """The next step writes these reserved pages, uint64[groups, k]."""
+        for pool, mine in zip(self.pools, handles, strict=True):
+            pages = pool.pages_of(mine)
+            reserved = np.count_nonzero(pool.state[pages] == _RESERVED)
+            require(reserved == pages.size, "a launched page is not reserved")
+            pool.state[pages] = _WRITING
 
     # --- sharing ---
 
-    def find(self, root: int, tokens: np.ndarray, pages_max: int) -> np.ndarray:
-        """uint64[k] handles of the longest cached prefix; no lease yet, so `acquire` comes next."""
+    def find(self, root: int, tokens: np.ndarray, pages_max: int) -> list[np.ndarray]:
+        """Handles of the longest cached prefix, for each group: uint64[k] of group 0, and of a
+        window group those that the token behind the k pages can see. No lease yet, so `acquire`
+        comes next."""
         found = self.index.walk(root, tokens, self.limits.page_tokens, pages_max)
-        return np.array(found, np.uint64)
+        if self.windows and found:
+            depths = [set(cache.usable(found)) for cache in self.windows]
+            found = found[: max(set.intersection(*depths))]
+        return [np.array(found, np.uint64), *(cache.pages_at(found) for cache in self.windows)]
 
     def acquire(self, handles: np.ndarray, group: int = 0) -> None:
         """One more lease on each of these distinct pages."""
@@ -89,8 +147,7 @@ class Ledger:
         pages = pool.pages_of(handles)
         require(not np.count_nonzero(pool.state[pages] == _FREE), "a lease on a free page")
         leases = pool.leases[pages]
-        if group == 0:
-            self.cached -= leases.size - np.count_nonzero(leases)
+        self._cached[group] -= leases.size - np.count_nonzero(leases)
         pool.leases[pages] = leases + 1
 
     def release(self, handles: np.ndarray, step: int, group: int = 0) -> None:
@@ -112,7 +169,7 @@ class Ledger:
         unsealed = (state == _RESERVED) | (state == _WRITING)
         pool.state[pages[last & unsealed]] = _RETIRING
         self._retired.setdefault(step, []).append((group, handles))
-        self.retiring += handles.size
+        self._retiring[group] += handles.size
 
     def acknowledge(self, step: int) -> None:
         """The result of `step` is in: leases released at or before it drop. Called every step."""
@@ -120,7 +177,7 @@ class Ledger:
         self._acknowledged = step
         for due in sorted(at for at in self._retired if at <= step):
             for group, handles in self._retired.pop(due):
-                self.retiring -= handles.size
+                self._retiring[group] -= handles.size
                 self._drop(group, self.pools[group].pages_of(handles))
 
     def _drop(self, group: int, pages: np.ndarray) -> None:
@@ -132,23 +189,46 @@ class Ledger:
             return
         idle = pages[left == 0]
         if group != 0:
-            pool.give_back(idle)
+            self._drop_beside(group, idle)
             return
         known = self.index.indexed[idle]
         pool.give_back(idle[~known])
         kept = idle[known]
-        self.cached += kept.size
+        self._cached[0] += kept.size
         self.index.used[kept] = self._clock
         for page in kept[self.index.children[kept] == 0]:
             self.index.offer(self._handle(int(page)), int(page))
         if self.index.offered() > 4 * self.limits.pages:
             self._compact_leaves()
 
+    def _drop_beside(self, group: int, idle: np.ndarray) -> None:
+        """Pages int32[k] of a window group have lost their last lease."""
+        pool, cache = self.pools[group], self.windows[group - 1]
+        known = cache.indexed[idle]
+        pool.give_back(idle[~known])
+        kept = idle[known]
+        self._cached[group] += kept.size
+        cache.used[kept] = self._clock
+        for page in kept.tolist():
+            cache.offer(int(pool.current[page]), page)
+        if cache.offered() > 4 * pool.pages:
+            unleased = np.flatnonzero((pool.leases == 0) & cache.indexed).tolist()
+            cache.rebuild([(int(cache.used[p]), int(pool.current[p])) for p in unleased])
+
     # --- sealing ---
 
     def seal(self, handles: np.ndarray, checksums: np.ndarray) -> None:
         """The sums uint64[k] of these full pages are in. The caller still holds its leases."""
-        pool = self.pools[0]
+        if not self.windows:
+            self._seal(0, handles, checksums)
+            return
+        groups = handle_groups(handles)
+        for group in range(len(self.pools)):
+            mine = groups == group
+            self._seal(group, handles[mine], checksums[mine])
+
+    def _seal(self, group: int, handles: np.ndarray, checksums: np.ndarray) -> None:
+        pool = self.pools[group]
         pages = pool.pages_of(handles)
         state = pool.state[pages]
         writing = (state == _WRITING) | (state == _RETIRING)
@@ -168,13 +248,49 @@ class Ledger:
         require(self._sealed(handle, page), f"page {page} is shared before it is sealed")
         return self.index.insert(parent, tokens, handle, page)
 
+    def share_beside(self, trie_handle: int, handle: int) -> None:
+        """A sealed page of a window group goes beside the trie's page for the same tokens."""
+        group, page = handle >> 56, handle & 0xFF_FFFF
+        pool = self.pools[group]
+        sealed = bool(pool.state[page] == _SEALED) and int(pool.current[page]) == handle
+        require(sealed, f"page {page} of group {group} is shared before it is sealed")
+        self.windows[group - 1].insert(trie_handle, handle, page)
+
     def _sealed(self, handle: int, page: int) -> bool:
         pool = self.pools[0]
         return bool(pool.state[page] == _SEALED) and self._handle(page) == handle
 
     # --- eviction, reset, checks ---
 
-    def _evict(self, count: int) -> None:
+    def _evict(self, group: int, count: int) -> None:
+        if group:
+            self._evict_beside(group, count)
+        else:
+            self._evict_leaves(count)
+
+    def _evict_beside(self, group: int, count: int) -> None:
+        pool, cache = self.pools[group], self.windows[group - 1]
+        while count > 0:
+            entry = cache.oldest()
+            require(entry is not None, f"{self._cached[group]} pages cached, none can be evicted")
+            used, handle = entry
+            page = handle & 0xFF_FFFF
+            held = pool.leases[page] or int(pool.current[page]) != handle
+            if held or not cache.indexed[page] or cache.used[page] != used:
+                continue
+            self._free_beside(group, handle)
+            count -= 1
+
+    def _free_beside(self, group: int, handle: int) -> None:
+        """A window group's page leaves the cache; without a lease it is free."""
+        pool, page = self.pools[group], handle & 0xFF_FFFF
+        self.windows[group - 1].remove(handle, page)
+        if pool.leases[page] == 0:
+            pool.give_back(np.array([page], np.int32))
+            self._cached[group] -= 1
+            self.evicted += 1
+
+    def _evict_leaves(self, count: int) -> None:
         pool = self.pools[0]
         while count > 0:
             entry = self.index.oldest()
@@ -185,9 +301,12 @@ class Ledger:
                 continue
             parent = self.index.remove(handle, page)
             pool.give_back(np.array([page], np.int32))
-            self.cached -= 1
+            self._cached[0] -= 1
             self.evicted += 1
             count -= 1
+            for group, cache in enumerate(self.windows, start=1):
+                if (beside := cache.beside(handle)) is not None:
+                    self._free_beside(group, beside)
             if parent >= 0:
                 parent_page = parent & 0xFF_FFFF
                 if self._evictable(parent, parent_page):
@@ -212,14 +331,24 @@ class Ledger:
         return int(self.pools[0].current[page])
 
     def reset(self) -> None:
-        """The device's memory is void (a new epoch, nothing verified): every page is free again."""
-        for pool in self.pools:
+        """The device's memory is void (a new epoch, nothing verified): every page is free again.
+
+        What was not sealed may hold anything, a NaN row's values among it.
+        """
+        for pool, dirty in zip(self.pools, self._dirty, strict=True):
             pool.leases[:] = 0
-            held = np.flatnonzero((pool.state != _FREE) & (pool.state != _TRASH))
+            state = pool.state
+            dirty |= (state != _FREE) & (state != _TRASH) & (state != _SEALED)
+            held = np.flatnonzero((state != _FREE) & (state != _TRASH))
             pool.give_back(held.astype(np.int32))
+        self._dirty_pages = sum(np.count_nonzero(dirty) for dirty in self._dirty)
         self.index.clear()
+        for cache in self.windows:
+            cache.clear()
         self._retired.clear()
-        self.cached = self.retiring = self._acknowledged = 0
+        self._cached = [0] * len(self.pools)
+        self._retiring = [0] * len(self.pools)
+        self._acknowledged = 0
 
     def verify(self) -> None:
         """Recount everything. Raises InvariantError naming what does not add up."""
@@ -229,9 +358,18 @@ class Ledger:
         pool = self.pools[0]
         unsealed = self.index.indexed & (pool.state != _SEALED)
         require(not unsealed.any(), f"pages indexed but not sealed: {np.flatnonzero(unsealed)}")
-        cached = int((self.index.indexed & (pool.leases == 0)).sum())
-        require(cached == self.cached, f"cached count {self.cached}, found {cached}")
+        indexed = [self.index.indexed, *(cache.indexed for cache in self.windows)]
+        for group, known in enumerate(indexed):
+            cached = int((known & (self.pools[group].leases == 0)).sum())
+            told = self._cached[group]
+            require(cached == told, f"cached count of group {group} is {told}, found {cached}")
+        for cache in self.windows:
+            cache.verify(set(self.index.handles()))
+        dirty = sum(np.count_nonzero(one) for one in self._dirty)
+        require(dirty == self._dirty_pages, f"{self._dirty_pages} dirty pages, found {dirty}")
         for handle in self.index.handles():
             require(self._handle(handle & 0xFF_FFFF) == handle, f"stale handle {handle:#x} indexed")
-        waiting = sum(h.size for retired in self._retired.values() for _, h in retired)
-        require(waiting == self.retiring, f"retiring count {self.retiring}, found {waiting}")
+        for group, told in enumerate(self._retiring):
+            retired = [entry for entries in self._retired.values() for entry in entries]
+            waiting = sum(handles.size for of, handles in retired if of == group)
+            require(waiting == told, f"retiring count of group {group} is {told}, found {waiting}")

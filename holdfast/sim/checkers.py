@@ -15,7 +15,7 @@ from holdfast.config import Limits
 from holdfast.sim.fake_worker import expected_token
 from holdfast.sim.world import Job
 from holdfast.wire.messages import End
-from holdfast.wire.plan import StepPlan
+from holdfast.wire.plan import StepPlan, StepResult
 from holdfast.wire.rows import RowTable
 
 
@@ -35,7 +35,7 @@ class ClientView:
         self.accepted = False
         self.abandoned = False  # cancelled, or its api process died: nothing is owed any more
 
-    def token(self, index: int, token: int, end: End, vocab_size: int) -> None:
+    def token(self, index: int, token: int, end: End, limits: Limits) -> None:
         """One token reached the client."""
         if self.end is not None:
             raise Violation(f"request {self.request:#x}: token {index} after its end {self.end!r}")
@@ -43,7 +43,8 @@ class ClientView:
             raise Violation(
                 f"request {self.request:#x}: token index {index} after {self.tokens} tokens"
             )
-        want = expected_token(np.array(self.history, np.int32), vocab_size)
+        history = np.array(self.history, np.int32)
+        want = expected_token(history, limits.vocab_size, limits.windows)
         if token != want:
             raise Violation(
                 f"request {self.request:#x}: token {index} is {token}, its own history gives {want}"
@@ -72,61 +73,91 @@ class PageWatch:
     """No page gets a new writer while a launched step of another life may touch it.
 
     Keeps a row table of its own that follows the plans at launch, so it sees what the device will.
+    How far a row with drafts has come is known between two bounds: `rows.length` counts with every
+    draft, `settled` with none that no result has confirmed.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.rows = RowTable(limits)
-        self.touched: dict[int, dict[int, int]] = {}  # page -> life -> last launched step
-        self.tenants: dict[int, str] = {}  # page -> whose tokens it holds
+        self.settled = np.zeros(limits.rows_total, np.int64)
+        # (group, page) -> life -> last launched step
+        self.touched: dict[tuple[int, int], dict[int, int]] = {}
+        self.tenants: dict[tuple[int, int], str] = {}  # (group, page) -> whose tokens it holds
         self.handles: dict[int, int] = {}  # handle -> the life it was given to, for ever
+        self.flights: dict[int, tuple[StepPlan, np.ndarray]] = {}  # step -> plan, lives of its rows
         self.acknowledged = 0
 
     def launch(
         self,
         plan: StepPlan,
         tenant_of_row: Callable[[int], str],
-        handle_of: Callable[[int, int], int],
+        handle_of: Callable[[int, int, int], int],
     ) -> None:
         """`plan` is about to be sent; the callbacks say whose request holds a row of it, and by
-        which handle the brain holds the page in (row, column)."""
-        rows, size = self.rows, self.limits.page_tokens
+        which handle the brain holds the page in (group, row, column)."""
+        rows = self.rows
         rows.apply(plan)
+        for admit in plan.admits:
+            self.settled[admit["row"]] = admit["length"]
         for row, count in zip(plan.rows.tolist(), plan.query_lens.tolist(), strict=True):
-            life, start = int(rows.records["owner"][row]), int(rows.length[row])
-            table = rows.page_table[0, row]
-            if life == 0:
+            if rows.records["owner"][row] == 0:
                 raise Violation(f"step {plan.step} computes row {row}, which nobody owns")
-            last = (start + count - 1) // size
-            tenant = tenant_of_row(row)
-            for page in table[start // size : last + 1].tolist():
-                self._write(plan.step, page, life)
-            for column in range(-(-start // size), last + 1):
-                self.tenants[int(table[column])] = tenant
-                handle = handle_of(row, column)
-                if self.handles.setdefault(handle, life) != life:
-                    raise Violation(f"step {plan.step}: handle {handle:#x} is given out again")
-            for page in table[: last + 1].tolist():
-                if page == 0:
-                    raise Violation(f"step {plan.step}: row {row} reads the trash page")
-                if self.tenants.get(page) != tenant:
-                    raise Violation(
-                        f"step {plan.step}: row {row} of tenant {tenant} reads page {page}, which "
-                        f"holds tokens of {self.tenants.get(page)}"
-                    )
-                self.touched.setdefault(page, {})[life] = plan.step
-        rows.advance(plan, np.zeros(plan.rows.size, np.int32))
+            for group in range(self.limits.groups):
+                self._row(plan.step, group, row, count, tenant_of_row(row), handle_of)
+        # As if every draft were right; a result that says otherwise is subtracted.
+        rows.advance(plan, np.zeros(plan.slots, np.int32), plan.drafts)
+        self.flights[plan.step] = (plan, rows.records["owner"][plan.rows].copy())
 
-    def _write(self, step: int, page: int, life: int) -> None:
-        for other, last in self.touched.get(page, {}).items():
+    def _row(
+        self,
+        step: int,
+        group: int,
+        row: int,
+        count: int,
+        tenant: str,
+        handle_of: Callable[[int, int, int], int],
+    ) -> None:
+        rows, size, window = self.rows, self.limits.page_tokens, self.limits.windows[group]
+        life, settled = int(rows.records["owner"][row]), int(self.settled[row])
+        last = (int(rows.length[row]) + count - 1) // size
+        table = rows.page_table[group, row].tolist()
+        for column in range(settled // size, last + 1):
+            self._write(step, group, table[column], life)
+        for column in range(-(-settled // size), last + 1):
+            self.tenants[group, table[column]] = tenant
+            handle = handle_of(group, row, column)
+            if self.handles.setdefault(handle, life) != life:
+                raise Violation(f"step {step}: handle {handle:#x} is given out again")
+        seen = max(0, settled - window + 1) // size if window else 0
+        for column in range(seen, last + 1):
+            page = table[column]
+            if page == 0:
+                raise Violation(f"step {step}: row {row} reads the trash page, column {column}")
+            if self.tenants.get((group, page)) != tenant:
+                raise Violation(
+                    f"step {step}: row {row} of tenant {tenant} reads page {page}, which "
+                    f"holds tokens of {self.tenants.get((group, page))}"
+                )
+            self.touched.setdefault((group, page), {})[life] = step
+
+    def _write(self, step: int, group: int, page: int, life: int) -> None:
+        for other, last in self.touched.get((group, page), {}).items():
             if other != life and last > self.acknowledged:
                 raise Violation(
                     f"step {step} writes page {page} for life {life} while step {last} of life "
                     f"{other} may still touch it"
                 )
 
-    def acknowledge(self, step: int) -> None:
-        self.acknowledged = step
+    def acknowledge(self, result: StepResult) -> None:
+        """The result of the oldest launched step was taken."""
+        self.acknowledged = result.step
+        plan, lives = self.flights.pop(result.step)
+        same = self.rows.records["owner"][plan.rows] == lives
+        kept = result.accepted if plan.drafts.size else np.zeros(plan.rows.size, np.uint8)
+        self.settled[plan.rows[same]] += (plan.known_lens + kept)[same]
+        if plan.drafts.size:
+            self.rows.length[plan.rows[same]] -= (plan.drafts - kept)[same]
 
 
 def check_bounds(limits: Limits, in_flight: int, live: int, live_tokens: int) -> None:

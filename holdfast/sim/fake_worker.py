@@ -1,10 +1,16 @@
 """A device of integers: its next token is a hash of the history it can see through its own rows
 and pages, so a wrong page table, a stale row or a page of somebody else gives a wrong token.
 
-A page's "KV" of one token is one uint64: a hash of (token, position). A token is drawn by reading
-the cells of all earlier positions through the page table, folding them with the row's own query
-tokens, and reducing to the vocabulary. `expected_token` computes the same from a request's true
-history; the two agree if and only if the device saw what the brain meant it to see.
+A page's "KV" of one token is one uint64 a layer group. With full attention it is a hash of (token,
+position); in a group with a window it also takes in the farthest cell that its token can see, so
+that a page dropped one step too early shows, whatever the chunking. A token is drawn by reading the
+cells in sight of the last position through the page tables and reducing them to the vocabulary.
+`expected_token` computes the same from a request's true history; the two agree if and only if the
+device saw what the brain meant it to see. Nothing is checked on the way: like a real device this
+one reads the trash page, or somebody else's, without a word.
+
+Draft tokens come from an oracle that is wrong as often as the row's owner says; what a wrong one
+leaves in the pages is there for whoever reads too far.
 
 Runs wire.rows and wire.checksum as they are. Used by tests, the simulator and `bench core`.
 """
@@ -16,29 +22,56 @@ import numpy as np
 from holdfast.config import Limits
 from holdfast.errors import WorkerFault
 from holdfast.wire.checksum import page_sums, weights
-from holdfast.wire.plan import StepPlan, StepResult, handle_pages
+from holdfast.wire.plan import StepPlan, StepResult, handle_groups, handle_pages
 from holdfast.wire.rows import RowTable, mix
+
+# How many of a hundred drafts are right, by the row's owner.
+_DRAFTS_RIGHT = (0, 50, 90, 100)
 
 
 def cells_of(tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """uint64[k]: what a page holds for these tokens at these positions."""
+    """uint64[k]: what a page holds for these tokens at these positions, with full attention."""
     return mix(positions.astype(np.int64) + 1, tokens.astype(np.int64) + 1)
 
 
-def fold(cells: np.ndarray, vocab_size: int) -> int:
-    """The token that follows a history of cells uint64[k], in order."""
-    order = np.arange(cells.size, dtype=np.int64)
-    return int(mix(order, cells).sum(dtype=np.uint64) >> np.uint64(7)) % vocab_size
+def _window_cells(cells: np.ndarray, group: int, seen: np.ndarray) -> np.ndarray:
+    """What a page of a window group holds instead: `seen` uint64[k] are the farthest cells."""
+    return cells + mix(group, seen)
 
 
-def expected_token(history: np.ndarray, vocab_size: int) -> int:
+def _fold(cells: np.ndarray, first: int) -> int:
+    """Sum, below 2**64, over a history of cells uint64[k], the first of them at position `first`."""
+    order = np.arange(first, first + cells.size, dtype=np.int64)
+    return int(mix(order, cells).sum(dtype=np.uint64))
+
+
+def _token_of(total: int, vocab_size: int) -> int:
+    return (total % (1 << 64) >> 7) % vocab_size
+
+
+def expected_token(history: np.ndarray, vocab_size: int, windows: tuple[int, ...] = (0,)) -> int:
     """The oracle: the token after a true history int32[k]."""
-    return fold(cells_of(history, np.arange(history.size)), vocab_size)
+    length = history.size
+    base = cells_of(history, np.arange(length))
+    total = _fold(base, 0)
+    for group, window in enumerate(windows[1:], start=1):
+        cells, far = base.copy(), window - 1
+        if far == 0:
+            cells = _window_cells(base, group, np.zeros(length, np.uint64))
+        for first in range(0, length, max(1, far)) if far else ():
+            last = min(length, first + far)
+            seen = np.zeros(last - first, np.uint64)
+            if first >= far:
+                seen = cells[first - far : last - far]
+            cells[first:last] = _window_cells(base[first:last], group, seen)
+        start = max(0, length - window)
+        total += _fold(cells[start:], start)
+    return _token_of(total, vocab_size)
 
 
-def memory_of(limits: Limits) -> np.ndarray:
-    """uint64[pages, page_tokens]: a pool of empty pages."""
-    return np.zeros((limits.pages, limits.page_tokens), np.uint64)
+def memory_of(limits: Limits) -> list[np.ndarray]:
+    """uint64[pages, page_tokens] for each layer group: pools of empty pages."""
+    return [np.zeros((pages, limits.page_tokens), np.uint64) for pages in limits.pages_by_group]
 
 
 class FakeWorker:
@@ -47,7 +80,9 @@ class FakeWorker:
     `pages`: memory that outlives it (memory_of), or None for memory of its own.
     """
 
-    def __init__(self, limits: Limits, epoch: int = 1, pages: np.ndarray | None = None) -> None:
+    def __init__(
+        self, limits: Limits, epoch: int = 1, pages: list[np.ndarray] | None = None
+    ) -> None:
         self.limits = limits
         self.epoch = epoch
         self.step = 0
@@ -64,32 +99,105 @@ class FakeWorker:
         rows = self.rows
         rows.apply(plan)
         digest = rows.digest_full(plan)
-        self.pages[handle_pages(plan.zeros)] = 0
-        sealed = self.pages[handle_pages(plan.seals)].view(np.uint32)
-        sums = page_sums(sealed, self._weights)
-        tokens = self._forward(plan)
-        rows.advance(plan, tokens)
+        self._zero(plan.zeros)
+        sums = self._sums(plan.seals)
+        tokens, accepted = self._forward(plan)
+        rows.advance(plan, tokens, accepted)
         return StepResult(
             epoch=plan.epoch,
             step=plan.step,
             digest=digest,
             tokens=tokens,
             faults=np.zeros(plan.rows.size, np.uint8),
+            accepted=accepted,
             seal_sums=sums,
         )
 
-    def _forward(self, plan: StepPlan) -> np.ndarray:
-        size = self.limits.page_tokens
-        row, position, token = self.rows.inputs(plan.rows, plan.query_lens)
-        page = self.rows.page_table[0, row, position // size]
-        if not page.all():
-            raise WorkerFault(f"step {plan.step} writes through the trash page")
-        self.pages[page, position % size] = cells_of(token, position)
-        tokens = np.zeros(plan.rows.size, np.int32)
+    def _zero(self, handles: np.ndarray) -> None:
+        groups = handle_groups(handles)
+        for group, pages in enumerate(self.pages):
+            pages[handle_pages(handles[groups == group])] = 0
+
+    def _sums(self, handles: np.ndarray) -> np.ndarray:
+        sums = np.zeros(handles.size, np.uint64)
+        groups = handle_groups(handles)
+        for group, pages in enumerate(self.pages):
+            mine = groups == group
+            held = pages[handle_pages(handles[mine])]
+            sums[mine] = page_sums(held.view(np.uint32), self._weights)
+        return sums
+
+    def _forward(self, plan: StepPlan) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (tokens int32[plan.slots], accepted uint8[n] or [0])."""
+        known_lens, drafts = plan.known_lens, plan.drafts
+        self._write(*self.rows.inputs(plan.rows, known_lens))
+        tokens = np.zeros(plan.slots, np.int32)
+        accepted = np.zeros(drafts.size, np.uint8)
+        slots = np.arange(plan.rows.size)
+        if drafts.size:
+            slots += np.cumsum(drafts, dtype=np.int64) - drafts
         for at in np.flatnonzero(plan.samples).tolist():
-            row_id = int(plan.rows[at])
-            length = int(self.rows.length[row_id]) + int(plan.query_lens[at])
-            table = self.rows.page_table[0, row_id, : -(-length // size)]
-            cells = self.pages[table].reshape(-1)[:length]
-            tokens[at] = fold(cells, self.limits.vocab_size)
-        return tokens
+            row, slot = int(plan.rows[at]), int(slots[at])
+            length = int(self.rows.length[row]) + int(known_lens[at])
+            tokens[slot] = self._draw(row, length)
+            if drafts.size and drafts[at]:
+                drawn = self._verify(row, length, int(tokens[slot]), int(drafts[at]))
+                accepted[at] = len(drawn)
+                tokens[slot + 1 : slot + 1 + len(drawn)] = drawn
+        return tokens, accepted
+
+    def _write(self, row: np.ndarray, position: np.ndarray, token: np.ndarray) -> None:
+        """Append the KV of these query tokens, rows one after the other, positions rising."""
+        size = self.limits.page_tokens
+        base = cells_of(token, position)
+        for group, window in enumerate(self.limits.windows):
+            table, pages = self.rows.page_table[group], self.pages[group]
+            page = table[row, position // size]
+            if not page.all():
+                raise WorkerFault(f"step {self.step} writes through the trash page")
+            if window == 0:
+                pages[page, position % size] = base
+                continue
+            far = position - (window - 1)
+            # A token may see one of its own chunk: in the order in which they become known.
+            turn = np.zeros(row.size, np.int64)
+            if window > 1 and row.size:
+                starts = self.rows.length[row]
+                turn = (position - starts) // (window - 1)
+            for this in range(int(turn.max(initial=0)) + 1):
+                now = turn == this
+                seen = np.zeros(int(np.count_nonzero(now)), np.uint64)
+                past = far[now] >= 0
+                if window > 1:
+                    at, rows = far[now][past], row[now][past]
+                    seen[past] = pages[table[rows, at // size], at % size]
+                cells = _window_cells(base[now], group, seen)
+                pages[page[now], position[now] % size] = cells
+
+    def _draw(self, row: int, length: int) -> int:
+        """The token after the row's first `length` positions, as its page tables show them."""
+        size, total = self.limits.page_tokens, 0
+        for group, window in enumerate(self.limits.windows):
+            start = max(0, length - window) if window else 0
+            column = start // size
+            table = self.rows.page_table[group, row, column : -(-length // size)]
+            cells = self.pages[group][table].reshape(-1)
+            cells = cells[start - column * size : length - column * size]
+            total += _fold(cells, start)
+        return _token_of(total, self.limits.vocab_size)
+
+    def _verify(self, row: int, length: int, drawn: int, drafts: int) -> list[int]:
+        """Tokens drawn behind the drafts that were right. Every draft's KV is written."""
+        owner = int(self.rows.records["owner"][row])
+        kept: list[int] = []
+        right = True
+        for position in range(length, length + drafts):
+            luck = int(mix(position, np.array([owner]))[0] >> np.uint64(40)) % 100
+            hit = luck < _DRAFTS_RIGHT[owner % len(_DRAFTS_RIGHT)]
+            draft = drawn if hit else (drawn + 1) % self.limits.vocab_size
+            self._write(np.array([row]), np.array([position]), np.array([draft], np.int32))
+            right = right and draft == drawn
+            drawn = self._draw(row, position + 1)
+            if right:
+                kept.append(drawn)
+        return kept

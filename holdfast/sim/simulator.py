@@ -188,7 +188,7 @@ class Simulation:
                 self._lose_worker(f"refused: {fault}")
                 return
             if self.brain.in_flight < before:
-                self.watch.acknowledge(result.step)
+                self.watch.acknowledge(result)
         self.brain.expire(self.now_s)
         if self.chance("core_death"):
             self._core_dies()
@@ -208,8 +208,8 @@ class Simulation:
             raise Violation(f"row {row} is launched for nobody")
         return request.admission.tenant
 
-    def _handle_of(self, row: int, column: int) -> int:
-        return int(self.brain.scheduler.running.handles[row, column])
+    def _handle_of(self, group: int, row: int, column: int) -> int:
+        return int(self.brain.scheduler.running.handles[group, row, column])
 
     def _wake(self) -> None:
         deadline = self.brain.next_deadline_s
@@ -320,8 +320,6 @@ class Simulation:
         if plan.rows.size and self.chance("nan_row"):
             row = self.rng.randrange(plan.rows.size)
             result.faults[row] = ROW_NOT_FINITE
-            result.tokens[row] = 0
-            self.worker.rows.tokens[plan.rows[row], self.worker.rows.length[plan.rows[row]]] = 0
         if self.chance("crash_after"):
             self._lose_worker("crash after a step")
             return
@@ -498,7 +496,7 @@ class Simulation:
                 raise Violation(f"request {request:#x}: its token went to api process {api}")
             if view.abandoned or view.end is End.STOP:
                 continue
-            view.token(index, token, End(end), self.limits.vocab_size)
+            view.token(index, token, End(end), self.limits)
             deadline = view.job.at + view.job.timeout
             if self.sent_at.get((request, index), 0) > deadline + self.world.channel_time:
                 raise Violation(f"request {request:#x}: token {index} was made after its deadline")

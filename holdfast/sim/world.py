@@ -113,11 +113,18 @@ def _draw_limits(rng: Random, shortage: float) -> Limits:
         pages = columns + 1 + rng.randint(0, columns)
     else:
         pages = columns * (rows + rng.randint(1, 3)) + 1
+    depth = rng.choice([0, 0, 1, 4])
+    windows = rng.choice([(0,), (0,), (0, 1), (0, 5), (0, 16, 3)])
+    # What one row needs at least: the pages that a window and its drafts can lie across.
+    least = max((-(-(window + depth) // page_tokens) + 1 for window in windows[1:]), default=0)
     return Limits(
         vocab_size=VOCAB,
         context_tokens=context,
         page_tokens=page_tokens,
         pages=pages,
+        draft_depth=depth,
+        windows=windows,
+        window_pages=rng.choice([0, least + 1, least + 1 + rng.randint(0, columns)]) if least else 0,
         rows_max=rows,
         prefill_tokens=rng.choice([1, 3, 8, 16, 64]),
         steps_ahead=rng.choice([1, 2, 2, 2]),

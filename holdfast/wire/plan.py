@@ -13,6 +13,13 @@ plan is fixed:
     5. advance                       length += query_lens; where samples[i], one token is drawn for
                                      position `length` and stored in tokens[row, length]
 
+Speculation: where drafts[i] = d > 0, the last d of the row's query tokens are the device's own
+proposals. It draws a token after each query token from the first that is not a draft on, and keeps
+draws as long as the draft before each equals the draw before it: `accepted` drafts, accepted + 1
+tokens. The row advances by query_lens - drafts + accepted. What the rejected ones left in the pages
+lies beyond the row's length, so it is never sealed and is written over. How long the row is after
+the step, the brain knows only from the result; until then it counts with all drafts.
+
 Shapes below: n plan rows, a admits, c clears, w page writes, s seals, z zeros. Arrays are
 read-only views of the received frame.
 """
@@ -108,6 +115,7 @@ _PLAN = ArrayLayout(
         ("rows", np.dtype(np.int32)),
         ("query_lens", np.dtype(np.int32)),
         ("samples", np.dtype(np.uint8)),
+        ("drafts", np.dtype(np.uint8)),
         ("clears", np.dtype(np.int32)),
         ("admits", ADMIT),
         ("admit_tokens", np.dtype(np.int32)),
@@ -137,6 +145,8 @@ class StepPlan:
     rows: int32[n], distinct, each 1 <= row <= rows_max; execution and result order.
     query_lens: int32[n], each >= 1: tokens computed by the row in this step.
     samples: uint8[n], 1 where the row's last query token yields a drawn token.
+    drafts: uint8[n], how many of a sampling row's query tokens are drafts, fewer than query_lens;
+        or empty when no row of the step has any.
     clears: int32[c] rows that end: all their state becomes zero (the trash page).
     admits: ADMIT[a]; admit_tokens, bias_ids/bias_values, stop_ids: their ragged parts in order.
     page_writes: PAGE_WRITE[w].
@@ -149,6 +159,7 @@ class StepPlan:
     rows: np.ndarray = field(default_factory=lambda: _NONE[np.int32])
     query_lens: np.ndarray = field(default_factory=lambda: _NONE[np.int32])
     samples: np.ndarray = field(default_factory=lambda: _NONE[np.uint8])
+    drafts: np.ndarray = field(default_factory=lambda: _NONE[np.uint8])
     clears: np.ndarray = field(default_factory=lambda: _NONE[np.int32])
     admits: np.ndarray = field(default_factory=lambda: _NONE[ADMIT])
     admit_tokens: np.ndarray = field(default_factory=lambda: _NONE[np.int32])
@@ -158,6 +169,16 @@ class StepPlan:
     page_writes: np.ndarray = field(default_factory=lambda: _NONE[PAGE_WRITE])
     seals: np.ndarray = field(default_factory=lambda: _NONE[np.uint64])
     zeros: np.ndarray = field(default_factory=lambda: _NONE[np.uint64])
+
+    @property
+    def slots(self) -> int:
+        """Tokens that the result has room for: one a row, and one more a draft."""
+        return self.rows.size + (int(self.drafts.sum()) if self.drafts.size else 0)
+
+    @property
+    def known_lens(self) -> np.ndarray:
+        """int32[n]: query tokens of each row that are no drafts."""
+        return self.query_lens - self.drafts if self.drafts.size else self.query_lens
 
     def encode(self) -> bytes:
         arrays = [getattr(self, name) for name in _PLAN_NAMES]
@@ -180,6 +201,7 @@ _RESULT = ArrayLayout(
     arrays=(
         ("tokens", np.dtype(np.int32)),
         ("faults", np.dtype(np.uint8)),
+        ("accepted", np.dtype(np.uint8)),
         ("seal_sums", np.dtype(np.uint64)),
         ("logprobs", np.dtype(np.float32)),
         ("top_ids", np.dtype(np.int32)),
@@ -195,13 +217,16 @@ class StepResult:
 
     digest: 64-bit digest of the rows that the step used (wire.rows.digest).
     device_ns: time the step took on the device.
-    tokens: int32[n], the drawn token where plan.samples, else 0.
+    tokens: int32[plan.slots], for each plan row 1 + drafts slots: the drawn tokens where
+        plan.samples, 0 in all other slots.
     faults: uint8[n], ROW_OK or ROW_NOT_FINITE (a NaN or infinite logit; the token is then 0).
+    accepted: uint8[n], drafts that were right, or empty when the plan has none. A sampling row has
+        1 + accepted tokens in its slots.
     seal_sums: uint64[s], checksums of plan.seals in order (wire.checksum).
-    logprobs: float32[n] of the drawn token under the raw distribution (before bias, penalties and
-        temperature), or empty when no row of the plan asked.
+    logprobs: float32[plan.slots] of the drawn tokens under the raw distribution (before bias,
+        penalties and temperature), or empty when no row of the plan asked.
     top_k: K, the largest `top_logprobs` of the plan's rows (0 when none asked).
-    top_ids, top_logprobs: int32[n * K], float32[n * K], most likely first, row-major.
+    top_ids, top_logprobs: int32[slots * K], float32[slots * K], most likely first, row-major.
     """
 
     epoch: int
@@ -211,6 +236,7 @@ class StepResult:
     top_k: int = 0
     tokens: np.ndarray = field(default_factory=lambda: _NONE[np.int32])
     faults: np.ndarray = field(default_factory=lambda: _NONE[np.uint8])
+    accepted: np.ndarray = field(default_factory=lambda: _NONE[np.uint8])
     seal_sums: np.ndarray = field(default_factory=lambda: _NONE[np.uint64])
     logprobs: np.ndarray = field(default_factory=lambda: _NONE[np.float32])
     top_ids: np.ndarray = field(default_factory=lambda: _NONE[np.int32])

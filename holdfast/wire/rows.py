@@ -164,9 +164,17 @@ class RowTable:
         position = np.repeat(starts, query_lens) + within.astype(np.int32)
         return row, position, self.tokens[row, position]
 
-    def advance(self, plan: StepPlan, tokens: np.ndarray) -> None:
-        """Move the plan's rows past the step: `tokens` int32[n] as in StepResult.tokens."""
+    def advance(
+        self, plan: StepPlan, tokens: np.ndarray, accepted: np.ndarray | None = None
+    ) -> None:
+        """Move the plan's rows past the step: `tokens` and `accepted` as in StepResult."""
         rows, samples = plan.rows, plan.samples
+        if plan.drafts.size:
+            require(
+                accepted is not None, f"step {plan.step} has drafts, and nobody says how many held"
+            )
+            self._advance_drafted(plan, tokens, accepted)
+            return
         length = self.length[rows] + plan.query_lens
         self.length[rows] = length
         if np.count_nonzero(samples) == samples.size:
@@ -174,6 +182,16 @@ class RowTable:
         else:
             drawn = samples != 0
             self.tokens[rows[drawn], length[drawn]] = tokens[drawn]
+
+    def _advance_drafted(self, plan: StepPlan, tokens: np.ndarray, accepted: np.ndarray) -> None:
+        length = self.length[plan.rows] + plan.known_lens
+        drawn = plan.samples != 0
+        at = drawn_slots(plan.drafts, drawn, accepted)
+        counts = (accepted.astype(np.int64) + 1)[drawn]
+        row = np.repeat(plan.rows[drawn], counts)
+        within = np.arange(row.size) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.tokens[row, np.repeat(length[drawn], counts) + within] = tokens[at]
+        self.length[plan.rows] = length + accepted
 
     def digest(self, plan: StepPlan) -> int:
         """Digest of the rows the step uses, after `apply` and before `advance`; incremental."""
@@ -192,7 +210,8 @@ class RowTable:
         return self._combine(plan, settled)
 
     def _combine(self, plan: StepPlan, settled: np.ndarray) -> int:
-        rows, query_lens = plan.rows, plan.query_lens
+        # Drafts are the device's own: the brain learns of them by the tokens that they became.
+        rows, query_lens = plan.rows, plan.known_lens
         if rows.size == 0:
             return 0
         # The first query token's position is the row's length, so the length needs no term.
@@ -230,6 +249,24 @@ class RowTable:
             value = mix(_STOPS + columns, _bits(self.stop_ids[rows, :width]))
             total += np.where(held, value, np.uint64(0)).sum(axis=1, dtype=np.uint64)
         return total
+
+
+def first_column(tokens: int | np.ndarray, window: int, page_tokens: int) -> int | np.ndarray:
+    """The first page that position `tokens` and those behind it can see: the position sees itself
+    and the window - 1 before it. An int, or int[k] for int[k]."""
+    return np.maximum(0, tokens - window + 1) // page_tokens
+
+
+def drawn_slots(drafts: np.ndarray, drawn: np.ndarray, accepted: np.ndarray) -> np.ndarray:
+    """int64[t]: which slots of StepResult.tokens hold tokens of the `drawn` rows, in order.
+
+    drafts, accepted: uint8[n]; drawn: bool[n].
+    """
+    slots = drafts.astype(np.int64) + 1
+    first = (np.cumsum(slots) - slots)[drawn]
+    counts = accepted[drawn].astype(np.int64) + 1
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(first, counts) + within
 
 
 def _bits(values: np.ndarray) -> np.ndarray:

@@ -29,15 +29,21 @@ def ledger_of(pages: int = PAGES) -> Ledger:
     return Ledger(Limits(vocab_size=9, context_tokens=64, page_tokens=2, pages=pages))
 
 
+def reserve(ledger: Ledger, count: int) -> np.ndarray | None:
+    """uint64[count]: the handles of group 0, the only one here."""
+    handles = ledger.reserve(count)
+    return None if handles is None else handles[0]
+
+
 def tokens_of(*ids: int) -> np.ndarray:
     return np.array(ids, np.int32)
 
 
 def sealed(ledger: Ledger, root: int, tokens: np.ndarray) -> np.ndarray:
     """A row computed `tokens` and its pages are sealed and shared; returns its leased handles."""
-    handles = ledger.reserve(tokens.size // 2)
+    handles = reserve(ledger, tokens.size // 2)
     assert handles is not None
-    ledger.launch(handles)
+    ledger.launch(handles[None])
     ledger.seal(handles, np.arange(handles.size, dtype=np.uint64))
     parent: int | None = root
     for at, handle in enumerate(handles.tolist()):
@@ -48,33 +54,33 @@ def sealed(ledger: Ledger, root: int, tokens: np.ndarray) -> np.ndarray:
 
 def test_the_trash_page_is_never_handed_out():
     ledger = ledger_of()
-    handles = ledger.reserve(PAGES - 1)
+    handles = reserve(ledger, PAGES - 1)
     assert handles is not None
     assert 0 not in handle_pages(handles)
-    assert ledger.reserve(1) is None
+    assert reserve(ledger, 1) is None
 
 
 def test_a_released_page_has_no_new_owner_before_its_step_is_acknowledged():
     ledger = ledger_of()
-    handles = ledger.reserve(PAGES - 1)
+    handles = reserve(ledger, PAGES - 1)
     assert handles is not None
-    ledger.launch(handles)
+    ledger.launch(handles[None])
     ledger.release(handles, step=5)
     ledger.acknowledge(4)
-    assert ledger.reserve(1) is None
+    assert reserve(ledger, 1) is None
     ledger.acknowledge(5)
-    again = ledger.reserve(PAGES - 1)
+    again = reserve(ledger, PAGES - 1)
     assert again is not None
     assert (handle_generations(again) > handle_generations(handles)).all()
 
 
 def test_a_stale_handle_is_refused_by_every_verb():
     ledger = ledger_of()
-    handles = ledger.reserve(2)
+    handles = reserve(ledger, 2)
     assert handles is not None
     ledger.release(handles, step=0)
     for verb in (
-        lambda: ledger.launch(handles),
+        lambda: ledger.launch(handles[None]),
         lambda: ledger.acquire(handles),
         lambda: ledger.release(handles, 0),
         lambda: ledger.seal(handles, np.zeros(2, np.uint64)),
@@ -86,7 +92,7 @@ def test_a_stale_handle_is_refused_by_every_verb():
 
 def test_a_lease_released_twice_is_refused_or_found_at_the_acknowledgement():
     ledger = ledger_of()
-    handles = ledger.reserve(1)
+    handles = reserve(ledger, 1)
     assert handles is not None
     ledger.release(handles, step=3)
     ledger.release(handles, step=3)
@@ -96,9 +102,9 @@ def test_a_lease_released_twice_is_refused_or_found_at_the_acknowledgement():
 
 def test_a_page_that_is_not_sealed_is_never_shared():
     ledger = ledger_of()
-    handles = ledger.reserve(1)
+    handles = reserve(ledger, 1)
     assert handles is not None
-    ledger.launch(handles)
+    ledger.launch(handles[None])
     with pytest.raises(InvariantError):
         ledger.share(int(handles[0]), ledger.index.root(b""), b"")
 
@@ -107,10 +113,10 @@ def test_a_prefix_is_found_only_under_its_own_tag_and_parent():
     ledger = ledger_of()
     root, other = ledger.index.root(b"a"), ledger.index.root(b"b")
     handles = sealed(ledger, root, tokens_of(1, 2, 3, 4))
-    assert ledger.find(root, tokens_of(1, 2, 3, 4, 5), 2).tolist() == handles.tolist()
-    assert ledger.find(root, tokens_of(1, 2, 9, 4), 2).tolist() == handles[:1].tolist()
-    assert ledger.find(root, tokens_of(3, 4), 1).size == 0
-    assert ledger.find(other, tokens_of(1, 2, 3, 4), 2).size == 0
+    assert ledger.find(root, tokens_of(1, 2, 3, 4, 5), 2)[0].tolist() == handles.tolist()
+    assert ledger.find(root, tokens_of(1, 2, 9, 4), 2)[0].tolist() == handles[:1].tolist()
+    assert ledger.find(root, tokens_of(3, 4), 1)[0].size == 0
+    assert ledger.find(other, tokens_of(1, 2, 3, 4), 2)[0].size == 0
 
 
 def test_released_sealed_pages_stay_cached_until_room_is_needed():
@@ -120,9 +126,9 @@ def test_released_sealed_pages_stay_cached_until_room_is_needed():
     ledger.release(handles, 1)
     ledger.acknowledge(1)
     assert ledger.cached == 2 and ledger.available() == PAGES - 1
-    assert ledger.find(root, tokens_of(1, 2, 3, 4), 2).size == 2
-    assert ledger.reserve(PAGES - 1) is not None
-    assert ledger.find(root, tokens_of(1, 2, 3, 4), 2).size == 0
+    assert ledger.find(root, tokens_of(1, 2, 3, 4), 2)[0].size == 2
+    assert reserve(ledger, PAGES - 1) is not None
+    assert ledger.find(root, tokens_of(1, 2, 3, 4), 2)[0].size == 0
     ledger.verify()
 
 
@@ -135,27 +141,27 @@ def test_leaves_are_evicted_before_their_parents_and_old_before_new():
     new = sealed(ledger, root, tokens_of(5, 6, 7, 8))
     ledger.release(new, 2)
     ledger.acknowledge(2)
-    held = ledger.reserve(ledger.pools[0].free + 1)
+    held = reserve(ledger, ledger.pools[0].free + 1)
     assert held is not None
-    assert ledger.find(root, tokens_of(1, 2, 3, 4), 2).tolist() == old[:1].tolist()
-    assert ledger.find(root, tokens_of(5, 6, 7, 8), 2).tolist() == new.tolist()
+    assert ledger.find(root, tokens_of(1, 2, 3, 4), 2)[0].tolist() == old[:1].tolist()
+    assert ledger.find(root, tokens_of(5, 6, 7, 8), 2)[0].tolist() == new.tolist()
 
 
 def test_leased_pages_are_never_evicted():
     ledger = ledger_of()
     root = ledger.index.root(b"")
     handles = sealed(ledger, root, tokens_of(1, 2, 3, 4))
-    assert ledger.reserve(PAGES - 1) is None
-    assert ledger.find(root, tokens_of(1, 2, 3, 4), 2).tolist() == handles.tolist()
+    assert reserve(ledger, PAGES - 1) is None
+    assert ledger.find(root, tokens_of(1, 2, 3, 4), 2)[0].tolist() == handles.tolist()
 
 
 def test_equal_pages_are_shared_through_the_first_and_the_second_stays_private():
     ledger = ledger_of()
     root = ledger.index.root(b"")
     first = sealed(ledger, root, tokens_of(1, 2))
-    twin = ledger.reserve(1)
+    twin = reserve(ledger, 1)
     assert twin is not None
-    ledger.launch(twin)
+    ledger.launch(twin[None])
     ledger.seal(twin, np.zeros(1, np.uint64))
     assert ledger.share(int(twin[0]), root, tokens_of(1, 2).tobytes()) == int(first[0])
     ledger.release(twin, 0)
@@ -166,11 +172,11 @@ def test_reset_makes_every_page_free_and_every_handle_stale():
     ledger = ledger_of()
     root = ledger.index.root(b"")
     handles = sealed(ledger, root, tokens_of(1, 2))
-    ledger.release(ledger.reserve(3), 9)
+    ledger.release(reserve(ledger, 3), 9)
     ledger.reset()
     ledger.verify()
     assert ledger.available() == PAGES - 1 and ledger.retiring == 0
-    assert ledger.find(root, tokens_of(1, 2), 1).size == 0
+    assert ledger.find(root, tokens_of(1, 2), 1)[0].size == 0
     with pytest.raises(InvariantError):
         ledger.acquire(handles)
 
@@ -180,7 +186,7 @@ def test_blocked_admissions_do_not_grow_the_eviction_heap_for_ever():
     root = ledger.index.root(b"")
     ledger.release(sealed(ledger, root, tokens_of(1, 2)), 0)
     for _ in range(1000):
-        hits = ledger.find(root, tokens_of(1, 2), 1)
+        hits = ledger.find(root, tokens_of(1, 2), 1)[0]
         ledger.acquire(hits)
         ledger.release(hits, 0)
     assert ledger.index.offered() <= 4 * PAGES + 1
@@ -202,15 +208,15 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(target=rows, count=st.integers(1, 4), seed=st.integers(0, 3))
     def admit(self, count: int, seed: int):
         tokens = tokens_of(*[(seed * at) % 3 for at in range(2 * count)])
-        hits = self.ledger.find(self.root, tokens, count - 1)
+        hits = self.ledger.find(self.root, tokens, count - 1)[0]
         self.ledger.acquire(hits)
-        handles = self.ledger.reserve(count - hits.size)
+        handles = reserve(self.ledger, count - hits.size)
         if handles is None:
             self.ledger.release(hits, 0)
             return multiple()
         for page in handle_pages(handles).tolist():
             assert self.touched.get(page, 0) <= self.acknowledged, "reused while in flight"
-        self.ledger.launch(handles)
+        self.ledger.launch(handles[None])
         everything = np.concatenate([hits, handles])
         for page in handle_pages(everything).tolist():
             self.touched[page] = self.step

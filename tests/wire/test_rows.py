@@ -13,7 +13,13 @@ from holdfast.wire.plan import ADMIT, PAGE_WRITE, StepPlan, StepResult
 from holdfast.wire.rows import RowTable
 
 LIMITS = Limits(
-    vocab_size=50, context_tokens=32, page_tokens=4, pages=64, rows_max=5, groups=2, stop_ids=4
+    vocab_size=50,
+    context_tokens=32,
+    page_tokens=4,
+    pages=64,
+    rows_max=5,
+    windows=(0, 4),
+    stop_ids=4,
 )
 
 
