@@ -30,6 +30,8 @@ class StepBatch:
     tokens, positions: int64[t], device. attention: see ops.attention.
     drawing: int64[k], host, indices into the plan's rows, rising.
     last_tokens: int64[k], device, index into t of each drawing row's last query token.
+    waiting: int64[n - k], host, the other rows; last_waiting: int64[n - k], device, the same of
+    them. Whatever is not finite in a chunk is so in its last token too: full attention sees it all.
     sampling: parameters of the k rows. top_count: the largest top_logprobs of the n rows, 0 when
     none asks for alternatives; logprobs_asked: whether any of the n rows asks for logprobs.
     """
@@ -39,6 +41,8 @@ class StepBatch:
     attention: AttentionBatch
     drawing: np.ndarray
     last_tokens: torch.Tensor
+    waiting: np.ndarray
+    last_waiting: torch.Tensor
     sampling: SamplerInputs
     top_count: int
     logprobs_asked: bool
@@ -95,6 +99,8 @@ class HostRows:
             device=self.device,
         )
         drawing = np.flatnonzero(plan.samples)
+        waiting = np.flatnonzero(plan.samples == 0)
+        last = np.cumsum(query_lens) - 1
         top_logprobs = table.records["top_logprobs"][rows]
         most = int(top_logprobs.max())
         return StepBatch(
@@ -102,7 +108,9 @@ class HostRows:
             positions=self._staged(positions),
             attention=attention,
             drawing=drawing,
-            last_tokens=self._staged(np.cumsum(query_lens)[drawing] - 1),
+            last_tokens=self._staged(last[drawing]),
+            waiting=waiting,
+            last_waiting=self._staged(last[waiting]),
             sampling=sampler_inputs(table, rows[drawing], ends[drawing]),
             top_count=max(most, 0),
             logprobs_asked=most >= 0,

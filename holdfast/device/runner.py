@@ -146,6 +146,10 @@ class Runner:
             faulty = ~draws.finite.cpu().numpy()
             result.tokens[batch.drawing] = tokens
             result.faults[batch.drawing[faulty]] = ROW_NOT_FINITE
+        if batch.waiting.size:
+            # A chunk's row fails now: its pages must not be sealed and shared before it draws.
+            finite = hidden[batch.last_waiting].isfinite().all(dim=-1).cpu().numpy()
+            result.faults[batch.waiting[~finite]] = ROW_NOT_FINITE
         if batch.logprobs_asked:
             _put_logprobs(batch, draws, result)
 

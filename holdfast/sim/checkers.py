@@ -12,8 +12,11 @@ from collections.abc import Callable
 import numpy as np
 
 from holdfast.config import Limits
+from holdfast.kv.ledger import Ledger
+from holdfast.kv.pages import PageState
 from holdfast.sim.fake_worker import expected_token
 from holdfast.sim.world import Job
+from holdfast.wire.checksum import page_sums, weights
 from holdfast.wire.messages import End
 from holdfast.wire.plan import StepPlan, StepResult
 from holdfast.wire.rows import RowTable
@@ -85,6 +88,7 @@ class PageWatch:
         self.touched: dict[tuple[int, int], dict[int, int]] = {}
         self.tenants: dict[tuple[int, int], str] = {}  # (group, page) -> whose tokens it holds
         self.handles: dict[int, int] = {}  # handle -> the life it was given to, for ever
+        self.sealed: set[int] = set()  # handles whose pages no step may write any more
         self.flights: dict[int, tuple[StepPlan, np.ndarray]] = {}  # step -> plan, lives of its rows
         self.acknowledged = 0
 
@@ -105,6 +109,7 @@ class PageWatch:
                 raise Violation(f"step {plan.step} computes row {row}, which nobody owns")
             for group in range(self.limits.groups):
                 self._row(plan.step, group, row, count, tenant_of_row(row), handle_of)
+        self.sealed.update(plan.seals.tolist())
         # As if every draft were right; a result that says otherwise is subtracted.
         rows.advance(plan, np.zeros(plan.slots, np.int32), plan.drafts)
         self.flights[plan.step] = (plan, rows.records["owner"][plan.rows].copy())
@@ -124,6 +129,8 @@ class PageWatch:
         table = rows.page_table[group, row].tolist()
         for column in range(settled // size, last + 1):
             self._write(step, group, table[column], life)
+            if handle_of(group, row, column) in self.sealed:
+                raise Violation(f"step {step} writes page {table[column]}, which is sealed")
         for column in range(-(-settled // size), last + 1):
             self.tenants[group, table[column]] = tenant
             handle = handle_of(group, row, column)
@@ -158,6 +165,17 @@ class PageWatch:
         self.settled[plan.rows[same]] += (plan.known_lens + kept)[same]
         if plan.drafts.size:
             self.rows.length[plan.rows[same]] -= (plan.drafts - kept)[same]
+
+
+def check_sums(ledger: Ledger, memory: list[np.ndarray], limits: Limits) -> None:
+    """Every sealed page still is what it was when it was sealed."""
+    words = weights(limits.page_tokens * 2)
+    for pool, pages in zip(ledger.pools, memory, strict=True):
+        sealed = np.flatnonzero(pool.state == PageState.SEALED)
+        sums = page_sums(pages[sealed].view(np.uint32), words)
+        changed = sealed[sums != pool.sums[sealed]]
+        if changed.size:
+            raise Violation(f"sealed page {changed[0]} of group {pool.group} has changed")
 
 
 def check_bounds(limits: Limits, in_flight: int, live: int, live_tokens: int) -> None:

@@ -22,9 +22,18 @@ import numpy as np
 from holdfast.config import Limits
 from holdfast.errors import WorkerFault
 from holdfast.wire.checksum import page_sums, weights
-from holdfast.wire.plan import StepPlan, StepResult, handle_groups, handle_pages
+from holdfast.wire.plan import (
+    ROW_NOT_FINITE,
+    StepPlan,
+    StepResult,
+    handle_groups,
+    handle_pages,
+)
 from holdfast.wire.rows import RowTable, mix
 
+# A cell that is not finite. Attention multiplies what it masks by zero, and 0 * NaN is NaN: a page
+# with such a cell in it spoils whoever reads the page, be the cell in sight or not.
+NOT_FINITE = np.uint64(0x7FF8_DEAD_BEEF_0001)
 # How many of a hundred drafts are right, by the row's owner.
 _DRAFTS_RIGHT = (0, 50, 90, 100)
 
@@ -40,7 +49,7 @@ def _window_cells(cells: np.ndarray, group: int, seen: np.ndarray) -> np.ndarray
 
 
 def _fold(cells: np.ndarray, first: int) -> int:
-    """Sum, below 2**64, over a history of cells uint64[k], the first of them at position `first`."""
+    """Sum, below 2**64, of a history of cells uint64[k], the first of them at position `first`."""
     order = np.arange(first, first + cells.size, dtype=np.int64)
     return int(mix(order, cells).sum(dtype=np.uint64))
 
@@ -91,8 +100,10 @@ class FakeWorker:
         self.pages = memory_of(limits) if pages is None else pages
         self._weights = weights(limits.page_tokens * 2)
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """Raises WorkerFault on a plan that is out of order or reaches outside the rows' pages."""
+    def run(self, plan: StepPlan, spoil: int | None = None) -> StepResult:
+        """Execute one plan; `spoil`: the plan row whose last token's KV is not finite.
+
+        Raises WorkerFault on a plan that is out of order or reaches outside the rows' pages."""
         if (plan.epoch, plan.step) != (self.epoch, self.step + 1):
             raise WorkerFault(f"plan {plan.epoch}:{plan.step} after {self.epoch}:{self.step}")
         self.step = plan.step
@@ -100,15 +111,15 @@ class FakeWorker:
         rows.apply(plan)
         digest = rows.digest_full(plan)
         self._zero(plan.zeros)
-        sums = self._sums(plan.seals)
-        tokens, accepted = self._forward(plan)
+        sums = self.sums(plan.seals)
+        tokens, accepted, faults = self._forward(plan, spoil)
         rows.advance(plan, tokens, accepted)
         return StepResult(
             epoch=plan.epoch,
             step=plan.step,
             digest=digest,
             tokens=tokens,
-            faults=np.zeros(plan.rows.size, np.uint8),
+            faults=faults,
             accepted=accepted,
             seal_sums=sums,
         )
@@ -118,7 +129,8 @@ class FakeWorker:
         for group, pages in enumerate(self.pages):
             pages[handle_pages(handles[groups == group])] = 0
 
-    def _sums(self, handles: np.ndarray) -> np.ndarray:
+    def sums(self, handles: np.ndarray) -> np.ndarray:
+        """uint64[k] checksums of the pages of uint64[k] handles, as they are now."""
         sums = np.zeros(handles.size, np.uint64)
         groups = handle_groups(handles)
         for group, pages in enumerate(self.pages):
@@ -127,24 +139,37 @@ class FakeWorker:
             sums[mine] = page_sums(held.view(np.uint32), self._weights)
         return sums
 
-    def _forward(self, plan: StepPlan) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (tokens int32[plan.slots], accepted uint8[n] or [0])."""
+    def _forward(
+        self, plan: StepPlan, spoil: int | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns (tokens int32[plan.slots], accepted uint8[n] or [0], faults uint8[n])."""
         known_lens, drafts = plan.known_lens, plan.drafts
         self._write(*self.rows.inputs(plan.rows, known_lens))
         tokens = np.zeros(plan.slots, np.int32)
         accepted = np.zeros(drafts.size, np.uint8)
-        slots = np.arange(plan.rows.size)
-        if drafts.size:
-            slots += np.cumsum(drafts, dtype=np.int64) - drafts
-        for at in np.flatnonzero(plan.samples).tolist():
-            row, slot = int(plan.rows[at]), int(slots[at])
-            length = int(self.rows.length[row]) + int(known_lens[at])
-            tokens[slot] = self._draw(row, length)
-            if drafts.size and drafts[at]:
-                drawn = self._verify(row, length, int(tokens[slot]), int(drafts[at]))
-                accepted[at] = len(drawn)
-                tokens[slot + 1 : slot + 1 + len(drawn)] = drawn
-        return tokens, accepted
+        faults = np.zeros(plan.rows.size, np.uint8)
+        lengths = (self.rows.length[plan.rows] + known_lens).tolist()
+        if spoil is not None:
+            self._spoil(int(plan.rows[spoil]), lengths[spoil])
+        slot = 0
+        for at, (row, length) in enumerate(zip(plan.rows.tolist(), lengths, strict=True)):
+            count = int(drafts[at]) if drafts.size else 0
+            # Looked at in the middle of a prompt too, where nothing is drawn.
+            said = self._say(row, length, count)
+            if said is None:
+                faults[at] = ROW_NOT_FINITE
+            elif plan.samples[at]:
+                tokens[slot : slot + len(said)] = said
+                if drafts.size:
+                    accepted[at] = len(said) - 1
+            slot += 1 + count
+        return tokens, accepted, faults
+
+    def _spoil(self, row: int, length: int) -> None:
+        size = self.limits.page_tokens
+        for group, pages in enumerate(self.pages):
+            page = self.rows.page_table[group, row, (length - 1) // size]
+            pages[page, (length - 1) % size] = NOT_FINITE
 
     def _write(self, row: np.ndarray, position: np.ndarray, token: np.ndarray) -> None:
         """Append the KV of these query tokens, rows one after the other, positions rising."""
@@ -174,24 +199,31 @@ class FakeWorker:
                 cells = _window_cells(base[now], group, seen)
                 pages[page[now], position[now] % size] = cells
 
-    def _draw(self, row: int, length: int) -> int:
-        """The token after the row's first `length` positions, as its page tables show them."""
+    def _draw(self, row: int, length: int) -> int | None:
+        """The token after the row's first `length` positions, as its page tables show them; None
+        when what they show is not finite."""
         size, total = self.limits.page_tokens, 0
         for group, window in enumerate(self.limits.windows):
             start = max(0, length - window) if window else 0
             column = start // size
             table = self.rows.page_table[group, row, column : -(-length // size)]
             cells = self.pages[group][table].reshape(-1)
+            if np.count_nonzero(cells == NOT_FINITE):
+                return None
             cells = cells[start - column * size : length - column * size]
             total += _fold(cells, start)
         return _token_of(total, self.limits.vocab_size)
 
-    def _verify(self, row: int, length: int, drawn: int, drafts: int) -> list[int]:
-        """Tokens drawn behind the drafts that were right. Every draft's KV is written."""
+    def _say(self, row: int, length: int, drafts: int) -> list[int] | None:
+        """The token drawn after `length` positions, and those behind drafts that were right. Every
+        draft's KV is written. None when a draw is not finite."""
         owner = int(self.rows.records["owner"][row])
-        kept: list[int] = []
+        drawn = self._draw(row, length)
+        said = [drawn]
         right = True
         for position in range(length, length + drafts):
+            if drawn is None:
+                return None
             luck = int(mix(position, np.array([owner]))[0] >> np.uint64(40)) % 100
             hit = luck < _DRAFTS_RIGHT[owner % len(_DRAFTS_RIGHT)]
             draft = drawn if hit else (drawn + 1) % self.limits.vocab_size
@@ -199,5 +231,5 @@ class FakeWorker:
             right = right and draft == drawn
             drawn = self._draw(row, position + 1)
             if right:
-                kept.append(drawn)
-        return kept
+                said.append(drawn)
+        return None if drawn is None else said

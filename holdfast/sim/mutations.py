@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -290,6 +291,104 @@ MUTATIONS: tuple[Mutation, ...] = (
         "self.ledger.reset()",
         "self.ledger.acknowledge(1 << 40)\n    self.ledger._acknowledged = 0",
     ),
+    Mutation(
+        "publish-rejected-draft",
+        "what a rejected draft left in a page is never sealed",
+        _C + "Commit._want_seals",
+        "length = self.scheduler.mirror.length[rows]",
+        "length = self.scheduler.running.planned[rows]",
+    ),
+    Mutation(
+        "no-rollback",
+        "a row goes on behind its last accepted token",
+        _C + "Commit._roll_back",
+        "run.total[rows] -= rejected",
+        "pass",
+    ),
+    Mutation(
+        "draft-past-the-end",
+        "no draft reaches behind a request's last token",
+        _S + "Scheduler._draft_depths",
+        "run.limit[rows] - run.total[rows] - 1",
+        "run.limit[rows] - run.total[rows] + 1",
+    ),
+    Mutation(
+        "draft-without-page",
+        "every draft has a page to write to",
+        _S + "Scheduler._draft_depths",
+        "wanted = -((room - depths) // self.limits.page_tokens)",
+        "wanted = -((room - depths + 1) // self.limits.page_tokens)",
+    ),
+    Mutation(
+        "token-behind-stop-id",
+        "an accepted token behind a stop id is never said",
+        _C + "_until_end",
+        "return before == np.repeat(before[first], counts)",
+        "return before >= 0",
+    ),
+    Mutation(
+        "accepted-one-too-many",
+        "a row moves by the drafts that held",
+        _R + "RowTable._advance_drafted",
+        "self.length[plan.rows] = length + accepted",
+        "self.length[plan.rows] = length + np.minimum(accepted + 1, plan.drafts)",
+    ),
+    Mutation(
+        "window-boundary",
+        "a page stays until no token can see it",
+        _R + "first_column",
+        "np.maximum(0, tokens - window + 1)",
+        "np.maximum(0, tokens - window + 2)",
+    ),
+    Mutation(
+        "window-follows-drafts",
+        "a window moves with committed tokens only",
+        _S + "Scheduler._drop_unseen",
+        "length = self.mirror.length[rows]",
+        "length = run.planned[rows]",
+    ),
+    Mutation(
+        "drop-from-the-next-owner",
+        "a dropped page leaves the table of the row that dropped it",
+        _S + "Scheduler._drops_of_the_living",
+        'writes[self.running.life[writes["row"]] == life]',
+        "writes",
+    ),
+    Mutation(
+        "drop-forgotten",
+        "a page that a window has left comes back",
+        _S + "Scheduler._drop_unseen",
+        "self.ledger.release(run.handles[group, row, column], self.step, group)",
+        "pass",
+    ),
+    Mutation(
+        "beside-outlives-its-page",
+        "a window page is forgotten with the page it stands beside",
+        _L + "Ledger._evict_leaves",
+        "self._free_beside(group, beside)",
+        "pass",
+    ),
+    Mutation(
+        "window-hit-with-a-hole",
+        "a prefix is a hit only where every window can see back far enough",
+        _L + "Ledger.find",
+        "found = found[: max(set.intersection(*depths))]",
+        "found = found[: max(set.union(*depths))]",
+    ),
+    Mutation(
+        "nan-page-reused",
+        "the pages of a row that was not finite are zeroed before they are free",
+        _C + "Commit._fail_rows",
+        "scheduler.zeros.append(own)",
+        "self.ledger.release(own, scheduler.step, group)",
+    ),
+    Mutation(
+        "dirty-after-a-fault",
+        "a page that a dead worker was writing is zeroed before it is used",
+        _L + "Ledger.soiled",
+        "if self._dirty_pages == 0:",
+        "if self._dirty_pages >= 0:",
+    ),
 )
 
 
@@ -315,11 +414,23 @@ def applied(mutation: Mutation) -> Iterator[None]:
     code = compile(source, f"<mutation {mutation.name}>", "exec", flags=0x100000, dont_inherit=True)
     exec(code, module.__dict__ | {"__class__": owner}, scope)
     changed: Any = _rebound(scope[function.__name__], module)
-    setattr(owner, name, property(changed) if isinstance(original, property) else changed)
+    if isinstance(original, property):
+        changed = property(changed)
+    # A module's function is also where others have imported it by name.
+    places = [owner]
+    if owner is module:
+        places = [
+            other
+            for title, other in list(sys.modules.items())
+            if title.startswith("holdfast.") and getattr(other, name, None) is original
+        ]
+    for place in places:
+        setattr(place, name, changed)
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        for place in places:
+            setattr(place, name, original)
 
 
 def _indent_of(source: str, text: str) -> int:

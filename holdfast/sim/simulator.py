@@ -20,7 +20,7 @@ from holdfast.core.brain import Brain
 from holdfast.core.journal import Journal, recover
 from holdfast.core.metrics import Metrics
 from holdfast.errors import HoldfastError, WorkerFault
-from holdfast.sim.checkers import ClientView, PageWatch, Violation, check_bounds
+from holdfast.sim.checkers import ClientView, PageWatch, Violation, check_bounds, check_sums
 from holdfast.sim.fake_worker import FakeWorker, memory_of
 from holdfast.sim.world import Job, World, prompt_array
 from holdfast.wire.link import Kind, MemoryLink
@@ -39,10 +39,12 @@ from holdfast.wire.messages import (
     decode_to_core,
     encode,
 )
-from holdfast.wire.plan import ROW_NOT_FINITE, StepPlan, StepResult
+from holdfast.wire.plan import StepPlan, StepResult
 
 # An event is handled in no virtual time, so a livelock would spin: this many events end the run.
 EVENTS_MAX = 200_000
+# Sealed pages are read again every so many events.
+SCRUB_EVENTS = 20
 # A result that is not back after so many step times means that the worker hangs.
 HANG_STEPS = 300
 
@@ -78,6 +80,8 @@ class Simulation:
         self.cancelled: set[int] = set()  # the core was told
         self.api_lives: dict[int, int] = {}
         self.linked: dict[int, int] = {}  # api -> life of the core that it has a link to
+        self.lives: dict[tuple[int, int], int] = {}  # (epoch, a row's owner) -> request
+        self.spoilt: set[int] = set()  # requests that were made not finite
         self.sent_at: dict[tuple[int, int], int] = {}  # when the core made a token
         self.journal = memoryview(bytearray(Journal.size(self.limits)))
         self.metrics = Metrics(memoryview(bytearray(Metrics.size(1))), 0)
@@ -125,7 +129,8 @@ class Simulation:
         violation = None
         try:
             self._run()
-        except (Violation, HoldfastError, AssertionError, IndexError, ValueError) as error:
+        except Exception as error:
+            # Whatever a tick raises would end the core, again and again: all of it is a finding.
             violation = f"{type(error).__name__}: {error}"
             self.say(f"VIOLATION {violation}")
         ends: dict[str, int] = {}
@@ -196,6 +201,10 @@ class Simulation:
         while (plan := self.brain.plan(self.now_s)) is not None:
             self.steps += 1
             self.watch.launch(plan, self._tenant_of, self._handle_of)
+            for life, row in zip(plan.admits["owner"].tolist(), plan.admits["row"], strict=True):
+                request = self.brain.scheduler.running.requests[row]
+                assert request is not None
+                self.lives[self.epoch, life] = request.id
             self._send_plan(plan)
         self._flush()
         deadline = self.brain.next_deadline_s
@@ -312,19 +321,23 @@ class Simulation:
             return
         self.worker_busy = False
         plan = self._tampered(self.queue.pop(0))
+        spoil = self.rng.randrange(plan.rows.size) if self._spoils(plan) else None
         try:
-            result = self.worker.run(plan)
+            result = self.worker.run(plan, spoil)
+            if spoil is not None:
+                owner = int(self.worker.rows.records["owner"][plan.rows[spoil]])
+                self.spoilt.add(self.lives[epoch, owner])
         except (HoldfastError, IndexError) as fault:
             self._lose_worker(f"worker fault: {fault}")
             return
-        if plan.rows.size and self.chance("nan_row"):
-            row = self.rng.randrange(plan.rows.size)
-            result.faults[row] = ROW_NOT_FINITE
         if self.chance("crash_after"):
             self._lose_worker("crash after a step")
             return
         self._send_result(result.encode(), epoch)
         self._worker_works()
+
+    def _spoils(self, plan: StepPlan) -> bool:
+        return bool(plan.rows.size) and self.chance("nan_row")
 
     def _tampered(self, plan: StepPlan) -> StepPlan:
         if plan.page_writes.size and self.chance("delta_lost"):
@@ -459,6 +472,8 @@ class Simulation:
             view = self.views[message.id]
             if view.abandoned or view.end is End.STOP:
                 return
+            if message.end == End.NOT_FINITE and message.id not in self.spoilt:
+                raise Violation(f"request {message.id:#x} failed for what another one left behind")
             if message.end == End.DEADLINE and self.now < view.job.at + view.job.timeout:
                 raise Violation(f"request {message.id:#x}: its deadline came too early")
             if message.tokens != view.tokens:
@@ -523,6 +538,8 @@ class Simulation:
 
     def _check(self) -> None:
         self.brain.verify()
+        if self.handled % SCRUB_EVENTS == 0:
+            check_sums(self.brain.ledger, self.memory, self.limits)
         admission = self.brain.admission
         check_bounds(
             self.limits, self.brain.in_flight, admission.live_requests, admission.live_tokens

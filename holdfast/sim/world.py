@@ -124,7 +124,9 @@ def _draw_limits(rng: Random, shortage: float) -> Limits:
         pages=pages,
         draft_depth=depth,
         windows=windows,
-        window_pages=rng.choice([0, least + 1, least + 1 + rng.randint(0, columns)]) if least else 0,
+        window_pages=rng.choice([0, least + 1, least + 1 + rng.randint(0, columns)])
+        if least
+        else 0,
         rows_max=rows,
         prefill_tokens=rng.choice([1, 3, 8, 16, 64]),
         steps_ahead=rng.choice([1, 2, 2, 2]),

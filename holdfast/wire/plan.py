@@ -219,7 +219,8 @@ class StepResult:
     device_ns: time the step took on the device.
     tokens: int32[plan.slots], for each plan row 1 + drafts slots: the drawn tokens where
         plan.samples, 0 in all other slots.
-    faults: uint8[n], ROW_OK or ROW_NOT_FINITE (a NaN or infinite logit; the token is then 0).
+    faults: uint8[n], ROW_OK or ROW_NOT_FINITE: a NaN or infinite logit, or for a row that does not
+        sample such a value in its last token's hidden state; its slots are then 0, accepted too.
     accepted: uint8[n], drafts that were right, or empty when the plan has none. A sampling row has
         1 + accepted tokens in its slots.
     seal_sums: uint64[s], checksums of plan.seals in order (wire.checksum).

@@ -231,6 +231,14 @@ def test_nan_in_one_rows_page_faults_that_row_alone_and_zeros_heal_the_page(hand
     assert hand.runner.stats.rows_not_finite == 4
 
 
+def test_a_row_that_is_not_finite_in_the_middle_of_its_prompt_faults_before_it_draws(hand):
+    hand.admit(1, Request(prompt_of(40, 12)), [1, 2, 3])
+    hand.admit(2, Request(prompt_of(41, 12)), [4, 5, 6])
+    hand.run([(1, 4, 0), (2, 4, 0)])
+    hand.runner.memory.pool[4, 0, 1] = torch.nan
+    assert hand.run([(1, 4, 0), (2, 4, 0)]).faults.tolist() == [ROW_OK, ROW_NOT_FINITE]
+
+
 def test_nan_weights_fault_every_row_and_end_nothing(hand):
     hand.runner.decoder.norm[3] = torch.nan
     hand.admit(1, Request([1, 2]), [1])
