@@ -15,6 +15,7 @@ from holdfast.config import Limits
 from holdfast.kv.ledger import Ledger
 from holdfast.kv.pages import PageState
 from holdfast.sim.fake_worker import expected_token
+from holdfast.sim.page_order import PageOrder
 from holdfast.sim.world import Job
 from holdfast.wire.checksum import page_sums, weights
 from holdfast.wire.messages import End
@@ -91,6 +92,7 @@ class PageWatch:
         self.sealed: set[int] = set()  # handles whose pages no step may write any more
         self.flights: dict[int, tuple[StepPlan, np.ndarray]] = {}  # step -> plan, lives of its rows
         self.acknowledged = 0
+        self.order = PageOrder(limits)
 
     def launch(
         self,
@@ -109,6 +111,9 @@ class PageWatch:
                 raise Violation(f"step {plan.step} computes row {row}, which nobody owns")
             for group in range(self.limits.groups):
                 self._row(plan.step, group, row, count, tenant_of_row(row), handle_of)
+        findings = self.order.launch(plan, rows, self.settled, handle_of)
+        if findings:
+            raise Violation(f"page order: {findings[0]}")
         self.sealed.update(plan.seals.tolist())
         # As if every draft were right; a result that says otherwise is subtracted.
         rows.advance(plan, np.zeros(plan.slots, np.int32), plan.drafts)
@@ -159,6 +164,7 @@ class PageWatch:
     def acknowledge(self, result: StepResult) -> None:
         """The result of the oldest launched step was taken."""
         self.acknowledged = result.step
+        self.order.acknowledge(result)
         plan, lives = self.flights.pop(result.step)
         same = self.rows.records["owner"][plan.rows] == lives
         kept = result.accepted if plan.drafts.size else np.zeros(plan.rows.size, np.uint8)
