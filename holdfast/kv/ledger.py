@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from holdfast.config import Limits
-from holdfast.errors import require
+from holdfast.errors import InvariantError, require
 from holdfast.kv.pages import PagePool, PageState
 from holdfast.kv.prefix import PrefixIndex
 from holdfast.kv.window import WindowCache
@@ -357,18 +357,20 @@ class Ledger:
         self.index.verify()
         pool = self.pools[0]
         unsealed = self.index.indexed & (pool.state != _SEALED)
-        require(not unsealed.any(), f"pages indexed but not sealed: {np.flatnonzero(unsealed)}")
+        if np.count_nonzero(unsealed):
+            raise InvariantError(f"pages indexed but not sealed: {np.flatnonzero(unsealed)}")
         indexed = [self.index.indexed, *(cache.indexed for cache in self.windows)]
         for group, known in enumerate(indexed):
             cached = int((known & (self.pools[group].leases == 0)).sum())
             told = self._cached[group]
             require(cached == told, f"cached count of group {group} is {told}, found {cached}")
+        known_handles = set(self.index.handles()) if self.windows else set()
         for cache in self.windows:
-            cache.verify(set(self.index.handles()))
+            cache.verify(known_handles)
         dirty = sum(np.count_nonzero(one) for one in self._dirty)
         require(dirty == self._dirty_pages, f"{self._dirty_pages} dirty pages, found {dirty}")
-        for handle in self.index.handles():
-            require(self._handle(handle & 0xFF_FFFF) == handle, f"stale handle {handle:#x} indexed")
+        handles = np.array(self.index.handles(), np.uint64)
+        self.pools[0].pages_of(handles)  # raises on a stale one
         for group, told in enumerate(self._retiring):
             retired = [entry for entries in self._retired.values() for entry in entries]
             waiting = sum(handles.size for of, handles in retired if of == group)

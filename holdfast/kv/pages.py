@@ -31,7 +31,12 @@ class PageState(enum.IntEnum):
     TRASH = 7
 
 
-_FREE, _RESERVED = int(PageState.FREE), int(PageState.RESERVED)
+_FREE, _RESERVED, _TRASH = int(PageState.FREE), int(PageState.RESERVED), int(PageState.TRASH)
+# bool[states]: those that nobody may lease, and those that somebody must.
+_IDLE = np.isin(np.arange(len(PageState)), (PageState.FREE, PageState.TRASH))
+_NEEDS_LEASE = np.isin(
+    np.arange(len(PageState)), (PageState.RESERVED, PageState.WRITING, PageState.RETIRING)
+)
 
 
 class PagePool:
@@ -92,15 +97,19 @@ class PagePool:
 
     def verify(self) -> None:
         """Recount everything from the arrays. Raises InvariantError naming what does not add up."""
-        counts = self.counts()
-        require(counts[PageState.FREE] == self.free, f"free count {self.free}, states {counts}")
-        require(counts[PageState.TRASH] == 1, f"trash pages: {counts[PageState.TRASH]}")
-        require(sum(counts.values()) == self.pages, f"{counts} do not add up to {self.pages}")
+        # Called after every event of a simulation: no message is put together before it is needed.
+        counts = np.bincount(self.state, minlength=len(PageState))
+        if counts[_FREE] != self.free or counts[_TRASH] != 1 or counts.sum() != self.pages:
+            raise InvariantError(f"{self.free} free of {self.pages} pages, but {self.counts()}")
         listed = self._free[: self.free]
-        require(np.unique(listed).size == self.free, "a page is twice in the free list")
-        require((self.state[listed] == PageState.FREE).all(), "a held page is in the free list")
-        require((self.leases >= 0).all(), "a page has negative leases")
-        idle = (self.state == PageState.FREE) | (self.state == PageState.TRASH)
-        require(not self.leases[idle].any(), "a free or trash page has leases")
-        held = np.isin(self.state, (PageState.RESERVED, PageState.WRITING, PageState.RETIRING))
-        require((self.leases[held] > 0).all(), "an unsealed held page has no lease")
+        once = np.bincount(listed, minlength=self.pages)
+        require(np.count_nonzero(once > 1) == 0, "a page is twice in the free list")
+        strays = np.count_nonzero(self.state[listed] != _FREE)
+        require(strays == 0, "a held page is in the free list")
+        require(np.count_nonzero(self.leases < 0) == 0, "a page has negative leases")
+        leased = self.state[self.leases > 0]
+        idle = np.count_nonzero(_IDLE[leased])
+        require(idle == 0, "a free or trash page has leases")
+        unleased = self.state[self.leases == 0]
+        lost = np.count_nonzero(_NEEDS_LEASE[unleased])
+        require(lost == 0, "an unsealed held page has no lease")

@@ -15,7 +15,7 @@ import heapq
 
 import numpy as np
 
-from holdfast.errors import require
+from holdfast.errors import InvariantError, require
 
 
 class PrefixIndex:
@@ -114,11 +114,14 @@ class PrefixIndex:
     def verify(self) -> None:
         """Recount children and the two dicts against each other. Raises InvariantError."""
         require(len(self._keys) == len(self._handles), "trie: keys and handles differ in number")
-        children = np.zeros_like(self.children)
+        parents = []
         for handle, key in self._keys.items():
-            require(self._handles.get(key) == handle, f"trie: {handle:#x} is not under its key")
+            if self._handles.get(key) != handle:
+                raise InvariantError(f"trie: {handle:#x} is not under its key")
             if key[0] >= 0:
-                require(key[0] in self._keys, f"trie: the parent of {handle:#x} is gone")
-                children[key[0] & 0xFF_FFFF] += 1
+                if key[0] not in self._keys:
+                    raise InvariantError(f"trie: the parent of {handle:#x} is gone")
+                parents.append(key[0] & 0xFF_FFFF)
+        children = np.bincount(np.array(parents, np.int64), minlength=self.children.size)
         require((children == self.children).all(), "trie: children counts differ")
         require(int(self.indexed.sum()) == len(self._keys), "trie: indexed flags differ")
