@@ -27,7 +27,7 @@ from holdfast.wire.plan import StepPlan, StepResult
 VOCAB = 997
 
 
-def limits_of(**overrides: int) -> Limits:
+def limits_of(**overrides) -> Limits:
     base = {
         "vocab_size": VOCAB,
         "context_tokens": 128,
@@ -157,8 +157,12 @@ class Driver:
         """What an undisturbed device would have said."""
         history = list(self.prompts[request])
         for _ in range(count):
-            history.append(expected_token(np.array(history, np.int32), self.limits.vocab_size))
+            history.append(self.next_token(history))
         return history[len(self.prompts[request]) :]
+
+    def next_token(self, history: list[int]) -> int:
+        limits = self.limits
+        return expected_token(np.array(history, np.int32), limits.vocab_size, limits.windows)
 
     def check(self, request: int) -> None:
         got = self.tokens.get(request, [])
@@ -168,5 +172,6 @@ class Driver:
         """Everything is home: no page held, nothing live, all counts add up."""
         self.brain.verify()
         assert self.brain.live == 0
-        assert self.brain.ledger.held() == 0
+        for group in range(self.limits.groups):
+            assert self.brain.ledger.held(group) == 0
         assert self.brain.ledger.retiring == 0
