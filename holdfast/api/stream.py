@@ -20,7 +20,7 @@ import numpy as np
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from holdfast.api.client import CoreClient
+from holdfast.api.client import AwaitedGeneration, CoreClient
 from holdfast.api.format import (
     DONE,
     KEEPALIVE,
@@ -29,7 +29,7 @@ from holdfast.api.format import (
     Usage,
     error_event,
 )
-from holdfast.api.generation import Generation, Token
+from holdfast.api.generation import Token
 from holdfast.api.output import ChoiceOutput, TokenLogprob
 from holdfast.api.schema import Resolved
 from holdfast.api.text import Tokenizer
@@ -93,7 +93,7 @@ class Exchange(Response):
         self._stream = stream
         self._include_usage = include_usage
         self._want_logprobs = want_logprobs
-        self._generations: list[Generation] = []
+        self._generations: list[AwaitedGeneration] = []
         self._left = 0
         self._choices = [
             [
@@ -174,7 +174,7 @@ class Exchange(Response):
         queue: asyncio.Queue[tuple[int, list[Token] | RequestError]]
         queue = asyncio.Queue(_MERGE_EVENTS)
 
-        async def pump(at: int, generation: Generation) -> None:
+        async def pump(at: int, generation: AwaitedGeneration) -> None:
             try:
                 while generation.cancelled is None and not self._done(at):
                     await queue.put((at, await generation.next()))
