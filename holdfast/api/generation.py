@@ -119,6 +119,7 @@ class Generation:
         self._finish = finish
         self.buffer_tokens = buffer_tokens * len(ids)
         self._events: list[Token] = []
+        self._room = self.buffer_tokens
 
     @property
     def prompt_tokens(self) -> int:
@@ -155,6 +156,7 @@ class Generation:
         if not self._events:
             self.check()
         events, self._events = self._events, []
+        self._room = self.buffer_tokens
         return events
 
     def check(self) -> None:
@@ -192,9 +194,15 @@ class Generation:
 
     # --- for api.session ---
 
-    def feed(self, event: Token) -> bool:
-        """Deliver a token; False when the buffer is full: the reader is too slow."""
-        if len(self._events) >= self.buffer_tokens:
+    def feed(self, event: Token, *, again: bool = False) -> bool:
+        """Deliver a token; False when the buffer is full: the reader is too slow.
+
+        again: it was made earlier and comes now, with all the others that were missed; they are no
+        more than the request asked for, and say nothing of its reader.
+        """
+        if again:
+            self._room += 1
+        if len(self._events) >= self._room:
             return False
         self._events.append(event)
         self.wake()

@@ -70,6 +70,7 @@ class Session:
         keepalive_s: float = 15.0,
         buffer_tokens: int = 1024,
         make: Callable[..., Generation] = Generation,
+        logger: logging.Logger = log,
     ) -> None:
         self.limits = limits
         self.metrics = metrics
@@ -86,6 +87,7 @@ class Session:
         self.generations: dict[int, Generation] = {}
         self._buffer_tokens = buffer_tokens
         self._make = make
+        self._log = logger
         self._link: Send | None = None
         self._lost_s = 0.0
         self._next_id = first_id
@@ -172,7 +174,9 @@ class Session:
         self._link = None
         self._lost_s = now_s
         self.ready, self.detail = False, f"the core is being replaced: {detail}"
-        log.warning("lost the core: %s; %d requests wait for it", detail, len(self.generations))
+        self._log.warning(
+            "lost the core: %s; %d requests wait for it", detail, len(self.generations)
+        )
 
     def _send(self, message: ToCore) -> None:
         if self._link is not None:  # Else said again, or not needed, once there is a link.
@@ -198,6 +202,7 @@ class Session:
         if top_k:
             top_ids = batch.top_ids.reshape(-1, top_k).tolist()
             top_logprobs = batch.top_logprobs.reshape(-1, top_k).tolist()
+        again = batch.step == 0  # sent in answer to a Resume
         choices = self._choices
         for at, request_id in enumerate(requests):
             choice = choices.get(request_id)
@@ -216,9 +221,11 @@ class Session:
                     if wanted and top_k:
                         ids, values = top_ids[at][:wanted], top_logprobs[at][:wanted]
             event = Token(choice.index, tokens[at], ends[at], logprob, ids, values)
-            self._deliver(choice, event, cached[at], now_s)
+            self._deliver(choice, event, cached[at], again, now_s)
 
-    def _deliver(self, choice: Choice, event: Token, cached: int, now_s: float) -> None:
+    def _deliver(
+        self, choice: Choice, event: Token, cached: int, again: bool, now_s: float
+    ) -> None:
         generation = choice.generation
         choice.resuming = False
         if not choice.seen:
@@ -234,7 +241,7 @@ class Session:
         if event.end:
             generation.ended(choice)
             del self._choices[choice.id]
-        if not generation.feed(event):
+        if not generation.feed(event, again=again):
             self._slow(generation)
             return
         if event.end:
@@ -249,7 +256,7 @@ class Session:
             return  # Sent before the core read our Resume; its answer has it again.
         self.metrics.add("token_gaps_total")
         message = f"the engine sent token {index} where {len(choice.seen)} was due"
-        log.error("request %#x: %s", choice.id, message)
+        self._log.error("request %#x: %s", choice.id, message)
         choice.generation.fail(EngineFault(message, code="token_gap"), "fault")
 
     def _unknown(self, request_id: int) -> None:

@@ -36,6 +36,16 @@ def expected_token(history: np.ndarray, vocab_size: int) -> int:
     return fold(cells_of(history, np.arange(history.size)), vocab_size)
 
 
+def expected_logprob(token: int) -> float:
+    """The oracle: the logprob that the device says of a drawn token; exact in float32."""
+    return -(token + 1) / 256
+
+
+def expected_alternatives(token: int, count: int, vocab_size: int) -> list[tuple[int, float]]:
+    """The oracle: (id, logprob) of the `count` likeliest tokens beside a drawn one."""
+    return [((token + 1 + at) % vocab_size, -(token + 1) / 256 - 1 - at) for at in range(count)]
+
+
 def memory_of(limits: Limits) -> np.ndarray:
     """uint64[pages, page_tokens]: a pool of empty pages."""
     return np.zeros((limits.pages, limits.page_tokens), np.uint64)
@@ -69,7 +79,7 @@ class FakeWorker:
         sums = page_sums(sealed, self._weights)
         tokens = self._forward(plan)
         rows.advance(plan, tokens)
-        return StepResult(
+        result = StepResult(
             epoch=plan.epoch,
             step=plan.step,
             digest=digest,
@@ -77,6 +87,19 @@ class FakeWorker:
             faults=np.zeros(plan.rows.size, np.uint8),
             seal_sums=sums,
         )
+        wanted = rows.records["top_logprobs"][plan.rows]
+        if np.count_nonzero(wanted >= 0):
+            self._put_logprobs(result, int(wanted.max()))
+        return result
+
+    def _put_logprobs(self, result: StepResult, top_k: int) -> None:
+        """What `expected_logprob` and `expected_alternatives` say, for all rows of the step."""
+        tokens, others = result.tokens[:, None], np.arange(top_k)
+        logprobs = -(tokens + 1) / 256
+        result.logprobs = logprobs[:, 0].astype(np.float32)
+        result.top_k = top_k
+        result.top_ids = ((tokens + 1 + others) % self.limits.vocab_size).astype(np.int32).ravel()
+        result.top_logprobs = (logprobs - 1 - others).astype(np.float32).ravel()
 
     def _forward(self, plan: StepPlan) -> np.ndarray:
         size = self.limits.page_tokens
