@@ -107,6 +107,8 @@ class Generation:
         self.error: RequestError | None = None
         self.cancelled: str | None = None
         self.released = False
+        self.left = False
+        """Whether the reader has gone, and writes nothing any more."""
         self.done_s = 0.0
         """When its reader left after a complete answer."""
         self.silent_s = now_s
@@ -183,6 +185,7 @@ class Generation:
 
     def leave(self, now_s: float) -> None:
         """The reader is done, for whatever reason; what still runs is cancelled."""
+        self.left = True
         if self.live:
             self.cancel("disconnect")
         elif not self.released:

@@ -45,7 +45,7 @@ log = logging.getLogger("holdfast.api")
 DEADLINE_GRACE_S = 5.0
 # Ids whose late tokens are expected: two steps of rows, many times over.
 RECENT_IDS_MAX = 1 << 16
-# Requests in one Resume; a bounded message, whatever the number of streams.
+# Requests in one Resume or Cancel; a bounded message, whatever the number of streams.
 RESUME_IDS_MAX = 4096
 
 Send = Callable[[bytes], None]
@@ -85,6 +85,8 @@ class Session:
         self.sweep_s = min(0.25, shortest / 4)
         # In order of arrival. Bounded by the core's queue: what it did not accept is refused.
         self.generations: dict[int, Generation] = {}
+        # Over, but for a reader that has not left: it may be stuck in a write.
+        self._failed: list[Generation] = []
         self._buffer_tokens = buffer_tokens
         self._make = make
         self._log = logger
@@ -152,9 +154,13 @@ class Session:
         `send` takes the payload of one Kind.MESSAGE; it may call `link_lost` when it cannot.
         """
         self._link = send
-        self._recent.clear()
         # Ready once the core says so.
         self.ready, self.detail = False, "the core has not said that it can step"
+        # The core before this one may have died with what it was told last: said again, or the new
+        # one would compute for nobody, and in silence until somebody resumes it.
+        gone = tuple(self._recent)
+        for at in range(0, len(gone), RESUME_IDS_MAX):
+            self._send(Cancel(gone[at : at + RESUME_IDS_MAX]))
         pairs = []
         for generation in list(self.generations.values()):
             if not generation.accepted:
@@ -355,6 +361,8 @@ class Session:
         assert not generation.released, "a generation was released twice"
         generation.released = True
         del self.generations[generation.choices[0].id]
+        if generation.error is not None:
+            self._failed.append(generation)
         running = []
         for choice in generation.choices:
             if self._choices.pop(choice.id, None) is not None:
@@ -375,13 +383,21 @@ class Session:
 
     def sweep(self, now_s: float) -> None:
         """Look at the deadline of every wait; to be called several times a second."""
+        self._failed = [generation for generation in self._failed if not generation.left]
+        for generation in self._failed:
+            if self._is_stuck(generation, now_s) and generation.abort is not None:
+                generation.abort()
         for generation in list(self.generations.values()):
             self._look_at(generation, now_s)
 
+    def _is_stuck(self, generation: Generation, now_s: float) -> bool:
+        """Whether a write has waited too long for its client to read."""
+        since_s = generation.writing_s
+        return since_s is not None and now_s - since_s > self.write_timeout_s
+
     def _look_at(self, generation: Generation, now_s: float) -> None:
         """Every wait of a generation, and the deadline of each."""
-        waited = None if generation.writing_s is None else now_s - generation.writing_s
-        if waited is not None and waited > self.write_timeout_s:
+        if self._is_stuck(generation, now_s):
             self._slow(generation)
         elif generation.live == 0:
             return  # Complete; only its last write is left.

@@ -81,7 +81,7 @@ class SimApi:
         """A client connects and asks."""
         client = _Client(self, job, attempt)
         client.start()
-        if self.session.generations and not self.sweeping:
+        if self.clients and not self.sweeping:
             self.sweeping = True
             self._sweep_later()
 
@@ -93,7 +93,7 @@ class SimApi:
         self.session.sweep(self.sim.now_s)
         self._check_writes()
         # Beyond the horizon nothing waits for a timeout: what is open there never ends.
-        self.sweeping = bool(self.session.generations) and self.sim.now < self.sim.horizon
+        self.sweeping = bool(self.clients) and self.sim.now < self.sim.horizon
         if self.sweeping:
             self._sweep_later()
 
@@ -232,6 +232,8 @@ class _Client:
     # --- reading ---
 
     def _wake(self) -> None:
+        if self.over:
+            raise self.wrong("something is delivered after its end")
         if not self.waking:
             self.waking = True
             self.sim.at(self.sim.now, self._read, f"{self.name} reads")
@@ -284,6 +286,8 @@ class _Client:
         self.generation.silent_s = self.sim.now_s
         if self.transcript.left == 0:
             self.generation.leave(self.sim.now_s)
+            if self.generation.cancelled is not None:
+                raise self.wrong("its answer was complete, and cancelled all the same")
             self.end("")
         elif self.job.client.read_time:
             self._read()
@@ -302,7 +306,13 @@ class _Client:
 
     def _aborted(self) -> None:
         """The server drops the connection under a write that waits."""
-        self._cancelled(self.generation.cancelled or "")
+        if self.generation.error is None:
+            self._cancelled(self.generation.cancelled or "")
+        elif self.stuck_for < self.sim.world.write_timeout:
+            raise self.wrong("its connection is dropped though its write does not wait")
+        else:
+            self.generation.leave(self.sim.now_s)
+            self.end("slow_reader")
 
     def _cancelled(self, reason: str) -> None:
         if self.over:
@@ -311,7 +321,7 @@ class _Client:
             raise self.wrong(f"cancelled: {reason}")
         generation = self.generation
         full = generation.unread >= generation.buffer_tokens
-        if not full and self.stuck_for <= self.sim.world.write_timeout:
+        if not full and self.stuck_for < self.sim.world.write_timeout:
             raise self.wrong(f"called slow with {generation.unread} tokens unread")
         self.end(reason)
 
@@ -336,9 +346,11 @@ class _Client:
             return sim.never_fits(job)
         if isinstance(error, NotReady):
             away = sim.now - self.api.lost_at
-            return self.api.linked is None and away > sim.world.resume_timeout
+            return self.api.linked is None and away >= sim.world.resume_timeout
         if isinstance(error, EngineFault) and error.code == "not_finite":
             return any(request in sim.spoiled for request in requests)
+        if isinstance(error, EngineFault) and error.code == "token_gap":
+            return any(request in sim.gapped for request in requests)
         if isinstance(error, EngineFault) and error.code == "never_fits":
             return sim.never_fits(job)
         return False

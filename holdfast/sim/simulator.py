@@ -73,7 +73,9 @@ class Simulation:
         self.deadlines: dict[int, int] = {}
         self.refusals = 0  # at the api process's own door
         self.cancelled: set[int] = set()  # the core was told
+        self.told: set[tuple[int, int]] = set()  # (life of the core, request) given up by api
         self.spoiled: set[int] = set()  # requests with a row that was not finite
+        self.gapped: set[int] = set()  # requests of which a token was lost
         self.full: dict[int, bool] = {}  # first id of a Submit -> whether a bound was reached
         self.requests_of: dict[tuple[int, int], list[int]] = {}  # (epoch, step) -> its rows' ids
         self._answers: dict[int, Answer] = {}
@@ -174,10 +176,13 @@ class Simulation:
         if isinstance(message, Submit):
             self._note_submit(message)
         self.brain.receive(api, message, self.now_s)
-        if isinstance(message, Cancel):
-            self.cancelled.update(message.ids)
-        elif isinstance(message, Finish):
-            self.cancelled.add(message.id)
+        over = message.ids if isinstance(message, Cancel) else ()
+        over = (message.id,) if isinstance(message, Finish) else over
+        for request in over:
+            if (life, request) in self.told:
+                raise Violation(f"request {request:#x} was cancelled or finished twice")
+            self.told.add((life, request))
+        self.cancelled.update(over)
         self._tick()
 
     def _note_submit(self, submit: Submit) -> None:
@@ -253,14 +258,21 @@ class Simulation:
         life = self.core_life
         for api, kind, payload in self.brain.take_output():
             if kind == Kind.TOKENS:
-                self._check_tokens(api, TokenBatch.decode(payload))
-            self.after(
-                self.world.channel_time,
-                lambda api=api, kind=kind, payload=payload: self.apis[api].receive(
-                    kind, payload, life
-                ),
-                f"api {api} receives",
-            )
+                batch = TokenBatch.decode(payload)
+                self._check_tokens(api, batch)
+                # Not an end, nor an answer to a Resume: what follows shows that it is missing.
+                plain = batch.step and not batch.ends.any() and self.core_life == 1
+                if plain and self.chance("output_lost"):
+                    self.gapped.update(batch.requests.tolist())
+                    continue
+            for _ in range(2 if self.chance("output_twice") else 1):
+                self.after(
+                    self.world.channel_time,
+                    lambda api=api, kind=kind, payload=payload: self.apis[api].receive(
+                        kind, payload, life
+                    ),
+                    f"api {api} receives",
+                )
 
     def _check_tokens(self, api: int, batch: TokenBatch) -> None:
         """No token after the core was told to stop, none to another's process, none too late."""

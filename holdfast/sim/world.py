@@ -40,6 +40,8 @@ class Rates:
     api_death: float = 0.0
     respawn_fault: float = 0.0  # per replacement: the new worker dies as well
     abort: float = 0.0  # per request: its client goes away at a random moment
+    output_twice: float = 0.0  # per frame: the core says it to api once more
+    output_lost: float = 0.0  # per frame of tokens
     stop_string: float = 0.0  # per request: it has stop strings
     slow_reader: float = 0.0  # per request: its client is slow to read
     short_deadline: float = 0.0  # per request
@@ -150,7 +152,7 @@ def _draw_limits(rng: Random, shortage: float) -> Limits:
         queue_requests=rng.choice([2, 5, 64]),
         live_tokens=rng.choice([context, 4 * context, 100 * context]),
         bias_entries=2,
-        stop_ids=4,
+        stop_ids=16,
         api_processes=rng.choice([1, 1, 2]),
     )
 
@@ -192,7 +194,7 @@ def _draw_jobs(
             prompt=tuple(stem[:length]),
             choices=rng.choice([1, 1, 1, 1, 3]),
             max_tokens=max_tokens,
-            stop_ids=tuple(rng.sample(range(VOCAB), rng.choice([0, 1, 4]))),
+            stop_ids=tuple(rng.sample(range(VOCAB), rng.choice([0, 1, 16]))),
             tenant=rng.choice(["a", "a", "b"]),
             priority=rng.choice([0, 0, 0, 1]),
             timeout=rng.randint(1, span) if rng.random() < rates.short_deadline else FOREVER,
