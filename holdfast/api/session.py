@@ -411,7 +411,7 @@ class Session:
         elif not generation.accepted and now_s - generation.sent_s > self.accept_timeout_s:
             message = f"the core did not answer in {self.accept_timeout_s:g} s"
             generation.fail(not_ready(message), "core_lost")
-        if now_s - generation.silent_s > self.keepalive_s:
+        if not generation.released and now_s - generation.silent_s > self.keepalive_s:
             generation.wake()
 
     def _slow(self, generation: Generation) -> None:

@@ -214,8 +214,8 @@ class _Client:
         generation.woken = self._wake
         generation.abort = self._aborted
         self.transcript = Transcript(Vocabulary(), job.prompt, resolved)
-        answer = self.sim.answer_to(job)
         for choice in generation.choices:
+            answer = self.sim.answer_to(job, choice.index)
             view = ClientView(job, f"{self.name} choice {choice.index}", choice.id, answer)
             self.views.append(view)
             self.sim.register(view, self.deadline)
@@ -380,13 +380,13 @@ class _Client:
 def _resolved(job: Job) -> Resolved:
     return Resolved(
         sampling=Sampling(
-            temperature=0.0,
+            temperature=1.0 if job.sampled else 0.0,
             min_tokens=job.min_tokens,
             top_logprobs=job.logprobs,
             stop_ids=job.stop_ids,
         ),
         max_tokens=job.max_tokens,
-        seeds=tuple(range(job.choices)),
+        seeds=job.seeds,
         stop=job.stop,
         include_stop=job.include_stop,
         skip_special=True,

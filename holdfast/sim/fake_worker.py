@@ -3,8 +3,9 @@ and pages, so a wrong page table, a stale row or a page of somebody else gives a
 
 A page's "KV" of one token is one uint64: a hash of (token, position). A token is drawn by reading
 the cells of all earlier positions through the page table, folding them with the row's own query
-tokens, and reducing to the vocabulary. `expected_token` computes the same from a request's true
-history; the two agree if and only if the device saw what the brain meant it to see.
+tokens and, unless it is greedy, its seed, and reducing to the vocabulary. `expected_token` computes
+the same from a request's true history; the two agree if and only if the device saw what the brain
+meant it to see.
 
 Runs wire.rows and wire.checksum as they are. Used by tests, the simulator and `bench core`.
 """
@@ -25,15 +26,15 @@ def cells_of(tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return mix(positions.astype(np.int64) + 1, tokens.astype(np.int64) + 1)
 
 
-def fold(cells: np.ndarray, vocab_size: int) -> int:
-    """The token that follows a history of cells uint64[k], in order."""
+def fold(cells: np.ndarray, vocab_size: int, seed: int = 0) -> int:
+    """The token that follows a history of cells uint64[k], in order; greedy with seed 0."""
     order = np.arange(cells.size, dtype=np.int64)
-    return int(mix(order, cells).sum(dtype=np.uint64) >> np.uint64(7)) % vocab_size
+    return (int(mix(order, cells).sum(dtype=np.uint64) >> np.uint64(7)) + seed) % vocab_size
 
 
-def expected_token(history: np.ndarray, vocab_size: int) -> int:
-    """The oracle: the token after a true history int32[k]."""
-    return fold(cells_of(history, np.arange(history.size)), vocab_size)
+def expected_token(history: np.ndarray, vocab_size: int, seed: int = 0) -> int:
+    """The oracle: the token after a true history int32[k]; `seed` unless it is drawn greedily."""
+    return fold(cells_of(history, np.arange(history.size)), vocab_size, seed)
 
 
 def expected_logprob(token: int) -> float:
@@ -114,5 +115,7 @@ class FakeWorker:
             length = int(self.rows.length[row_id]) + int(plan.query_lens[at])
             table = self.rows.page_table[0, row_id, : -(-length // size)]
             cells = self.pages[table].reshape(-1)[:length]
-            tokens[at] = fold(cells, self.limits.vocab_size)
+            record = self.rows.records[row_id]
+            seed = int(record["seed"]) if record["temperature"] > 0 else 0
+            tokens[at] = fold(cells, self.limits.vocab_size, seed)
         return tokens

@@ -49,11 +49,12 @@ class Answer:
     logprobs: tuple[int, ...]
 
 
-def answer_to(job: Job, vocab_size: int) -> Answer:
-    """The one right answer to a job; every choice of it has the same, as the device is greedy."""
+def answer_to(job: Job, choice: int, vocab_size: int) -> Answer:
+    """The one right answer to a choice of a job."""
+    seed = job.seeds[choice] if job.sampled else 0
     history, tokens, end = list(job.prompt), [], End.LENGTH
     while len(tokens) < job.max_tokens:
-        tokens.append(expected_token(np.array(history, np.int32), vocab_size))
+        tokens.append(expected_token(np.array(history, np.int32), vocab_size, seed))
         history.append(tokens[-1])
         if tokens[-1] in job.stop_ids:
             end = End.STOP

@@ -67,6 +67,17 @@ def _smaller(world: World) -> Iterator[World]:
             yield without(world, (*world.jobs[:at], cut, *world.jobs[at + 1 :]))
 
 
+# Job fields that are cut back to nothing.
+PLAIN: dict[str, object] = {
+    "stop": (),
+    "stop_ids": (),
+    "include_stop": False,
+    "min_tokens": 0,
+    "logprobs": -1,
+    "sampled": False,
+}
+
+
 def _cuts(job: Job) -> Iterator[Job]:
     if job.choices > 1:
         yield replace(job, choices=1)
@@ -74,7 +85,7 @@ def _cuts(job: Job) -> Iterator[Job]:
         yield replace(job, prompt=job.prompt[: len(job.prompt) // 2])
     if job.max_tokens > 1:
         yield replace(job, max_tokens=job.max_tokens // 2)
-    for name, plain in (("stop", ()), ("stop_ids", ()), ("min_tokens", 0), ("logprobs", -1)):
+    for name, plain in PLAIN.items():
         if getattr(job, name) != plain:
             yield replace(job, **{name: plain})
     for item in fields(Client):
@@ -108,6 +119,7 @@ def describe(world: World) -> str:
             ("stop ids", list(job.stop_ids)),
             ("stop", list(job.stop)),
             ("include stop", job.include_stop),
+            ("sampled", job.sampled),
             ("min tokens", job.min_tokens),
             ("logprobs", job.logprobs if job.logprobs >= 0 else None),
         ]

@@ -73,12 +73,12 @@ class Simulation:
         self.deadlines: dict[int, int] = {}
         self.refusals = 0  # at the api process's own door
         self.cancelled: set[int] = set()  # the core was told
-        self.told: set[tuple[int, int]] = set()  # (life of the core, request) given up by api
+        self.told: set[tuple[int, int, int]] = set()  # (lives of core and api, request given up)
         self.spoiled: set[int] = set()  # requests with a row that was not finite
         self.gapped: set[int] = set()  # requests of which a token was lost
         self.full: dict[int, bool] = {}  # first id of a Submit -> whether a bound was reached
         self.requests_of: dict[tuple[int, int], list[int]] = {}  # (epoch, step) -> its rows' ids
-        self._answers: dict[int, Answer] = {}
+        self._answers: dict[tuple[int, int], Answer] = {}
         # In the liveness phase everything ends long before.
         self.horizon = world.faults_until + 20_000 * world.step_time
         self.journal = memoryview(bytearray(Journal.size(self.limits)))
@@ -179,9 +179,10 @@ class Simulation:
         over = message.ids if isinstance(message, Cancel) else ()
         over = (message.id,) if isinstance(message, Finish) else over
         for request in over:
-            if (life, request) in self.told:
+            word = (life, self.apis[api].life, request)
+            if word in self.told:
                 raise Violation(f"request {request:#x} was cancelled or finished twice")
-            self.told.add((life, request))
+            self.told.add(word)
         self.cancelled.update(over)
         self._tick()
 
@@ -467,11 +468,12 @@ class Simulation:
             deadline + self.world.channel_time + int(TIMEOUT_MIN_S * 1e6) + 1
         )
 
-    def answer_to(self, job: Job) -> Answer:
+    def answer_to(self, job: Job, choice: int) -> Answer:
         """The oracle's answer, computed once."""
-        if job.number not in self._answers:
-            self._answers[job.number] = answer_to(job, self.limits.vocab_size)
-        return self._answers[job.number]
+        key = (job.number, choice)
+        if key not in self._answers:
+            self._answers[key] = answer_to(job, choice, self.limits.vocab_size)
+        return self._answers[key]
 
     def may_refuse(self, request: int) -> bool:
         """Whether a bound was reached when this Submit came to the core."""

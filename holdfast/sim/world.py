@@ -62,12 +62,16 @@ class Job:
     priority: int
     timeout: int
     client: Client
-
-    # What the client asks of its text, so that the oracle and shrinking read it here.
+    sampled: bool = False  # each choice draws with a seed of its own; else all say the same
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     min_tokens: int = 0
     logprobs: int = -1  # alternatives a token; -1 = no logprobs
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One a choice."""
+        return tuple(range(self.number, self.number + self.choices))
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +203,7 @@ def _draw_jobs(
             priority=rng.choice([0, 0, 0, 1]),
             timeout=rng.randint(1, span) if rng.random() < rates.short_deadline else FOREVER,
             client=_draw_client(rng, rates, span, step_time),
+            sampled=rng.random() < 0.5,
             logprobs=rng.choice([-1, -1, 0, 2]),
         )
         if rng.random() < rates.stop_string:
