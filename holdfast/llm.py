@@ -30,8 +30,8 @@ from typing import Any, Self
 import numpy as np
 
 from holdfast.api.chat import render
-from holdfast.api.generation import error_of
 from holdfast.api.output import ChoiceOutput, TokenLogprob
+from holdfast.api.refusal import error_of
 from holdfast.api.schema import Resolved, SamplingParams, check_id
 from holdfast.api.text import Tokenizer
 from holdfast.config import Limits

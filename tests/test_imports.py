@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "core": BASE | {"wire", "kv"},
     "local": BRAIN,
     "api": BRAIN,
-    "sim": BRAIN,
+    "sim": BRAIN | {"api"},
     "ops": BASE,
     # ops/checksum and ops/sampler are twins of wire's definitions and take their constants there.
     "model": BASE | {"ops"},

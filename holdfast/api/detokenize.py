@@ -33,6 +33,14 @@ class Detokenizer(Protocol):
     def push(self, token: int) -> str: ...
 
 
+class DetokenizerMaker(Protocol):
+    """What makes them, for ids that continue `before`: api.text.Tokenizer, or a table of a test."""
+
+    def detokenizer(
+        self, before: Sequence[int] = (), *, skip_special: bool = True
+    ) -> Detokenizer: ...
+
+
 class TableDetokenizer:
     """`table`: bytes of each id (empty for ids without text); ids beyond it have none.
 

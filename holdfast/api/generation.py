@@ -1,21 +1,26 @@
 """Generation: one Submit's choices on their way from the core to one client.
 
-Owned by api.client, which feeds it; read by exactly one coroutine, which calls `next` until every
-choice has ended. Invariants: each choice's tokens are delivered in order, each index once; the
-buffer is bounded, and what is over it ends the generation; after `cancel` nothing is delivered.
-Knows token ids, not text.
+Owned by api.session, which feeds it; read by exactly one reader, which calls `take` whenever `wake`
+says that something changed, until every choice has ended. Invariants: each choice's tokens are
+delivered in order, each index once; the buffer is bounded, and what is over it ends the generation;
+after `cancel` nothing more is buffered. Knows token ids, not text; no clock, and nobody who waits
+(api.client has the generation whose reader awaits it).
 """
 
 from __future__ import annotations
 
-import asyncio
 from array import array
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
+
 from holdfast.api.schema import Resolved
-from holdfast.errors import DeadlineExceeded, EngineFault, NotReady, RequestError
-from holdfast.wire.messages import End
+from holdfast.errors import RequestError
+from holdfast.wire.messages import Submit
+
+# A request whose deadline has passed already is still the core's to end.
+TIMEOUT_MIN_S = 0.001
 
 
 class Token(NamedTuple):
@@ -52,6 +57,23 @@ class Choice:
         self.resuming = False
         self.last_s = 0.0
 
+    def submission(self, now_s: float) -> Submit:
+        """What asks for the rest of this choice alone: the tokens seen so far are prompt now."""
+        generation, seen = self.generation, len(self.seen)
+        resolved, sampling = generation.resolved, generation.resolved.sampling
+        return Submit(
+            ids=(self.id,),
+            prompt=generation.prompt + self.seen.tobytes(),
+            seeds=(resolved.seeds[self.index],),
+            max_tokens=resolved.max_tokens - seen,
+            sampling=msgspec.structs.replace(
+                sampling, min_tokens=max(0, sampling.min_tokens - seen)
+            ),
+            timeout_s=max(TIMEOUT_MIN_S, generation.deadline_s - now_s),
+            tenant=generation.tenant,
+            priority=resolved.priority,
+        )
+
 
 class Generation:
     """`prompt`: int32 little-endian ids. Times are monotonic seconds."""
@@ -67,7 +89,6 @@ class Generation:
         release: Callable[[Generation, str | None], None],
         finish: Callable[[Choice], None],
         buffer_tokens: int,
-        loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.prompt = prompt
         self.resolved = resolved
@@ -86,6 +107,10 @@ class Generation:
         self.error: RequestError | None = None
         self.cancelled: str | None = None
         self.released = False
+        self.left = False
+        """Whether the reader has gone, and writes nothing any more."""
+        self.done_s = 0.0
+        """When its reader left after a complete answer."""
         self.silent_s = now_s
         """When the client last got a byte: keep-alives count from here."""
         self.writing_s: float | None = None
@@ -94,10 +119,9 @@ class Generation:
         """Breaks a write that waits: set by the writer, called once the write timeout passed."""
         self._release = release
         self._finish = finish
-        self._buffer_tokens = buffer_tokens * len(ids)
+        self.buffer_tokens = buffer_tokens * len(ids)
         self._events: list[Token] = []
-        self._waiter: asyncio.Future[None] | None = None
-        self._loop = loop
+        self._room = self.buffer_tokens
 
     @property
     def prompt_tokens(self) -> int:
@@ -107,29 +131,40 @@ class Generation:
     def completion_tokens(self) -> int:
         return sum(len(choice.seen) for choice in self.choices)
 
-    async def accept(self) -> None:
-        """Wait until the core has taken the request, or until it is cancelled.
+    def submission(self, now_s: float) -> Submit:
+        """What asks the core for all of it."""
+        resolved = self.resolved
+        return Submit(
+            ids=tuple(choice.id for choice in self.choices),
+            prompt=self.prompt,
+            seeds=resolved.seeds,
+            max_tokens=resolved.max_tokens,
+            sampling=resolved.sampling,
+            timeout_s=max(TIMEOUT_MIN_S, self.deadline_s - now_s),
+            tenant=self.tenant,
+            priority=resolved.priority,
+        )
 
-        Raises the RequestError that refused it.
-        """
-        while not self.accepted and self.cancelled is None:
-            self._raise()
-            await self._wait()
-        self._raise()
+    @property
+    def unread(self) -> int:
+        """Tokens that have arrived and were not taken."""
+        return len(self._events)
 
-    async def next(self) -> list[Token]:
-        """What has arrived, at least one token; empty when a keep-alive is due, or when cancelled.
+    def take(self) -> list[Token]:
+        """What has arrived since the last call; empty when nothing has.
 
         Raises RequestError when the generation failed, once what came before it was delivered.
         """
         if not self._events:
-            self._raise()
-            if self.cancelled is None:
-                await self._wait()
-                if not self._events:
-                    self._raise()
+            self.check()
         events, self._events = self._events, []
+        self._room = self.buffer_tokens
         return events
+
+    def check(self) -> None:
+        """Raises the RequestError that the generation failed with."""
+        if self.error is not None:
+            raise self.error
 
     def stop(self, choice: int, tokens: int) -> None:
         """A stop string was found: the choice has ended after its first `tokens` tokens."""
@@ -148,18 +183,29 @@ class Generation:
         self._release(self, reason)
         self.wake()
 
-    def close(self) -> None:
+    def leave(self, now_s: float) -> None:
         """The reader is done, for whatever reason; what still runs is cancelled."""
+        self.left = True
         if self.live:
             self.cancel("disconnect")
         elif not self.released:
+            self.done_s = now_s
             self._release(self, None)
 
-    # --- for api.client ---
+    def wake(self) -> None:
+        """Something changed for the reader. Overridden by those whose reader waits."""
 
-    def feed(self, event: Token) -> bool:
-        """Deliver a token; False when the buffer is full: the reader is too slow."""
-        if len(self._events) >= self._buffer_tokens:
+    # --- for api.session ---
+
+    def feed(self, event: Token, *, again: bool = False) -> bool:
+        """Deliver a token; False when the buffer is full: the reader is too slow.
+
+        again: it was made earlier and comes now, with all the others that were missed; they are no
+        more than the request asked for, and say nothing of its reader.
+        """
+        if again:
+            self._room += 1
+        if len(self._events) >= self._room:
             return False
         self._events.append(event)
         self.wake()
@@ -175,35 +221,3 @@ class Generation:
             self.error = error
             self._release(self, reason)
             self.wake()
-
-    def wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def _wait(self) -> None:
-        assert self._waiter is None, "two readers of one generation"
-        self._waiter = self._loop.create_future()
-        try:
-            # Bounded: api.client looks at every generation's deadlines several times a second.
-            await self._waiter
-        finally:
-            self._waiter = None
-
-    def _raise(self) -> None:
-        if self.error is not None:
-            raise self.error
-
-
-def error_of(end: int, message: str) -> RequestError | None:
-    """The error that an end is for its client; None for the ends that are answers."""
-    if end in (End.STOP, End.LENGTH):
-        return None
-    if end == End.DEADLINE:
-        return DeadlineExceeded(message or "the request's deadline passed")
-    if end == End.NOT_FINITE:
-        return EngineFault(message, code="not_finite")
-    if end == End.SHUTDOWN:
-        error = NotReady(message or "the server is shutting down", code="shutdown")
-        error.retry_after_s = 5.0
-        return error
-    return EngineFault(message or "the engine could not finish this request")

@@ -2,7 +2,7 @@
 
 Owns, per choice: detokenisation, stop strings, and which token's logprobs may be shown when. A
 logprob is shown with or after the last character of its token's text, so a stop string leaks
-through neither. Used by api.stream and by `LLM`. Knows no wire format, no HTTP and no core.
+through neither. Used by api.transcript and by `LLM`. Knows no wire format, no HTTP and no core.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from holdfast.api.detokenize import DetokenizerMaker
 from holdfast.api.schema import Resolved
 from holdfast.api.stop import StopStrings
-from holdfast.api.text import Tokenizer
 
 
 class TokenLogprob(NamedTuple):
@@ -46,7 +46,9 @@ class ChoiceOutput:
         "tokens",
     )
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], resolved: Resolved) -> None:
+    def __init__(
+        self, tokenizer: DetokenizerMaker, prompt: Sequence[int], resolved: Resolved
+    ) -> None:
         self._detokenizer = tokenizer.detokenizer(prompt, skip_special=resolved.skip_special)
         self._stops = StopStrings(resolved.stop) if resolved.stop else None
         self._include_stop = resolved.include_stop

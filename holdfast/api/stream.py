@@ -20,7 +20,7 @@ import numpy as np
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from holdfast.api.client import CoreClient
+from holdfast.api.client import AwaitedGeneration, CoreClient
 from holdfast.api.format import (
     DONE,
     KEEPALIVE,
@@ -29,18 +29,17 @@ from holdfast.api.format import (
     Usage,
     error_event,
 )
-from holdfast.api.generation import Generation, Token
-from holdfast.api.output import ChoiceOutput, TokenLogprob
+from holdfast.api.generation import Token
+from holdfast.api.output import TokenLogprob
 from holdfast.api.schema import Resolved
 from holdfast.api.text import Tokenizer
+from holdfast.api.transcript import Transcript
 from holdfast.errors import RequestError
-from holdfast.wire.messages import End
 
 # scope["extensions"] entry of proc.api's server: drops a connection whose client does not read.
 ABORT_EXTENSION = "holdfast.abort"
 # Prompts of one body that wait to be merged into its stream; each has a buffer of its own besides.
 _MERGE_EVENTS = 64
-_REASONS = {int(End.STOP): "stop", int(End.LENGTH): "length"}
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -55,17 +54,16 @@ class Prompt:
 
 
 class _Choice:
-    """One choice of one prompt, as its client sees it."""
+    """What one choice of one prompt has told its client. `logprobs`: None when not asked for."""
 
-    __slots__ = ("index", "logprobs", "opened", "output", "reason", "texts")
+    __slots__ = ("index", "logprobs", "opened", "reason", "texts")
 
-    def __init__(self, index: int, output: ChoiceOutput) -> None:
+    def __init__(self, index: int, want_logprobs: bool) -> None:
         self.index = index
-        self.output = output
         self.reason: str | None = None
         self.opened = False
         self.texts: list[str] = []
-        self.logprobs: list[TokenLogprob] = []
+        self.logprobs: list[TokenLogprob] | None = [] if want_logprobs else None
 
 
 class Exchange(Response):
@@ -92,22 +90,19 @@ class Exchange(Response):
         self._tenant = tenant
         self._stream = stream
         self._include_usage = include_usage
-        self._want_logprobs = want_logprobs
-        self._generations: list[Generation] = []
-        self._left = 0
+        self._generations: list[AwaitedGeneration] = []
+        self._transcripts = [
+            Transcript(tokenizer, prompt.ids, prompt.resolved) for prompt in prompts
+        ]
         self._choices = [
             [
-                _Choice(at * prompt.resolved.choices + choice, output)
-                for choice, output in enumerate(
-                    ChoiceOutput(tokenizer, prompt.ids, prompt.resolved)
-                    for _ in range(prompt.resolved.choices)
-                )
+                _Choice(at * prompt.resolved.choices + choice, want_logprobs)
+                for choice in range(prompt.resolved.choices)
             ]
             for at, prompt in enumerate(prompts)
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._left = sum(map(len, self._choices))
         watcher = asyncio.create_task(self._watch(receive))
         stalled = self._abort(scope)
         try:
@@ -131,6 +126,11 @@ class Exchange(Response):
             watcher.cancel()
             for generation in self._generations:
                 generation.close()
+
+    @property
+    def _left(self) -> int:
+        """Choices that are not over."""
+        return sum(transcript.left for transcript in self._transcripts)
 
     @property
     def _cancelled(self) -> bool:
@@ -174,9 +174,9 @@ class Exchange(Response):
         queue: asyncio.Queue[tuple[int, list[Token] | RequestError]]
         queue = asyncio.Queue(_MERGE_EVENTS)
 
-        async def pump(at: int, generation: Generation) -> None:
+        async def pump(at: int, generation: AwaitedGeneration) -> None:
             try:
-                while generation.cancelled is None and not self._done(at):
+                while generation.cancelled is None and self._transcripts[at].left:
                     await queue.put((at, await generation.next()))
             except RequestError as error:
                 await queue.put((at, error))
@@ -196,48 +196,10 @@ class Exchange(Response):
             for task in tasks:
                 task.cancel()
 
-    def _done(self, at: int) -> bool:
-        return all(choice.reason is not None for choice in self._choices[at])
-
-    def _take(self, at: int, events: list[Token]) -> list[tuple[_Choice, str, list[TokenLogprob]]]:
-        """Decode tokens; returns (choice, new text, logprobs that may be shown), once a choice."""
-        texts: dict[int, str] = {}
-        choices = self._choices[at]
-        for event in events:
-            choice = choices[event.choice]
-            if choice.reason is not None:
-                continue  # Void: after a stop string.
-            text = ""
-            if event.token is not None:
-                text = choice.output.push(
-                    event.token,
-                    ends_by_id=event.end == End.STOP,
-                    logprob=event.logprob,
-                    top_ids=event.top_ids,
-                    top_logprobs=event.top_logprobs,
-                )
-            if choice.output.stopped:
-                self._generations[at].stop(event.choice, choice.output.tokens)
-                choice.reason = "stop"
-            elif event.end in _REASONS:
-                text += choice.output.finish()
-                choice.reason = _REASONS[event.end]
-            if choice.reason is not None:
-                self._left -= 1
-            texts[event.choice] = texts.get(event.choice, "") + text
-        return [
-            (
-                choices[index],
-                text,
-                choices[index].output.logprobs() if self._want_logprobs else _NO_LOGPROBS,
-            )
-            for index, text in texts.items()
-        ]
-
     def _usage(self) -> Usage:
         return Usage(
             prompt_tokens=sum(len(prompt.ids) for prompt in self._prompts),
-            completion_tokens=sum(c.output.tokens for group in self._choices for c in group),
+            completion_tokens=sum(transcript.tokens for transcript in self._transcripts),
             cached_tokens=sum(generation.cached_tokens for generation in self._generations),
         )
 
@@ -246,18 +208,16 @@ class Exchange(Response):
     async def _write_whole(self, send: Send) -> None:
         async with aclosing(self._events()) as arriving:
             async for at, events in arriving:
-                for choice, text, logprobs in self._take(at, events):
-                    choice.texts.append(text)
-                    choice.logprobs += logprobs
+                for shown in self._transcripts[at].take(self._generations[at], events):
+                    choice = self._choices[at][shown.choice]
+                    choice.texts.append(shown.text)
+                    choice.reason = shown.reason
+                    if choice.logprobs is not None:
+                        choice.logprobs += shown.logprobs
         if self._cancelled:
             return
         answers = [
-            Answer(
-                choice.index,
-                "".join(choice.texts),
-                choice.reason or "stop",
-                choice.logprobs if self._want_logprobs else None,
-            )
+            Answer(choice.index, "".join(choice.texts), choice.reason or "stop", choice.logprobs)
             for group in self._choices
             for choice in group
         ]
@@ -299,14 +259,15 @@ class Exchange(Response):
 
     def _chunks(self, at: int, events: list[Token]) -> bytes:
         form, parts = self._format, []
-        for choice, text, logprobs in self._take(at, events):
+        for shown in self._transcripts[at].take(self._generations[at], events):
+            choice = self._choices[at][shown.choice]
             if not choice.opened:
                 choice.opened = True
                 parts.append(form.opening(choice.index))
-            if text or logprobs:
-                parts.append(form.chunk(choice.index, text, logprobs))
-            if choice.reason is not None:
-                parts.append(form.closing(choice.index, choice.reason))
+            if shown.text or shown.logprobs:
+                parts.append(form.chunk(choice.index, shown.text, shown.logprobs))
+            if shown.reason is not None:
+                parts.append(form.closing(choice.index, shown.reason))
         return b"".join(parts)
 
     def _silent(self) -> bool:
@@ -324,6 +285,3 @@ class Exchange(Response):
         for generation in self._generations:
             generation.writing_s = None
             generation.silent_s = after_s
-
-
-_NO_LOGPROBS: list[TokenLogprob] = []

@@ -132,6 +132,8 @@ class Brain:
                 request = self.requests.get(request_id)
                 if request is not None:
                     self._end(request, End.CANCELLED, "")
+                else:
+                    self._unresumed.take(request_id)  # It ended, and nobody will ask how.
         elif isinstance(message, Finish):
             request = self.requests.get(message.id)
             if request is not None:
@@ -140,10 +142,11 @@ class Brain:
             self._resume(api, message)
 
     def _submit(self, api: int, submit: Submit, now_s: float) -> None:
-        known = [self.requests.get(request_id) for request_id in submit.ids]
-        if any(request is not None for request in known):
-            # Resent by an api process that missed the answer: admission is idempotent.
+        if any(one in self.requests or one in self._unresumed for one in submit.ids):
+            # Resent by an api process that missed the answer of the core before this one: admission
+            # is idempotent, and it has no token of it yet.
             self._send(api, Accepted(submit.ids))
+            self._resume(api, Resume(tuple((one, 0) for one in submit.ids)))
             return
         refusal = self.admission.judge(submit, self._queued(), self._step_seconds)
         if refusal is not None:
@@ -209,15 +212,25 @@ class Brain:
             elif entry := self._unresumed.take(request_id) or self._ended.take(request_id):
                 record, tokens, end = entry
                 self._ended.add(*entry)
-                self._send_tokens(api, request_id, next_index, tokens, record.cached_tokens)
+                self._send_tokens(api, request_id, next_index, tokens, record.cached_tokens, end)
                 self._send(api, Ended(request_id, end, "", tokens.size, record.cached_tokens))
             else:
                 self._send(api, Refused((request_id,), 0, "not known to this core"))
 
     def _send_tokens(
-        self, api: int, request_id: int, first: int, tokens: np.ndarray, cached_tokens: int
+        self,
+        api: int,
+        request_id: int,
+        first: int,
+        tokens: np.ndarray,
+        cached_tokens: int,
+        end: int = 0,
     ) -> None:
-        """Tokens int32[k] of a request from index `first` on, those before it being known."""
+        """Tokens int32[k] of a request from index `first` on, those before it being known.
+
+        end: how the request ended, if it did; said with the token that ended it, since the text of
+        a stop id is not the client's.
+        """
         tokens = tokens[first:]
         count = tokens.size
         if count == 0:
@@ -230,6 +243,8 @@ class Brain:
             ends=np.zeros(count, np.uint8),
             cached=np.full(count, cached_tokens, np.int32),
         )
+        if end in (End.STOP, End.LENGTH):
+            batch.ends[-1] = end
         self._output.append((api, Kind.TOKENS, batch.encode()))
 
     def _tokens_of(self, request: Request) -> np.ndarray:

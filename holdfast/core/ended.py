@@ -32,6 +32,9 @@ class EndedRequests:
     def __iter__(self) -> Iterator[Entry]:
         return iter(list(self._entries.values()))
 
+    def __contains__(self, request_id: int) -> bool:
+        return request_id in self._entries
+
     def add(self, record: Admission, output: np.ndarray, end: int) -> None:
         """Keep one more, at the cost of the oldest when a bound is reached."""
         self.take(record.id)

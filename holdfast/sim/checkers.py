@@ -1,8 +1,7 @@
 """Checkers: what must hold after every event of a simulation, said independently of the engine.
 
 Each raises Violation, whose text names the request, page or step. They derive nothing from the
-engine's own bookkeeping where they can keep their own: what a client saw, which launched step may
-touch which page, what the oracle's text is.
+engine's own bookkeeping where they can keep their own. What a client must see is in sim.oracle.
 """
 
 from __future__ import annotations
@@ -14,63 +13,14 @@ import numpy as np
 from holdfast.config import Limits
 from holdfast.kv.ledger import Ledger
 from holdfast.kv.pages import PageState
-from holdfast.sim.fake_worker import expected_token
 from holdfast.sim.page_order import PageOrder
-from holdfast.sim.world import Job
 from holdfast.wire.checksum import page_sums, weights
-from holdfast.wire.messages import End
 from holdfast.wire.plan import StepPlan, StepResult
 from holdfast.wire.rows import RowTable
 
 
 class Violation(AssertionError):
     """A property does not hold; the simulation ends here."""
-
-
-class ClientView:
-    """What the client of one request id has seen, against the oracle."""
-
-    def __init__(self, job: Job, request: int) -> None:
-        self.job = job
-        self.request = request
-        self.history = list(job.prompt)
-        self.tokens = 0
-        self.end: End | None = None
-        self.accepted = False
-        self.abandoned = False  # cancelled, or its api process died: nothing is owed any more
-
-    def token(self, index: int, token: int, end: End, limits: Limits) -> None:
-        """One token reached the client."""
-        if self.end is not None:
-            raise Violation(f"request {self.request:#x}: token {index} after its end {self.end!r}")
-        if index != self.tokens:
-            raise Violation(
-                f"request {self.request:#x}: token index {index} after {self.tokens} tokens"
-            )
-        history = np.array(self.history, np.int32)
-        want = expected_token(history, limits.vocab_size, limits.windows)
-        if token != want:
-            raise Violation(
-                f"request {self.request:#x}: token {index} is {token}, its own history gives {want}"
-            )
-        self.history.append(token)
-        self.tokens += 1
-        if end is not End.NONE:
-            self.finish(end)
-
-    def finish(self, end: End) -> None:
-        """The request ended; whether that end is right."""
-        if self.end is not None:
-            raise Violation(f"request {self.request:#x} ended twice: {self.end!r}, {end!r}")
-        self.end = end
-        full = self.tokens == self.job.max_tokens
-        stopped = self.tokens > 0 and self.history[-1] in self.job.stop_ids
-        if end is End.LENGTH and not full:
-            raise Violation(f"request {self.request:#x}: LENGTH after {self.tokens} tokens")
-        if end is End.STOP and not stopped and self.job.finish_after is None:
-            raise Violation(f"request {self.request:#x}: STOP without a stop id")
-        if stopped and end is End.LENGTH:
-            raise Violation(f"request {self.request:#x}: its stop id was taken for its length")
 
 
 class PageWatch:

@@ -54,12 +54,14 @@ def _fold(cells: np.ndarray, first: int) -> int:
     return int(mix(order, cells).sum(dtype=np.uint64))
 
 
-def _token_of(total: int, vocab_size: int) -> int:
-    return (total % (1 << 64) >> 7) % vocab_size
+def _token_of(total: int, vocab_size: int, seed: int) -> int:
+    return ((total % (1 << 64) >> 7) + seed) % vocab_size
 
 
-def expected_token(history: np.ndarray, vocab_size: int, windows: tuple[int, ...] = (0,)) -> int:
-    """The oracle: the token after a true history int32[k]."""
+def expected_token(
+    history: np.ndarray, vocab_size: int, seed: int = 0, windows: tuple[int, ...] = (0,)
+) -> int:
+    """The oracle: the token after a true history int32[k]; `seed` unless it is drawn greedily."""
     length = history.size
     base = cells_of(history, np.arange(length))
     total = _fold(base, 0)
@@ -75,7 +77,17 @@ def expected_token(history: np.ndarray, vocab_size: int, windows: tuple[int, ...
             cells[first:last] = _window_cells(base[first:last], group, seen)
         start = max(0, length - window)
         total += _fold(cells[start:], start)
-    return _token_of(total, vocab_size)
+    return _token_of(total, vocab_size, seed)
+
+
+def expected_logprob(token: int) -> float:
+    """The oracle: the logprob that the device says of a drawn token; exact in float32."""
+    return -(token + 1) / 256
+
+
+def expected_alternatives(token: int, count: int, vocab_size: int) -> list[tuple[int, float]]:
+    """The oracle: (id, logprob) of the `count` likeliest tokens beside a drawn one."""
+    return [((token + 1 + at) % vocab_size, -(token + 1) / 256 - 1 - at) for at in range(count)]
 
 
 def memory_of(limits: Limits) -> list[np.ndarray]:
@@ -114,7 +126,7 @@ class FakeWorker:
         sums = self.sums(plan.seals)
         tokens, accepted, faults = self._forward(plan, spoil)
         rows.advance(plan, tokens, accepted)
-        return StepResult(
+        result = StepResult(
             epoch=plan.epoch,
             step=plan.step,
             digest=digest,
@@ -123,6 +135,19 @@ class FakeWorker:
             accepted=accepted,
             seal_sums=sums,
         )
+        wanted = rows.records["top_logprobs"][plan.rows]
+        if np.count_nonzero(wanted >= 0):
+            self._put_logprobs(result, int(wanted.max()))
+        return result
+
+    def _put_logprobs(self, result: StepResult, top_k: int) -> None:
+        """What `expected_logprob` and `expected_alternatives` say, for all rows of the step."""
+        tokens, others = result.tokens[:, None], np.arange(top_k)
+        logprobs = -(tokens + 1) / 256
+        result.logprobs = logprobs[:, 0].astype(np.float32)
+        result.top_k = top_k
+        result.top_ids = ((tokens + 1 + others) % self.limits.vocab_size).astype(np.int32).ravel()
+        result.top_logprobs = (logprobs - 1 - others).astype(np.float32).ravel()
 
     def _zero(self, handles: np.ndarray) -> None:
         groups = handle_groups(handles)
@@ -212,7 +237,9 @@ class FakeWorker:
                 return None
             cells = cells[start - column * size : length - column * size]
             total += _fold(cells, start)
-        return _token_of(total, self.limits.vocab_size)
+        record = self.rows.records[row]
+        seed = int(record["seed"]) if record["temperature"] > 0 else 0
+        return _token_of(total, self.limits.vocab_size, seed)
 
     def _say(self, row: int, length: int, drafts: int) -> list[int] | None:
         """The token drawn after `length` positions, and those behind drafts that were right. Every

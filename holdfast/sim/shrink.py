@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 
 from holdfast.sim.simulator import Outcome, simulate
-from holdfast.sim.world import Job, Rates, World, without
+from holdfast.sim.world import FOREVER, Client, Job, Rates, World, without
 
 
 def signature(violation: str) -> str:
@@ -67,18 +67,30 @@ def _smaller(world: World) -> Iterator[World]:
             yield without(world, (*world.jobs[:at], cut, *world.jobs[at + 1 :]))
 
 
+# Job fields that are cut back to nothing.
+PLAIN: dict[str, object] = {
+    "stop": (),
+    "stop_ids": (),
+    "include_stop": False,
+    "min_tokens": 0,
+    "logprobs": -1,
+    "sampled": False,
+}
+
+
 def _cuts(job: Job) -> Iterator[Job]:
-    if len(job.ids) > 1:
-        yield replace(job, ids=job.ids[:1])
+    if job.choices > 1:
+        yield replace(job, choices=1)
     if len(job.prompt) > 1:
         yield replace(job, prompt=job.prompt[: len(job.prompt) // 2])
     if job.max_tokens > 1:
         yield replace(job, max_tokens=job.max_tokens // 2)
-    for name in ("abort_after", "finish_after"):
-        if getattr(job, name) is not None:
-            yield replace(job, **{name: None})
-    if job.stop_ids:
-        yield replace(job, stop_ids=())
+    for name, plain in PLAIN.items():
+        if getattr(job, name) != plain:
+            yield replace(job, **{name: plain})
+    for item in fields(Client):
+        if getattr(job.client, item.name) != item.default:
+            yield replace(job, client=replace(job.client, **{item.name: item.default}))
 
 
 def describe(world: World) -> str:
@@ -100,19 +112,21 @@ def describe(world: World) -> str:
         ),
     ]
     for job in world.jobs:
-        extras = [
-            f"{name} {value}"
-            for name, value in (
-                ("tenant", job.tenant),
-                ("priority", job.priority),
-                ("abort after", job.abort_after),
-                ("stop string after", job.finish_after),
-                ("timeout", job.timeout if job.timeout < 10**12 else None),
-            )
-            if value not in (None, 0)
+        extras: list[tuple[str, object]] = [
+            ("tenant", job.tenant),
+            ("priority", job.priority),
+            ("timeout", job.timeout if job.timeout < FOREVER else None),
+            ("stop ids", list(job.stop_ids)),
+            ("stop", list(job.stop)),
+            ("include stop", job.include_stop),
+            ("sampled", job.sampled),
+            ("min tokens", job.min_tokens),
+            ("logprobs", job.logprobs if job.logprobs >= 0 else None),
         ]
+        extras += [(f.name.replace("_", " "), getattr(job.client, f.name)) for f in fields(Client)]
         lines.append(
-            f"request {', '.join(hex(one) for one in job.ids)} at {job.at}: "
-            f"{len(job.prompt)} in, {job.max_tokens} out; {', '.join(extras)}"
+            f"client {job.number} at {job.at}: api {job.api}, {len(job.prompt)} in, "
+            f"{job.max_tokens} out, {job.choices} choices; "
+            + ", ".join(f"{name} {value}" for name, value in extras if value)
         )
     return "\n".join(lines)

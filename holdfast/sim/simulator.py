@@ -1,6 +1,6 @@
-"""The simulator: the production brain, journal, links and rows under one seeded order of events.
+"""The simulator: the production api, brain, journal and rows under one seeded order of events.
 
-    clients -> api (SimApi) -> channel -> core (Brain) -> channel -> worker (FakeWorker)
+    clients, api (sim.api) -> channel -> core (Brain) -> channel -> worker (FakeWorker)
                                    supervisor: notices, fences, replaces
 
 Time is virtual and integer; events are a heap of (time, serial number); every choice comes from one
@@ -16,28 +16,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
+from holdfast.api.generation import TIMEOUT_MIN_S
 from holdfast.core.brain import Brain
 from holdfast.core.journal import Journal, recover
 from holdfast.core.metrics import Metrics
 from holdfast.errors import HoldfastError, WorkerFault
-from holdfast.sim.checkers import ClientView, PageWatch, Violation, check_bounds, check_sums
+from holdfast.sim.api import SimApi
+from holdfast.sim.checkers import PageWatch, Violation, check_bounds, check_sums
 from holdfast.sim.fake_worker import FakeWorker, memory_of
-from holdfast.sim.world import Job, World, prompt_array
+from holdfast.sim.oracle import Answer, ClientView, answer_to
+from holdfast.sim.world import Job, World
 from holdfast.wire.link import Kind, MemoryLink
 from holdfast.wire.messages import (
-    Accepted,
     Cancel,
-    End,
-    Ended,
     Finish,
-    Refused,
-    Resume,
-    Sampling,
     Submit,
     TokenBatch,
-    decode_to_api,
     decode_to_core,
-    encode,
 )
 from holdfast.wire.plan import StepPlan, StepResult
 
@@ -77,12 +72,17 @@ class Simulation:
         self.steps = 0
         self.faults: dict[str, int] = {}
         self.views: dict[int, ClientView] = {}
+        self.deadlines: dict[int, int] = {}
+        self.refusals = 0  # at the api process's own door
         self.cancelled: set[int] = set()  # the core was told
-        self.api_lives: dict[int, int] = {}
-        self.linked: dict[int, int] = {}  # api -> life of the core that it has a link to
-        self.lives: dict[tuple[int, int], int] = {}  # (epoch, a row's owner) -> request
-        self.spoilt: set[int] = set()  # requests that were made not finite
-        self.sent_at: dict[tuple[int, int], int] = {}  # when the core made a token
+        self.told: set[tuple[int, int, int]] = set()  # (lives of core and api, request given up)
+        self.spoiled: set[int] = set()  # requests with a row that was not finite
+        self.gapped: set[int] = set()  # requests of which a token was lost
+        self.full: dict[int, bool] = {}  # first id of a Submit -> whether a bound was reached
+        self.requests_of: dict[tuple[int, int], list[int]] = {}  # (epoch, step) -> its rows' ids
+        self._answers: dict[tuple[int, int], Answer] = {}
+        # In the liveness phase everything ends long before.
+        self.horizon = world.faults_until + 20_000 * world.step_time
         self.journal = memoryview(bytearray(Journal.size(self.limits)))
         self.metrics = Metrics(memoryview(bytearray(Metrics.size(1))), 0)
         self.memory = memory_of(self.limits)
@@ -93,8 +93,13 @@ class Simulation:
         self.zombies: list[tuple[FakeWorker, list[StepPlan]]] = []
         self.old_results: list[tuple[int, bytes]] = []
         self._start_worker()
+        self.apis = [SimApi(self, index) for index in range(self.limits.api_processes)]
+        for api in self.apis:
+            api.link_up(self.core_life)
         for job in world.jobs:
-            self.at(job.at, lambda job=job: self._client(job), f"client {job.ids[0]:#x} arrives")
+            self.at(
+                job.at, lambda job=job: self.apis[job.api].arrive(job), f"client {job.number} asks"
+            )
 
     # --- time ---
 
@@ -135,8 +140,7 @@ class Simulation:
             self.say(f"VIOLATION {violation}")
         ends: dict[str, int] = {}
         for view in self.views.values():
-            name = view.end.name if view.end is not None else "none"
-            ends[name] = ends.get(name, 0) + 1
+            ends[view.how or "none"] = ends.get(view.how or "none", 0) + 1
         tokens = sum(view.tokens for view in self.views.values())
         return Outcome(
             self.world.seed, violation, self.handled, self.steps, tokens, self.faults, ends
@@ -167,16 +171,36 @@ class Simulation:
         self.core_life = getattr(self, "core_life", 0) + 1
         return brain
 
-    def _core_receives(self, api: int, frame: bytes, life: int) -> None:
+    def core_receives(self, api: int, frame: bytes, life: int) -> None:
+        """A frame of api process `api` arrives at the core that it was sent to."""
         if life != self.core_life:
-            return  # sent to a core that has died: api resends what matters
+            return  # sent to a core that has died
         message = decode_to_core(frame)
+        if isinstance(message, Submit):
+            self._note_submit(message)
         self.brain.receive(api, message, self.now_s)
-        if isinstance(message, Cancel):
-            self.cancelled.update(message.ids)
-        elif isinstance(message, Finish):
-            self.cancelled.add(message.id)
+        over = message.ids if isinstance(message, Cancel) else ()
+        over = (message.id,) if isinstance(message, Finish) else over
+        for request in over:
+            word = (life, self.apis[api].life, request)
+            if word in self.told:
+                raise Violation(f"request {request:#x} was cancelled or finished twice")
+            self.told.add(word)
+        self.cancelled.update(over)
         self._tick()
+
+    def _note_submit(self, submit: Submit) -> None:
+        """Whether it may be refused, counted here; and whether somebody asked for it at all."""
+        if not all(request in self.views for request in submit.ids):
+            raise Violation(f"{submit.ids} were submitted under ids that no client has")
+        live = [request for request in self.brain.requests.values()]
+        limit = len(submit.prompt) // 4 + submit.max_tokens
+        waiting = len(live) - self.brain.scheduler.running.active
+        tokens = sum(request.limit for request in live) + len(submit.ids) * limit
+        self.full[submit.ids[0]] = (
+            waiting + len(submit.ids) > self.limits.queue_requests
+            or tokens > self.limits.live_tokens
+        )
 
     def _tick(self) -> None:
         """What core.loop does after any input: results, deadlines, plans, output."""
@@ -201,10 +225,7 @@ class Simulation:
         while (plan := self.brain.plan(self.now_s)) is not None:
             self.steps += 1
             self.watch.launch(plan, self._tenant_of, self._handle_of)
-            for life, row in zip(plan.admits["owner"].tolist(), plan.admits["row"], strict=True):
-                request = self.brain.scheduler.running.requests[row]
-                assert request is not None
-                self.lives[self.epoch, life] = request.id
+            self._note_requests(plan)
             self._send_plan(plan)
         self._flush()
         deadline = self.brain.next_deadline_s
@@ -220,37 +241,58 @@ class Simulation:
     def _handle_of(self, group: int, row: int, column: int) -> int:
         return int(self.brain.scheduler.running.handles[group, row, column])
 
+    def _note_requests(self, plan: StepPlan) -> None:
+        """Whose rows a plan computes; for nobody's, no longer than the word takes to come."""
+        requests = self.brain.scheduler.running.ids[plan.rows].tolist()
+        self.requests_of[self.epoch, plan.step] = requests
+        for request in requests:
+            view = self.views[request]
+            api = self.apis[request >> 48]
+            if view.ended_at is None or view.orphaned or api.linked != self.core_life:
+                continue
+            if self.now > max(view.ended_at, api.linked_at) + self.world.channel_time:
+                raise Violation(f"request {request:#x} ({view.how}) is computed for nobody")
+
     def _wake(self) -> None:
         deadline = self.brain.next_deadline_s
         if deadline is not None and deadline <= self.now_s:
             self._tick()
 
     def _flush(self) -> None:
+        life = self.core_life
         for api, kind, payload in self.brain.take_output():
-            self._no_token_after_cancel(kind, payload)
-            self.after(
-                self.world.channel_time,
-                lambda api=api, kind=kind, payload=payload: self._api_receives(api, kind, payload),
-                f"api {api} receives",
-            )
+            if kind == Kind.TOKENS:
+                batch = TokenBatch.decode(payload)
+                self._check_tokens(api, batch)
+                # Not an end, nor an answer to a Resume: what follows shows that it is missing.
+                plain = batch.step and not batch.ends.any() and self.core_life == 1
+                if plain and self.chance("output_lost"):
+                    self.gapped.update(batch.requests.tolist())
+                    continue
+            for _ in range(2 if self.chance("output_twice") else 1):
+                self.after(
+                    self.world.channel_time,
+                    lambda api=api, kind=kind, payload=payload: self.apis[api].receive(
+                        kind, payload, life
+                    ),
+                    f"api {api} receives",
+                )
 
-    def _no_token_after_cancel(self, kind: int, payload: bytes) -> None:
-        if kind != Kind.TOKENS:
-            return
-        batch = TokenBatch.decode(payload)
+    def _check_tokens(self, api: int, batch: TokenBatch) -> None:
+        """No token after the core was told to stop, none to another's process, none too late."""
         for request, index in zip(batch.requests.tolist(), batch.indexes.tolist(), strict=True):
             if request in self.cancelled:
                 raise Violation(f"request {request:#x}: a token after its cancel or finish")
-            if batch.step:  # 0 = made earlier, and sent to a client that resumes
-                self.sent_at.setdefault((request, index), self.now)
+            if request >> 48 != api:
+                raise Violation(f"request {request:#x}: its token goes to api process {api}")
+            # 0 = made earlier, and sent to a client that resumes
+            if batch.step and self.now > self.deadlines[request]:
+                raise Violation(f"request {request:#x}: token {index} was made after its deadline")
 
     def _api_dies(self, api: int) -> None:
         """Its connections are gone, and what it had sent is too; the next one starts afresh."""
         self._flush()
-        self.api_lives[api] = self.api_lives.get(api, 0) + 1
-        for request, view in self.views.items():
-            if request >> 48 == api and view.end is None:
-                view.abandoned, view.end = True, End.CANCELLED
+        self.apis[api].die()
         self.cancelled.update(r for r in self.brain.requests if r >> 48 == api)
         self.brain.drop_api(api, self.now_s)
 
@@ -261,13 +303,16 @@ class Simulation:
         self.brain = self._new_brain()
         self.brain.suspend()
         self.brain.restore(recover(self.journal), self.now_s)
-        life = self.core_life
-        # What it had sent is still in the sockets; api reads that first, then asks for the rest,
-        # sooner or later.
-        for api in range(self.limits.api_processes):
+        # What it had sent is still in the sockets, and read unless the supervisor's word is
+        # quicker. Each api process gets its new link sooner or later.
+        life, gone = self.core_life, self.core_life - 1
+        for api in self.apis:
+            api.core_died()
+            noticed = self.rng.choice([0, self.world.channel_time])
+            self.after(noticed, lambda api=api: api.link_lost(gone), f"api {api.index} lost it")
             delay = self.world.channel_time + 1
             delay += self.rng.choice([0, 3, 100]) * self.world.step_time
-            self.after(delay, lambda api=api: self._api_resumes(api, life), f"api {api} resumes")
+            self.after(delay, lambda api=api: api.link_up(life), f"api {api.index} has a link")
         self._respawn(self.epoch)
 
     # --- the worker ---
@@ -325,8 +370,7 @@ class Simulation:
         try:
             result = self.worker.run(plan, spoil)
             if spoil is not None:
-                owner = int(self.worker.rows.records["owner"][plan.rows[spoil]])
-                self.spoilt.add(self.lives[epoch, owner])
+                self.spoiled.add(self.requests_of[epoch, plan.step][spoil])
         except (HoldfastError, IndexError) as fault:
             self._lose_worker(f"worker fault: {fault}")
             return
@@ -416,123 +460,35 @@ class Simulation:
         self.brain.new_epoch(epoch, self.now_s)
         self._tick()
 
-    # --- api and clients ---
+    # --- for api ---
 
-    def _client(self, job: Job) -> None:
-        for request in job.ids:
-            self.views[request] = ClientView(job, request)
-        self._submit(job, job.ids)
-        if job.abort_after is not None:
-            self.after(job.abort_after, lambda: self._abort(job), f"client {job.ids[0]:#x} leaves")
-
-    def _submit(self, job: Job, ids: tuple[int, ...]) -> None:
-        message = Submit(
-            ids=ids,
-            prompt=prompt_array(job).tobytes(),
-            seeds=tuple(request & 0xFFFF for request in ids),
-            max_tokens=job.max_tokens,
-            sampling=Sampling(temperature=0.0, stop_ids=job.stop_ids),
-            timeout_s=max(1, job.at + job.timeout - self.now) * 1e-6,
-            tenant=job.tenant,
-            priority=job.priority,
+    def register(self, view: ClientView, deadline: int) -> None:
+        """A choice is asked for, under an id that is new; the core learns its deadline later."""
+        if view.request in self.views:
+            raise Violation(f"request id {view.request:#x} was given out twice")
+        self.views[view.request] = view
+        self.deadlines[view.request] = (
+            deadline + self.world.channel_time + int(TIMEOUT_MIN_S * 1e6) + 1
         )
-        self._to_core(job.api, encode(message))
 
-    def _to_core(self, api: int, frame: bytes) -> None:
-        life = self.core_life
-        if self.linked.get(api, 1) != life:
-            return  # No link yet: what matters is in the Resume that comes first over the next one.
-        mine = self.api_lives.get(api, 0)
+    def answer_to(self, job: Job, choice: int) -> Answer:
+        """The oracle's answer, computed once."""
+        key = (job.number, choice)
+        if key not in self._answers:
+            self._answers[key] = answer_to(job, choice, self.limits)
+        return self._answers[key]
 
-        def arrive() -> None:
-            if self.api_lives.get(api, 0) == mine:
-                self._core_receives(api, frame, life)
+    def may_refuse(self, request: int) -> bool:
+        """Whether a bound was reached when this Submit came to the core."""
+        return self.full.get(request, False)
 
-        self.after(self.world.channel_time, arrive, f"core receives from api {api}")
-
-    def _abort(self, job: Job) -> None:
-        ids = tuple(request for request in job.ids if self.views[request].end is None)
-        for request in ids:
-            self.views[request].abandoned = True
-            self.views[request].end = End.CANCELLED
-        if ids:
-            self._to_core(job.api, encode(Cancel(ids)))
-
-    def _api_receives(self, api: int, kind: int, payload: bytes) -> None:
-        if kind == Kind.TOKENS:
-            self._api_tokens(api, TokenBatch.decode(payload))
-            return
-        message = decode_to_api(payload)
-        if isinstance(message, Accepted):
-            for request in message.ids:
-                self.views[request].accepted = True
-        elif isinstance(message, Refused):
-            self._api_refused(message)
-        elif isinstance(message, Ended):
-            view = self.views[message.id]
-            if view.abandoned or view.end is End.STOP:
-                return
-            if message.end == End.NOT_FINITE and message.id not in self.spoilt:
-                raise Violation(f"request {message.id:#x} failed for what another one left behind")
-            if message.end == End.DEADLINE and self.now < view.job.at + view.job.timeout:
-                raise Violation(f"request {message.id:#x}: its deadline came too early")
-            if message.tokens != view.tokens:
-                raise Violation(
-                    f"request {message.id:#x} ended with {message.tokens} tokens, saw {view.tokens}"
-                )
-            view.finish(End(message.end))
-
-    def _api_refused(self, message: Refused) -> None:
-        for request in message.ids:
-            view = self.views[request]
-            if view.abandoned or view.end is not None:
-                continue
-            if message.status == 0:
-                # A core that came back does not know it: it was never admitted there.
-                if view.tokens or view.accepted:
-                    raise Violation(f"request {request:#x} was admitted and then forgotten")
-                self._submit(view.job, (request,))
-            else:
-                if view.accepted:
-                    raise Violation(f"request {request:#x} was refused after it was accepted")
-                view.abandoned, view.end = True, End.CANCELLED
-
-    def _api_tokens(self, api: int, batch: TokenBatch) -> None:
-        finished = []
-        for request, index, token, end in zip(
-            batch.requests.tolist(),
-            batch.indexes.tolist(),
-            batch.tokens.tolist(),
-            batch.ends.tolist(),
-            strict=True,
-        ):
-            view = self.views[request]
-            if request >> 48 != api:
-                raise Violation(f"request {request:#x}: its token went to api process {api}")
-            if view.abandoned or view.end is End.STOP:
-                continue
-            view.token(index, token, End(end), self.limits)
-            deadline = view.job.at + view.job.timeout
-            if self.sent_at.get((request, index), 0) > deadline + self.world.channel_time:
-                raise Violation(f"request {request:#x}: token {index} was made after its deadline")
-            after = view.job.finish_after
-            if view.end is None and after is not None and view.tokens >= after:
-                finished.append(Finish(request, view.tokens))
-                view.finish(End.STOP)
-        for message in finished:
-            self._to_core(api, encode(message))
-
-    def _api_resumes(self, api: int, life: int) -> None:
-        if life != self.core_life:
-            return
-        self.linked[api] = life
-        mine = [v for r, v in self.views.items() if r >> 48 == api]
-        gone = tuple(v.request for v in mine if v.end is not None)
-        if gone:
-            self._to_core(api, encode(Cancel(gone)))
-        pairs = tuple((v.request, v.tokens) for v in mine if v.end is None)
-        if pairs:
-            self._to_core(api, encode(Resume(pairs)))
+    def never_fits(self, job: Job) -> bool:
+        limits, limit = self.limits, len(job.prompt) + job.max_tokens
+        return (
+            limits.pages_for_tokens(limit) > limits.pages_usable
+            or job.choices > limits.queue_requests
+            or job.choices * limit > limits.live_tokens
+        )
 
     # --- checks ---
 
@@ -548,8 +504,8 @@ class Simulation:
     def _check_end(self) -> None:
         """Liveness: everything ended, and everything is home."""
         for view in self.views.values():
-            if view.end is None:
-                raise Violation(f"request {view.request:#x} never ended ({view.tokens} tokens)")
+            if view.how is None:
+                raise view.wrong(f"never ended ({view.tokens} of {len(view.answer.tokens)} tokens)")
         if self.brain.live:
             raise Violation(f"{self.brain.live} requests live after the last client has gone")
         ledger = self.brain.ledger

@@ -14,10 +14,11 @@ from random import Random
 import numpy as np
 
 from holdfast.config import Limits
+from holdfast.sim.vocabulary import VOCAB, draw_stops
 
 MILLISECOND = 1000  # virtual time is integer microseconds
 SECOND = 1000 * MILLISECOND
-VOCAB = 251
+FOREVER = 10**12
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,10 @@ class Rates:
     api_death: float = 0.0
     respawn_fault: float = 0.0  # per replacement: the new worker dies as well
     abort: float = 0.0  # per request: its client goes away at a random moment
-    stop_string: float = 0.0  # per request: api ends it after some token
+    output_twice: float = 0.0  # per frame: the core says it to api once more
+    output_lost: float = 0.0  # per frame of tokens
+    stop_string: float = 0.0  # per request: it has stop strings
+    slow_reader: float = 0.0  # per request: its client is slow to read
     short_deadline: float = 0.0  # per request
 
 
@@ -47,17 +51,39 @@ class Rates:
 class Job:
     """One client request. Times in virtual microseconds from the start."""
 
-    ids: tuple[int, ...]
+    number: int
     at: int
     api: int
     prompt: tuple[int, ...]
+    choices: int
     max_tokens: int
     stop_ids: tuple[int, ...]
     tenant: str
     priority: int
     timeout: int
-    abort_after: int | None  # after `at`
-    finish_after: int | None  # tokens after which a stop string is found
+    client: Client
+    sampled: bool = False  # each choice draws with a seed of its own; else all say the same
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    min_tokens: int = 0
+    logprobs: int = -1  # alternatives a token; -1 = no logprobs
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One a choice."""
+        return tuple(range(self.number, self.number + self.choices))
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """How the client of a job behaves. It leaves at the first of the moments that come."""
+
+    leaves_after: int | None = None  # after its request
+    leaves_at_token: int | None = None  # as this many tokens of choice 0 have arrived
+    leaves_with_core: bool = False  # while there is no core
+    read_time: int = 0  # for one write; 0 = reads at once
+    retries: int = 0  # after a refusal
+    retry_after: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +97,9 @@ class World:
     fence_time: int  # from the kill to the proof that the old worker is gone
     respawn_time: int
     faults_until: int  # virtual time at which the liveness phase begins
+    buffer_tokens: int = 1024  # unread tokens of a choice
+    write_timeout: int = 30 * SECOND
+    resume_timeout: int = 60 * SECOND
 
 
 PROFILES = {
@@ -90,7 +119,7 @@ def draw(seed: int, profile: str = "short") -> World:
     rates = _draw_rates(rng, fault_chance)
     step_time = rng.choice([200, 2 * MILLISECOND, 20 * MILLISECOND])
     span = rng.choice([5, 50, 400]) * step_time
-    jobs = _draw_jobs(rng, limits, rates, rng.randint(1, requests_max), span)
+    jobs = _draw_jobs(rng, limits, rates, rng.randint(1, requests_max), span, step_time)
     return World(
         seed=seed,
         limits=limits,
@@ -101,6 +130,9 @@ def draw(seed: int, profile: str = "short") -> World:
         fence_time=rng.choice([1, 30]) * step_time,
         respawn_time=rng.choice([1, 10, 50]) * step_time,
         faults_until=span * 3 + 200 * step_time,
+        buffer_tokens=rng.choice([2, 8, 1024]),
+        write_timeout=rng.choice([30 * SECOND, 40 * step_time]),
+        resume_timeout=rng.choice([60 * SECOND, 60 * SECOND, 60 * step_time]),
     )
 
 
@@ -133,7 +165,7 @@ def _draw_limits(rng: Random, shortage: float) -> Limits:
         queue_requests=rng.choice([2, 5, 64]),
         live_tokens=rng.choice([context, 4 * context, 100 * context]),
         bias_entries=2,
-        stop_ids=4,
+        stop_ids=16,
         api_processes=rng.choice([1, 1, 2]),
     )
 
@@ -144,7 +176,7 @@ def _draw_rates(rng: Random, fault_chance: float) -> Rates:
         # Every rate is drawn, used or not, so that one coin does not shift all the others.
         on, exponent = rng.random() < fault_chance, rng.uniform(-2.5, -0.7)
         drawn[rate.name] = 10.0**exponent if on else 0.0
-    for per_request in ("abort", "stop_string", "short_deadline"):
+    for per_request in ("abort", "stop_string", "slow_reader", "short_deadline"):
         if rng.random() < 0.5:
             drawn[per_request] = max(drawn[per_request], rng.uniform(0.0, 0.5))
     for rare in ("core_death", "api_death"):
@@ -152,11 +184,13 @@ def _draw_rates(rng: Random, fault_chance: float) -> Rates:
     return Rates(**drawn)
 
 
-def _draw_jobs(rng: Random, limits: Limits, rates: Rates, count: int, span: int) -> tuple[Job, ...]:
+def _draw_jobs(
+    rng: Random, limits: Limits, rates: Rates, count: int, span: int, step_time: int
+) -> tuple[Job, ...]:
     # Few different prompts, cut at random lengths: prefixes are shared, and forked.
     stems = [[rng.randrange(VOCAB) for _ in range(limits.context_tokens)] for _ in range(3)]
-    jobs, next_id = [], 1
-    for _ in range(count):
+    jobs = []
+    for number in range(1, count + 1):
         stem = list(rng.choice(stems))
         if rng.random() < 0.2:
             # A page that follows itself: told from its twin by its parent alone.
@@ -165,26 +199,44 @@ def _draw_jobs(rng: Random, limits: Limits, rates: Rates, count: int, span: int)
         if rng.random() < 0.3:
             stem[rng.randrange(len(stem))] = rng.randrange(VOCAB)
         length = rng.randint(1, limits.context_tokens - 1)
-        choices = rng.choice([1, 1, 1, 1, 3])
-        stop_ids = tuple(rng.sample(range(VOCAB), rng.choice([0, 1, 4])))
-        api = rng.randrange(limits.api_processes)
-        jobs.append(
-            Job(
-                ids=tuple((api << 48) | (next_id + at) for at in range(choices)),
-                at=rng.randint(0, span),
-                api=api,
-                prompt=tuple(stem[:length]),
-                max_tokens=rng.randint(1, limits.context_tokens - length),
-                stop_ids=stop_ids,
-                tenant=rng.choice(["a", "a", "b"]),
-                priority=rng.choice([0, 0, 0, 1]),
-                timeout=rng.randint(1, span) if rng.random() < rates.short_deadline else 10**12,
-                abort_after=rng.randint(0, span) if rng.random() < rates.abort else None,
-                finish_after=rng.randint(1, 12) if rng.random() < rates.stop_string else None,
-            )
+        max_tokens = rng.randint(1, limits.context_tokens - length)
+        job = Job(
+            number=number,
+            at=rng.randint(0, span),
+            api=rng.randrange(limits.api_processes),
+            prompt=tuple(stem[:length]),
+            choices=rng.choice([1, 1, 1, 1, 3]),
+            max_tokens=max_tokens,
+            stop_ids=tuple(rng.sample(range(VOCAB), rng.choice([0, 1, 16]))),
+            tenant=rng.choice(["a", "a", "b"]),
+            priority=rng.choice([0, 0, 0, 1]),
+            timeout=rng.randint(1, span) if rng.random() < rates.short_deadline else FOREVER,
+            client=_draw_client(rng, rates, span, step_time),
+            sampled=rng.random() < 0.5,
+            logprobs=rng.choice([-1, -1, 0, 2]),
         )
-        next_id += choices
-    return tuple(sorted(jobs, key=lambda job: (job.at, job.ids)))
+        if rng.random() < rates.stop_string:
+            job = replace(
+                job,
+                stop=draw_stops(rng),
+                include_stop=rng.random() < 0.3,
+                min_tokens=rng.choice([0, 0, rng.randint(0, max_tokens)]),
+            )
+        jobs.append(job)
+    return tuple(sorted(jobs, key=lambda job: (job.at, job.number)))
+
+
+def _draw_client(rng: Random, rates: Rates, span: int, step_time: int) -> Client:
+    leaves = rng.choice(["time", "token", "core"]) if rng.random() < rates.abort else ""
+    slow = rng.random() < rates.slow_reader
+    return Client(
+        leaves_after=rng.randint(0, span) if leaves == "time" else None,
+        leaves_at_token=rng.randint(1, 12) if leaves == "token" else None,
+        leaves_with_core=leaves == "core",
+        read_time=rng.choice([1, 5, 60]) * step_time if slow else 0,
+        retries=rng.choice([0, 2]),
+        retry_after=rng.choice([1, 10]) * step_time,
+    )
 
 
 def without(world: World, jobs: tuple[Job, ...] | None = None, **rates: float) -> World:

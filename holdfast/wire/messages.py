@@ -169,6 +169,7 @@ _TOKENS_NAMES = [name for name, _ in _TOKENS.arrays]
 class TokenBatch:
     """The tokens that one step gave to the requests of one api process, k of them.
 
+    step: 0 for tokens of earlier steps, in answer to a Resume.
     requests uint64[k]; indexes int32[k]; tokens int32[k]; ends uint8[k] (End; the request ended
     with this token); cached int32[k] (prompt tokens served from the prefix cache).
     logprobs float32[k], or empty when nobody asked; top_k = K; top_ids int32[k * K] and

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from apikit import END_ID, Kit, kit, run, until
 
-from holdfast.api.generation import Generation
+from holdfast.api.client import AwaitedGeneration
 from holdfast.api.schema import Resolved, SamplingParams
 from holdfast.errors import EngineFault, NotReady, QueueFull, RequestError
 from holdfast.wire.messages import Accepted, End, Ended, Refused
@@ -20,7 +20,7 @@ def resolved(k: Kit, **fields: object) -> Resolved:
     return SamplingParams(**fields).resolve(k.limits, prompt_tokens=3, end_ids=(END_ID,))
 
 
-async def collect(generation: Generation, count: int) -> list[int | None]:
+async def collect(generation: AwaitedGeneration, count: int) -> list[int | None]:
     """The next `count` tokens of choice 0."""
     found: list[int | None] = []
     while len(found) < count:
@@ -28,7 +28,7 @@ async def collect(generation: Generation, count: int) -> list[int | None]:
     return found
 
 
-async def started(k: Kit, tokens: int, **fields: object) -> tuple[Generation, int]:
+async def started(k: Kit, tokens: int, **fields: object) -> tuple[AwaitedGeneration, int]:
     """A generation that has had `tokens` tokens, 100, 101, ...; and its id at the core."""
     k.core.held = True
     k.core.answer = lambda s, c: ([], int(End.NONE))

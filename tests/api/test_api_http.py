@@ -352,7 +352,7 @@ async def test_a_core_that_forgets_a_deadline_is_not_waited_for() -> None:
         k.core.answer = lambda s, c: ([], int(End.NONE))
         asked = asyncio.create_task(k.chat(timeout=0.05))
         await until(lambda: k.client.open == 1)
-        for generation in k.client._generations.values():
+        for generation in k.client.session.generations.values():
             generation.deadline_s -= 5.0  # the grace
         assert (await asked).status_code == 504
         await until(lambda: bool(k.core.cancels))

@@ -162,7 +162,7 @@ class Driver:
 
     def next_token(self, history: list[int]) -> int:
         limits = self.limits
-        return expected_token(np.array(history, np.int32), limits.vocab_size, limits.windows)
+        return expected_token(np.array(history, np.int32), limits.vocab_size, 0, limits.windows)
 
     def check(self, request: int) -> None:
         got = self.tokens.get(request, [])

@@ -53,7 +53,7 @@ def test_a_stop_id_ends_with_its_token_and_journals_the_end():
     text = prompt(5, 6)
     wanted = [expected_token(np.array(text, np.int32), VOCAB)]
     wanted.append(expected_token(np.array(text + wanted, np.int32), VOCAB))
-    d.submit(1, text, max_tokens=50, sampling=Sampling(stop_ids=(wanted[1], 3)))
+    d.submit(1, text, max_tokens=50, sampling=Sampling(temperature=0.0, stop_ids=(wanted[1], 3)))
     d.run()
     assert d.tokens[1] == wanted
     assert d.ends[1] is End.STOP
