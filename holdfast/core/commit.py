@@ -91,6 +91,9 @@ class Commit:
             drawn = live & (plan.samples != 0) & ~faulty
             if np.count_nonzero(faulty):
                 self._fail_rows(rows[faulty])
+            gone = ~live & (result.faults != ROW_OK)
+            if np.count_nonzero(gone):
+                self._soil_rows(rows[gone])
             live &= ~faulty
         ends = self._settle_tokens(flight, result, drawn)
         self._want_seals(plan, rows if whole else rows[live], now=bool(ends))
@@ -225,6 +228,13 @@ class Commit:
                     scheduler.zeros.append(own)
             message = "the model's output for this request was not finite"
             self._ended(request, End.NOT_FINITE, message)
+
+    def _soil_rows(self, rows: np.ndarray) -> None:
+        """Rows that were not finite, whose requests had left meanwhile: their pages retire already,
+        and are zeroed when somebody gets them."""
+        mirror = self.scheduler.mirror
+        for group in range(self.limits.groups):
+            self.ledger.soil(group, np.unique(mirror.page_table[group, rows]))
 
     def _want_seals(self, plan: StepPlan, rows: np.ndarray, *, now: bool) -> None:
         """Ask for the sums of these rows' pages that have become full.

@@ -121,6 +121,15 @@ class Ledger:
             self._dirty_pages -= np.count_nonzero(dirty)
         return np.concatenate(found)
 
+    def soil(self, group: int, pages: np.ndarray) -> None:
+        """These distinct pages int32[k] hold what is not finite, unless they are sealed (then it
+        was written to another page of the row) or the trash page."""
+        state = self.pools[group].state[pages]
+        pages = pages[(state != _SEALED) & (state != _TRASH)]
+        dirty = self._dirty[group]
+        self._dirty_pages += pages.size - np.count_nonzero(dirty[pages])
+        dirty[pages] = True
+
     def launch(self, handles: np.ndarray) -> None:
         """The next step writes these reserved pages, uint64[groups, k]."""
         for pool, mine in zip(self.pools, handles, strict=True):

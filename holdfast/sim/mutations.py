@@ -384,6 +384,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         "self.ledger.release(own, scheduler.step, group)",
     ),
     Mutation(
+        "nan-row-that-left",
+        "pages of a row that was not finite are zeroed though its request had left",
+        _C + "Commit.commit",
+        "self._soil_rows(rows[gone])",
+        "pass",
+    ),
+    Mutation(
         "dirty-after-a-fault",
         "a page that a dead worker was writing is zeroed before it is used",
         _L + "Ledger.soiled",

@@ -109,3 +109,26 @@ def test_a_page_that_a_dead_worker_was_writing_is_zeroed_before_it_is_used_again
     zeroed = sum(plan.zeros.size for plan in d.plans)
     assert zeroed > 0
     d.check_home()
+
+
+def test_pages_of_a_row_that_was_not_finite_are_zeroed_though_its_request_had_left():
+    d = Driver(limits_of(page_tokens=4, pages=9, rows_max=1))
+    d.submit(1, [1] * 5, max_tokens=12, timeout_s=5.0)
+    d.tick()
+    while d.pending:
+        d.commit()
+    plan = d.brain.plan(d.now_s)
+    assert plan is not None
+    result = d.worker.run(plan, spoil=0)
+    d.brain.expire(d.now_s + 6.0)
+    d.brain.commit(result, d.now_s)
+    d.collect()
+    while d.pending:
+        d.commit()
+    for request in range(2, 6):
+        d.submit(request, [request] * 9, max_tokens=12)
+    d.run()
+    for request in range(2, 6):
+        assert len(d.tokens[request]) == 12
+        d.check(request)
+    d.check_home()
