@@ -18,20 +18,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from holdfast.config import Limits
-from holdfast.wire.envelope import (
-    ANY,
-    BEYOND,
-    WITHIN,
-    Envelope,
-    Footing,
-    Graphs,
-    Refusal,
-    admit,
-    bucket_of,
-    buckets,
-    shape_of,
-)
-from holdfast.wire.plan import StepPlan
+from holdfast.wire import envelope  # its functions by name of the module: mutations replace them
+from holdfast.wire.envelope import ANY, BEYOND, WITHIN, Envelope, Footing, Graphs, Refusal
+from holdfast.wire.plan import TRASH_PAGE, StepPlan
 from holdfast.wire.rows import RowTable
 from holdfast.wire.staging import Staged, Staging
 
@@ -60,14 +49,18 @@ class StagedRows:
     """Static buffers in the shape of a row table: what `forward` reads instead of one.
 
     Row i of it is the i-th of the batch. records: ADMIT[B]; length: int32[B];
-    page_table: int32[groups, B, W].
+    page_table: int32[groups, B, W], of which the first `columns` are read.
     """
 
     def __init__(self, staged: Staged, table: RowTable, columns: int) -> None:
         self._staged = staged
         self.records = table.records[staged.rows]
         self.length = staged.lengths
-        self.page_table = staged.page_table[:, :, :columns]
+        self.page_table = staged.page_table
+        if columns < self.page_table.shape[2]:
+            # What lies behind a narrower table is anybody's; here it is the trash page.
+            self.page_table = self.page_table.copy()
+            self.page_table[:, :, columns:] = TRASH_PAGE
 
     def inputs(self, rows: np.ndarray, query_lens: np.ndarray) -> tuple[np.ndarray, ...]:
         """As RowTable.inputs, for all rows in order and one query length for all."""
@@ -112,7 +105,7 @@ class FakeGraphs:
     ) -> None:
         self.limits = limits
         self.windows = windows
-        self.ladder = buckets(limits.rows_max)
+        self.ladder = envelope.buckets(limits.rows_max)
         self.staging = {query_len: Staging(limits, query_len) for query_len in query_lens}
         # Addresses mean something in one process only: the next worker often gets the very same
         # ones. So they say which buffers of a worker, and never which worker: the pool epoch does.
@@ -164,15 +157,17 @@ class FakeGraphs:
         if self._steps == CAPTURE_AFTER_STEPS and self._stale:
             self.capture()
         lengths = table.length[plan.rows]
-        shape = shape_of(plan.query_lens, lengths, lengths, drafts, moves_bytes=moves_bytes)
-        graph = admit(shape, self.footing, self._graphs)
+        shape = envelope.shape_of(
+            plan.query_lens, lengths, lengths, drafts, moves_bytes=moves_bytes
+        )
+        graph = envelope.admit(shape, self.footing, self._graphs)
         staging = self.staging.get(shape.query_len)
         if shape.prefill or staging is None or shape.seen_max > self._room:
             assert isinstance(graph, Refusal)
             self._count(graph)
             return forward(plan, table, self._first_seen)
         draft_count = int(drafts[0]) if drafts is not None and drafts.size else 0
-        bucket = bucket_of(shape.rows, self.ladder)
+        bucket = envelope.bucket_of(shape.rows, self.ladder)
         staged = staging.fill(plan, table, bucket, draft_count)
         if isinstance(graph, Refusal):
             self._count(graph)
@@ -188,7 +183,7 @@ class FakeGraphs:
 
     @property
     def _stale(self) -> bool:
-        return all(envelope.footing != self.footing for envelope in self.captures)
+        return all(captured.footing != self.footing for captured in self.captures)
 
     @property
     def _room(self) -> int:

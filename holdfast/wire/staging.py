@@ -27,8 +27,8 @@ class Staged:
 
     rows, lengths: int32[B], row of the table and its tokens before the step. samples: uint8[B].
     tokens, positions: int32[B * q] of the query tokens, row after row; the token of a draft is 0
-    until the device writes it. page_table: int32[groups, B, W]. stores: int32[groups, B * q], the
-    page that takes each query token's KV.
+    until the device writes it. page_table: int32[groups, B, W]; the KV of a query token goes to the
+    page of its position's column.
     """
 
     query_len: int
@@ -38,7 +38,6 @@ class Staged:
     tokens: np.ndarray
     positions: np.ndarray
     page_table: np.ndarray
-    stores: np.ndarray
 
 
 class Staging:
@@ -61,7 +60,6 @@ class Staging:
             tokens=np.zeros(tokens, np.int32),
             positions=np.tile(self._within, rows),
             page_table=np.full((limits.groups, rows, columns), TRASH_PAGE, np.int32),
-            stores=np.full((limits.groups, tokens), TRASH_PAGE, np.int32),
         )
         # What the last step may have left: its rows, and the columns of its page tables.
         self._filled = 0
@@ -72,7 +70,7 @@ class Staging:
         """Of every buffer: a part of wire.envelope.Footing."""
         every = self._all
         buffers = (every.rows, every.lengths, every.samples, every.tokens, every.positions)
-        return tuple(b.ctypes.data for b in (*buffers, every.page_table, every.stores))
+        return tuple(buffer.ctypes.data for buffer in (*buffers, every.page_table))
 
     def view(self, bucket: int) -> Staged:
         """The buffers as a graph of this bucket sees them."""
@@ -85,7 +83,6 @@ class Staging:
             tokens=every.tokens[:tokens],
             positions=every.positions[:tokens],
             page_table=every.page_table[:, :bucket],
-            stores=every.stores[:, :tokens],
         )
 
     def fill(self, plan: StepPlan, table: RowTable, bucket: int, drafts: int = 0) -> Staged:
@@ -111,19 +108,15 @@ class Staging:
         tokens = every.tokens[: n * query_len].reshape(n, query_len)
         tokens[:, :known] = table.tokens[rows[:, None], positions[:, :known]]
         tokens[:, known:] = 0
-        self._fill_pages(table, rows, positions // self.limits.page_tokens)
+        self._fill_pages(table, rows)
         self._pad(n)
         return self.view(bucket)
 
-    def _fill_pages(self, table: RowTable, rows: np.ndarray, columns: np.ndarray) -> None:
-        """rows: int32[n]; columns: int32[n, q], of the query tokens' positions."""
-        n, every = rows.size, self._all
+    def _fill_pages(self, table: RowTable, rows: np.ndarray) -> None:
+        n, pages = rows.size, self._all.page_table
         width = int(table.pages_len[:, rows].max())
-        every.page_table[:, :n, :width] = table.page_table[:, rows, :width]
-        every.page_table[:, :n, width : self._width] = TRASH_PAGE
-        every.stores[:, : columns.size] = table.page_table[:, rows[:, None], columns].reshape(
-            table.page_table.shape[0], -1
-        )
+        pages[:, :n, :width] = table.page_table[:, rows, :width]
+        pages[:, :n, width : self._width] = TRASH_PAGE
         self._width = width
 
     def _pad(self, n: int) -> None:
@@ -140,4 +133,3 @@ class Staging:
         every.tokens[tokens] = 0
         every.positions[tokens] = np.tile(self._within, stale.stop - stale.start)
         every.page_table[:, stale] = TRASH_PAGE
-        every.stores[:, tokens] = TRASH_PAGE
