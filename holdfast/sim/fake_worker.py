@@ -11,10 +11,13 @@ Runs wire.rows and wire.checksum as they are. Used by tests, the simulator and `
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from holdfast.config import Limits
 from holdfast.errors import WorkerFault
+from holdfast.sim.fake_graphs import Capture, FakeGraphs, FirstSeen, StagedRows
 from holdfast.wire.checksum import page_sums, weights
 from holdfast.wire.plan import StepPlan, StepResult, handle_pages
 from holdfast.wire.rows import RowTable, mix
@@ -44,10 +47,17 @@ def memory_of(limits: Limits) -> np.ndarray:
 class FakeWorker:
     """Executes plans in the order that wire.plan states. One instance is one epoch's device.
 
-    `pages`: memory that outlives it (memory_of), or None for memory of its own.
+    `pages`: memory that outlives it (memory_of), or None for memory of its own. `inherited`: graphs
+    of the worker before (sim.fake_graphs).
     """
 
-    def __init__(self, limits: Limits, epoch: int = 1, pages: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        epoch: int = 1,
+        pages: np.ndarray | None = None,
+        inherited: Iterable[Capture] = (),
+    ) -> None:
         self.limits = limits
         self.epoch = epoch
         self.step = 0
@@ -55,6 +65,11 @@ class FakeWorker:
         # The keeper's memory: it outlives this worker, with whatever a zombie still writes to it.
         self.pages = memory_of(limits) if pages is None else pages
         self._weights = weights(limits.page_tokens * 2)
+        # Captured for a little less than the longest context, so that its end is a boundary too.
+        captured = limits.page_tokens * max(1, limits.table_columns - 1)
+        self.graphs = FakeGraphs(
+            limits, pool_epoch=epoch, inherited=inherited, context_tokens=captured
+        )
 
     def run(self, plan: StepPlan) -> StepResult:
         """Raises WorkerFault on a plan that is out of order or reaches outside the rows' pages."""
@@ -67,7 +82,7 @@ class FakeWorker:
         self.pages[handle_pages(plan.zeros)] = 0
         sealed = self.pages[handle_pages(plan.seals)].view(np.uint32)
         sums = page_sums(sealed, self._weights)
-        tokens = self._forward(plan)
+        (tokens,) = self.graphs.run(plan, rows, self._forward, moves_bytes=plan.zeros.size > 0)
         rows.advance(plan, tokens)
         return StepResult(
             epoch=plan.epoch,
@@ -78,18 +93,19 @@ class FakeWorker:
             seal_sums=sums,
         )
 
-    def _forward(self, plan: StepPlan) -> np.ndarray:
+    def _forward(
+        self, plan: StepPlan, rows: RowTable | StagedRows, first_seen: FirstSeen
+    ) -> tuple[np.ndarray]:
+        """Tokens int32[n]. Like a real device it reads and writes the trash page without a word."""
         size = self.limits.page_tokens
-        row, position, token = self.rows.inputs(plan.rows, plan.query_lens)
-        page = self.rows.page_table[0, row, position // size]
-        if not page.all():
-            raise WorkerFault(f"step {plan.step} writes through the trash page")
+        row, position, token = rows.inputs(plan.rows, plan.query_lens)
+        page = rows.page_table[0, row, position // size]
         self.pages[page, position % size] = cells_of(token, position)
         tokens = np.zeros(plan.rows.size, np.int32)
         for at in np.flatnonzero(plan.samples).tolist():
             row_id = int(plan.rows[at])
-            length = int(self.rows.length[row_id]) + int(plan.query_lens[at])
-            table = self.rows.page_table[0, row_id, : -(-length // size)]
-            cells = self.pages[table].reshape(-1)[:length]
+            length = int(rows.length[row_id]) + int(plan.query_lens[at])
+            table = rows.page_table[0, row_id, : -(-length // size)]
+            cells = self.pages[table].reshape(-1)[first_seen(0, length) : length]
             tokens[at] = fold(cells, self.limits.vocab_size)
-        return tokens
+        return (tokens,)

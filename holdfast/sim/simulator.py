@@ -21,6 +21,7 @@ from holdfast.core.journal import Journal, recover
 from holdfast.core.metrics import Metrics
 from holdfast.errors import HoldfastError, WorkerFault
 from holdfast.sim.checkers import ClientView, PageWatch, Violation, check_bounds
+from holdfast.sim.fake_graphs import Capture
 from holdfast.sim.fake_worker import FakeWorker, memory_of
 from holdfast.sim.world import Job, World, prompt_array
 from holdfast.wire.link import Kind, MemoryLink
@@ -82,6 +83,7 @@ class Simulation:
         self.journal = memoryview(bytearray(Journal.size(self.limits)))
         self.metrics = Metrics(memoryview(bytearray(Metrics.size(1))), 0)
         self.memory = memory_of(self.limits)
+        self.captures: list[Capture] = []  # graphs of the worker before
         self.epoch = 1
         self.brain = self._new_brain()
         self.worker: FakeWorker | None = None
@@ -264,7 +266,8 @@ class Simulation:
     # --- the worker ---
 
     def _start_worker(self) -> None:
-        self.worker = FakeWorker(self.limits, self.epoch, self.memory)
+        self.worker = FakeWorker(self.limits, self.epoch, self.memory, self.captures)
+        self.captures = list(self.worker.graphs.captures.values())
         self.queue: list[StepPlan] = []
         self.worker_busy = False
 
