@@ -15,6 +15,7 @@ Owns nothing: reads and writes core.running's planned view, the ledger and the w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,10 +49,14 @@ class SealBatch:
 
 @dataclass(slots=True)
 class Flight:
-    """A launched plan and what its result will be matched with. life: int64[n], of plan.rows."""
+    """A launched plan and what its result will be matched with.
+
+    life: int64[n], ids: uint64[n], of plan.rows.
+    """
 
     plan: StepPlan
     life: np.ndarray
+    ids: np.ndarray
     seals: list[SealBatch]
     launched_s: float
 
@@ -98,6 +103,7 @@ class Scheduler:
         self._page_range = np.arange(limits.page_tokens)
         self._ones = np.ones(limits.rows_total, np.int32)
         self.preempted = 0
+        self.alone: Request | None = None  # nobody else may have a row (core.quarantine)
         self.starved: list[Request] = []  # cannot go on though nothing else holds pages
         self.clears: list[int] = []
         self.seals: list[SealBatch] = []
@@ -162,7 +168,7 @@ class Scheduler:
             plan.bias_ids = np.array([entry[0] for entry in draft.bias], np.int32)
             plan.bias_values = np.array([entry[1] for entry in draft.bias], np.float32)
             plan.stop_ids = np.array(draft.stop_ids, np.int32)
-        return Flight(plan, run.life[rows], seals, now_s)
+        return Flight(plan, run.life[rows], run.ids[rows], seals, now_s)
 
     # --- decode ---
 
@@ -244,7 +250,7 @@ class Scheduler:
     def _admit(self, draft: _Draft, budget: int) -> None:
         """New rows from the waiting queue while rows, pages and budget last."""
         while budget > 0 and self.running.rows_free:
-            request = self.waiting.peek()
+            request = self.waiting.peek() if self.alone is None else self._alone()
             if request is None:
                 return
             tokens = request.tokens
@@ -261,7 +267,7 @@ class Scheduler:
             if self.ledger.available() < wanted:
                 self.ledger.release(hits, 0)
                 return
-            self.waiting.pop()
+            self.waiting.pop(request)
             parent = int(hits[-1]) if hits.size else root
             waits = request.prompt_len // self.limits.page_tokens
             chain = Chain(parent, hits.size, waits, request)
@@ -274,6 +280,19 @@ class Scheduler:
             count = self._chunk(draft, row, budget)
             require(count > 0, f"row {row} was admitted without a token to compute")
             budget -= count
+
+    def _alone(self) -> Request | None:
+        """The request that must run alone, while it has no row."""
+        request = self.alone
+        return request if request is not None and request.phase is Phase.WAITING else None
+
+    def isolate(self, request: Request, flights: Iterable[Flight]) -> bool:
+        """Give up all other rows. False while a step of `flights` may still compute one of them."""
+        self.alone = request
+        for row in self.running.rows().tolist():
+            if self.running.requests[row] is not request:
+                self.preempt(row)
+        return all(np.count_nonzero(flight.ids != request.id) == 0 for flight in flights)
 
     def _admit_record(self, draft: _Draft, row: int, request: Request, hits: np.ndarray) -> None:
         admission, sampling = request.admission, request.admission.sampling
@@ -388,6 +407,7 @@ class Scheduler:
         """A new epoch: nothing that was asked of the old device counts. Steps number from 1."""
         self.running, self.mirror = running, mirror
         self.step = 0
+        self.alone = None
         self.clears, self.seals, self.zeros = [], [], []
 
 

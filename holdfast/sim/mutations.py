@@ -38,6 +38,7 @@ class Mutation:
 
 _S, _C, _B = "holdfast.core.scheduler:", "holdfast.core.commit:", "holdfast.core.brain:"
 _L, _P, _R = "holdfast.kv.ledger:", "holdfast.kv.prefix:", "holdfast.wire.rows:"
+_Q = "holdfast.core.quarantine:"
 _E, _G = "holdfast.wire.envelope:", "holdfast.wire.staging:"
 
 MUTATIONS: tuple[Mutation, ...] = (
@@ -332,6 +333,45 @@ MUTATIONS: tuple[Mutation, ...] = (
         _G + "Staging._fill_pages",
         "width = int(table.pages_len[:, rows].max())",
         "width = int(table.pages_len[:, rows].max()) - 1",
+    ),
+)
+
+# Quarantine: who makes workers fault ends, and nobody else.
+QUARANTINE_MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "suspicion-never-cleared",
+        "suspicion is over once its request is past the position",
+        _Q + "Quarantine.implicate",
+        "if before is None or position > before.position:",
+        "if before is not None: before.position = position\n    if before is None:",
+    ),
+    Mutation(
+        "suspect-ended-at-once",
+        "a request that faulted with others is run alone before it ends",
+        _Q + "Quarantine.implicate",
+        "if self.alone == request and not shared:",
+        "if True:",
+    ),
+    Mutation(
+        "never-alone",
+        "a request implicated twice runs alone",
+        _B + "Brain.plan",
+        "if self.quarantine.alone is not None and not self._isolate():",
+        "if False:",
+    ),
+    Mutation(
+        "alone-in-company",
+        "nobody is admitted beside a request that runs alone",
+        _S + "Scheduler._admit",
+        "self.waiting.peek() if self.alone is None else self._alone()",
+        "self.waiting.peek()",
+    ),
+    Mutation(
+        "poison-retried",
+        "a request that faults alone ends",
+        _B + "Brain._suspect",
+        "if culprit is not None:",
+        "if False:",
     ),
 )
 

@@ -74,7 +74,7 @@ def _cuts(job: Job) -> Iterator[Job]:
         yield replace(job, prompt=job.prompt[: len(job.prompt) // 2])
     if job.max_tokens > 1:
         yield replace(job, max_tokens=job.max_tokens // 2)
-    for name in ("abort_after", "finish_after"):
+    for name in ("abort_after", "finish_after", "poison_at"):
         if getattr(job, name) is not None:
             yield replace(job, **{name: None})
     if job.stop_ids:
@@ -107,6 +107,7 @@ def describe(world: World) -> str:
                 ("priority", job.priority),
                 ("abort after", job.abort_after),
                 ("stop string after", job.finish_after),
+                ("poison at", job.poison_at),
                 ("timeout", job.timeout if job.timeout < 10**12 else None),
             )
             if value not in (None, 0)

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from holdfast.core.brain import Brain
+from holdfast.core.brain import POISON_MESSAGE, Brain
 from holdfast.core.journal import Journal, recover
 from holdfast.core.metrics import Metrics
 from holdfast.errors import HoldfastError, WorkerFault
-from holdfast.sim.checkers import ClientView, PageWatch, Violation, check_bounds
+from holdfast.sim.checkers import ClientView, PageWatch, Suspects, Violation, check_bounds
 from holdfast.sim.fake_graphs import Capture
 from holdfast.sim.fake_worker import FakeWorker, memory_of
 from holdfast.sim.world import Job, World, prompt_array
@@ -82,6 +82,9 @@ class Simulation:
         self.sent_at: dict[tuple[int, int], int] = {}  # when the core made a token
         self.journal = memoryview(bytearray(Journal.size(self.limits)))
         self.metrics = Metrics(memoryview(bytearray(Metrics.size(1))), 0)
+        self.poison = {one: job.poison_at for job in world.jobs for one in job.ids}
+        self.poison = {one: at for one, at in self.poison.items() if at is not None}
+        self.implicates = False  # the last worker ended by its own fault
         self.memory = memory_of(self.limits)
         self.captures: list[Capture] = []  # graphs of the worker before
         self.epoch = 1
@@ -161,6 +164,8 @@ class Simulation:
         self.core_link.epoch = self.worker_link.epoch = self.epoch
         self.watch = PageWatch(self.limits)
         self.launched: dict[int, int] = {}
+        self.suspects = Suspects(self.limits, set(self.poison))
+        self.flights: dict[int, list[tuple[int, int, int]]] = {}
         self.core_life = getattr(self, "core_life", 0) + 1
         return brain
 
@@ -198,11 +203,28 @@ class Simulation:
         while (plan := self.brain.plan(self.now_s)) is not None:
             self.steps += 1
             self.watch.launch(plan, self._tenant_of, self._handle_of)
+            self.flights[plan.step] = self._computes(plan)
             self._send_plan(plan)
         self._flush()
         deadline = self.brain.next_deadline_s
         if deadline is not None and deadline < 1e5:
             self.at(max(self.now + 1, int(deadline * 1e6) + 1), self._wake, "core wakes")
+
+    def _computes(self, plan: StepPlan) -> list[tuple[int, int, int]]:
+        """(request, first, last) for each row of a plan that was launched: positions computed."""
+        ids = self.brain.scheduler.running.ids[plan.rows].tolist()
+        ends = self.watch.rows.length[plan.rows].tolist()
+        return [
+            (one, end - count, end - 1)
+            for one, end, count in zip(ids, ends, plan.query_lens.tolist(), strict=True)
+        ]
+
+    def _poisoned(self, step: int) -> int | None:
+        """The request whose poison this step computes."""
+        for request, first, last in self.flights.get(step, ()) if self.poison else ():
+            if first <= self.poison.get(request, -1) <= last:
+                return request
+        return None
 
     def _tenant_of(self, row: int) -> str:
         request = self.brain.scheduler.running.requests[row]
@@ -220,15 +242,18 @@ class Simulation:
 
     def _flush(self) -> None:
         for api, kind, payload in self.brain.take_output():
-            self._no_token_after_cancel(kind, payload)
+            self._check_output(kind, payload)
             self.after(
                 self.world.channel_time,
                 lambda api=api, kind=kind, payload=payload: self._api_receives(api, kind, payload),
                 f"api {api} receives",
             )
 
-    def _no_token_after_cancel(self, kind: int, payload: bytes) -> None:
+    def _check_output(self, kind: int, payload: bytes) -> None:
         if kind != Kind.TOKENS:
+            message = decode_to_api(payload)
+            if isinstance(message, Ended) and message.message == POISON_MESSAGE:
+                self.suspects.ended(message.id)
             return
         batch = TokenBatch.decode(payload)
         for request, index in zip(batch.requests.tolist(), batch.indexes.tolist(), strict=True):
@@ -251,6 +276,7 @@ class Simulation:
         """Memory of the core is gone, and what it had not handed to a socket yet."""
         self.epoch += 1
         self._kill_worker()
+        self.implicates = False
         self.brain = self._new_brain()
         self.brain.suspend()
         self.brain.restore(recover(self.journal), self.now_s)
@@ -287,7 +313,7 @@ class Simulation:
 
     def _watchdog(self, epoch: int, step: int) -> None:
         if epoch == self.epoch and self.worker is not None and step > self.watch.acknowledged:
-            self._lose_worker(f"no result of step {step} in time")
+            self._lose_worker(f"no result of step {step} in time", implicates=True)
 
     def _worker_receives(self, frame: bytes, epoch: int) -> None:
         if epoch != self.epoch or self.worker is None:
@@ -299,7 +325,7 @@ class Simulation:
         if self.worker_busy or not self.queue or self.worker is None:
             return
         if self.chance("crash"):
-            self._lose_worker("crash")
+            self._lose_worker("crash", implicates=True)
             return
         self.worker_busy = True
         if self.chance("hang"):
@@ -315,10 +341,14 @@ class Simulation:
             return
         self.worker_busy = False
         plan = self._tampered(self.queue.pop(0))
+        if (poisoned := self._poisoned(plan.step)) is not None:
+            self._lose_worker(f"poison of request {poisoned:#x}", implicates=True)
+            self.suspects.killed_by(poisoned)
+            return
         try:
             result = self.worker.run(plan)
         except (HoldfastError, IndexError) as fault:
-            self._lose_worker(f"worker fault: {fault}")
+            self._lose_worker(f"worker fault: {fault}", implicates=True)
             return
         if plan.rows.size and self.chance("nan_row"):
             row = self.rng.randrange(plan.rows.size)
@@ -326,7 +356,7 @@ class Simulation:
             result.tokens[row] = 0
             self.worker.rows.tokens[plan.rows[row], self.worker.rows.length[plan.rows[row]]] = 0
         if self.chance("crash_after"):
-            self._lose_worker("crash after a step")
+            self._lose_worker("crash after a step", implicates=True)
             return
         self._send_result(result.encode(), epoch)
         self._worker_works()
@@ -362,15 +392,32 @@ class Simulation:
 
     # --- the supervisor ---
 
-    def _lose_worker(self, why: str) -> None:
-        """Noticed: nothing of this epoch counts any more; fenced and replaced a while later."""
+    def _lose_worker(self, why: str, *, implicates: bool = False) -> None:
+        """Noticed: nothing of this epoch counts any more; fenced and replaced a while later.
+
+        implicates: it ended by its own fault, and not because we did not believe it.
+        """
         if self.worker is None:
             return
         self.say(f"worker {self.epoch} lost: {why}")
+        self.implicates = implicates
+        if implicates:
+            self._take_suspects()
         self.brain.suspend()
         self._kill_worker()
         self.epoch += 1
         self._respawn(self.epoch)
+
+    def _take_suspects(self) -> None:
+        in_flight = {
+            request
+            for step, computed in self.flights.items()
+            if step > self.watch.acknowledged
+            for request, _, _ in computed
+        }
+        live = [self.brain.requests.get(one) for one in sorted(in_flight)]
+        known = {one.id: int(self.brain._tokens_of(one).size) for one in live if one is not None}
+        self.suspects.fault(in_flight, known)
 
     def _kill_worker(self) -> None:
         """The old process may go on writing until the fence: run what it had queued."""
@@ -405,7 +452,8 @@ class Simulation:
         self._start_worker()
         self.core_link.epoch = self.worker_link.epoch = epoch
         self.watch = PageWatch(self.limits)
-        self.brain.new_epoch(epoch, self.now_s)
+        self.flights = {}
+        self.brain.new_epoch(epoch, self.now_s, implicates=self.implicates)
         self._tick()
 
     # --- api and clients ---

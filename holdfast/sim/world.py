@@ -41,6 +41,7 @@ class Rates:
     abort: float = 0.0  # per request: its client goes away at a random moment
     stop_string: float = 0.0  # per request: api ends it after some token
     short_deadline: float = 0.0  # per request
+    poison: float = 0.0  # per request: the worker dies whenever it computes a certain token of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Job:
     timeout: int
     abort_after: int | None  # after `at`
     finish_after: int | None  # tokens after which a stop string is found
+    poison_at: int | None = None  # position whose computation kills the worker, every time
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ def draw(seed: int, profile: str = "short") -> World:
     step_time = rng.choice([200, 2 * MILLISECOND, 20 * MILLISECOND])
     span = rng.choice([5, 50, 400]) * step_time
     jobs = _draw_jobs(rng, limits, rates, rng.randint(1, requests_max), span)
+    rates, jobs = _draw_poison(Random(seed * 0xC2B2_AE35 + 3), rates, jobs, fault_chance)
     return World(
         seed=seed,
         limits=limits,
@@ -131,7 +134,7 @@ def _draw_limits(rng: Random, shortage: float) -> Limits:
 
 def _draw_rates(rng: Random, fault_chance: float) -> Rates:
     drawn = {}
-    for rate in fields(Rates):
+    for rate in fields(Rates)[:-1]:  # all but `poison`
         # Every rate is drawn, used or not, so that one coin does not shift all the others.
         on, exponent = rng.random() < fault_chance, rng.uniform(-2.5, -0.7)
         drawn[rate.name] = 10.0**exponent if on else 0.0
@@ -176,6 +179,20 @@ def _draw_jobs(rng: Random, limits: Limits, rates: Rates, count: int, span: int)
         )
         next_id += choices
     return tuple(sorted(jobs, key=lambda job: (job.at, job.ids)))
+
+
+def _draw_poison(
+    rng: Random, rates: Rates, jobs: tuple[Job, ...], fault_chance: float
+) -> tuple[Rates, tuple[Job, ...]]:
+    """With a Random of its own: worlds without poison are what they were before there was any."""
+    if rng.random() >= fault_chance / 2:
+        return rates, jobs
+    rate = rng.uniform(0.02, 0.3)
+    poisoned = []
+    for job in jobs:
+        at = rng.randrange(len(job.prompt) + job.max_tokens)
+        poisoned.append(replace(job, poison_at=at) if rng.random() < rate else job)
+    return replace(rates, poison=rate), tuple(poisoned)
 
 
 def without(world: World, jobs: tuple[Job, ...] | None = None, **rates: float) -> World:
