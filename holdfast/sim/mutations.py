@@ -334,10 +334,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         "width = int(table.pages_len[:, rows].max())",
         "width = int(table.pages_len[:, rows].max()) - 1",
     ),
-)
-
-# Quarantine: who makes workers fault ends, and nobody else.
-QUARANTINE_MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "suspicion-never-cleared",
         "suspicion is over once its request is past the position",
@@ -358,13 +354,6 @@ QUARANTINE_MUTATIONS: tuple[Mutation, ...] = (
         _B + "Brain.plan",
         "if self.quarantine.alone is not None and not self._isolate():",
         "if False:",
-    ),
-    Mutation(
-        "alone-in-company",
-        "nobody is admitted beside a request that runs alone",
-        _S + "Scheduler._admit",
-        "self.waiting.peek() if self.alone is None else self._alone()",
-        "self.waiting.peek()",
     ),
     Mutation(
         "poison-retried",

@@ -342,6 +342,7 @@ class Simulation:
         self.worker_busy = False
         plan = self._tampered(self.queue.pop(0))
         if (poisoned := self._poisoned(plan.step)) is not None:
+            self.faults["poison"] = self.faults.get("poison", 0) + 1
             self._lose_worker(f"poison of request {poisoned:#x}", implicates=True)
             self.suspects.killed_by(poisoned)
             return
