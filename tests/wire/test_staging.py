@@ -81,7 +81,9 @@ def test_rows_are_staged_in_plan_order_and_the_rest_is_the_trash_row():
 
 def test_drafts_are_left_open_and_their_kv_has_a_page():
     table = table_with([3, 6], room=3)
-    staged = Staging(LIMITS, 3).fill(decode([1, 2], 3), table, 4, drafts=2)
+    staging = Staging(LIMITS, 3)
+    staging.fill(decode([1, 2], 3), table, 4, drafts=2).tokens[1:3] = 77  # the device drafts
+    staged = staging.fill(decode([1, 2], 3), table, 4, drafts=2)
     assert staged.tokens.tolist() == [1003, 0, 0, 2006, 0, 0, *[0] * 6]
     assert staged.positions.tolist() == [3, 4, 5, 6, 7, 8, *[0, 1, 2] * 2]
     assert stores(staged) == [1, 2, 2, 8, 8, 9, *[0] * 6]
