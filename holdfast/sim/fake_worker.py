@@ -82,7 +82,7 @@ class FakeWorker:
         self.pages[handle_pages(plan.zeros)] = 0
         sealed = self.pages[handle_pages(plan.seals)].view(np.uint32)
         sums = page_sums(sealed, self._weights)
-        (tokens,) = self.graphs.run(plan, rows, self._forward, moves_bytes=plan.zeros.size > 0)
+        tokens = self._forward(plan)
         rows.advance(plan, tokens)
         return StepResult(
             epoch=plan.epoch,
@@ -93,7 +93,13 @@ class FakeWorker:
             seal_sums=sums,
         )
 
-    def _forward(
+    def _forward(self, plan: StepPlan) -> np.ndarray:
+        """Tokens int32[n], by a graph where one is admitted."""
+        moves_bytes = plan.zeros.size > 0
+        (tokens,) = self.graphs.run(plan, self.rows, self._compute, moves_bytes=moves_bytes)
+        return tokens
+
+    def _compute(
         self, plan: StepPlan, rows: RowTable | StagedRows, first_seen: FirstSeen
     ) -> tuple[np.ndarray]:
         """Tokens int32[n]. Like a real device it reads and writes the trash page without a word."""
