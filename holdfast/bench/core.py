@@ -41,11 +41,14 @@ class QuickWorker(FakeWorker):
     """The simulator's worker, but a token is a hash of (seed, position), not of the whole history:
     reading 256 histories of 32768 tokens would make each step wait 100 ms for its fake device."""
 
-    def _forward(self, plan: StepPlan) -> np.ndarray:
+    def _forward(
+        self, plan: StepPlan, spoil: int | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         positions = self.rows.length[plan.rows] + plan.query_lens
         drawn = mix(positions.astype(np.int64), self.rows.records["seed"][plan.rows])
         tokens = (drawn % np.uint64(self.limits.vocab_size)).astype(np.int32)
-        return tokens * plan.samples.astype(np.int32)
+        tokens *= plan.samples.astype(np.int32)
+        return tokens, np.zeros(0, np.uint8), np.zeros(plan.rows.size, np.uint8)
 
 
 class Stopwatch:

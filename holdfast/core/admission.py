@@ -52,14 +52,12 @@ class WaitingQueue:
             del self._levels[priority]
         return None
 
-    def pop(self) -> Request:
-        """Take the request that `peek` showed; its tenant goes to the end of the round."""
-        request = self.peek()
-        assert request is not None, "pop of an empty queue"
+    def pop(self, request: Request) -> None:
+        """Take a request that waits, mostly the one that `peek` showed; its tenant goes to the end
+        of the round."""
         level = self._levels[request.admission.priority]
-        level[request.admission.tenant].popleft()
+        level[request.admission.tenant].remove(request)
         level.move_to_end(request.admission.tenant)
-        return request
 
     def _line(self, request: Request) -> deque[Request]:
         level = self._levels.setdefault(request.admission.priority, OrderedDict())

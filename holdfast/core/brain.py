@@ -16,7 +16,7 @@ import heapq
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from holdfast.core.commit import Commit, Output
 from holdfast.core.ended import EndedRequests
 from holdfast.core.journal import Admission, Journal, JournalledRequest
 from holdfast.core.metrics import Metrics
+from holdfast.core.quarantine import Quarantine
 from holdfast.core.request import Phase, Request
 from holdfast.core.running import RunningRows
 from holdfast.core.scheduler import Flight, Scheduler
@@ -50,6 +51,9 @@ from holdfast.wire.messages import (
 from holdfast.wire.plan import StepPlan, StepResult
 from holdfast.wire.rows import RowTable
 
+POISON_MESSAGE = (
+    "the engine faulted each time it computed this request, at last with nothing beside it"
+)
 # Gauges and sums are published every few steps, and whenever the pipe is empty.
 COUNT_EVERY_STEPS = 8
 
@@ -81,6 +85,7 @@ class Brain:
         self.requests: dict[int, Request] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._flights: deque[Flight] = deque()
+        self.quarantine = Quarantine()
         self._output: list[Output] = []
         # For clients that have not read their end when the core dies: the last requests that ended
         # here, and those of a core before that no client has asked for since.
@@ -265,6 +270,8 @@ class Brain:
         """The next plan to launch, or None when there is none or enough are unanswered."""
         if self.suspended or len(self._flights) >= self.limits.steps_ahead:
             return None
+        if self.quarantine.alone is not None and not self._isolate():
+            return None
         flight = self.scheduler.plan(self.epoch, len(self._flights), now_s)
         while self.scheduler.starved:
             require(flight is None, "a plan was launched although its only row is starved")
@@ -284,6 +291,15 @@ class Brain:
         if prefilled > 0:
             self.metrics.add("tokens_prefilled_total", prefilled)
         return flight.plan
+
+    def _isolate(self) -> bool:
+        """Let the request that must run alone do so; False while steps of others are in flight."""
+        request = self.requests[self.quarantine.alone]
+        self.quarantine.progress(self._tokens_of(request).size)
+        if self.quarantine.alone is None:
+            self.scheduler.alone = None
+            return True
+        return self.scheduler.isolate(self.requests[self.quarantine.alone], self._flights)
 
     def commit(self, result: StepResult, now_s: float) -> None:
         """Settle the oldest unanswered plan.
@@ -353,6 +369,9 @@ class Brain:
             self.scheduler.drop_row(request.row)
         self.scheduler.release_followers(request)
         del self.requests[request.id]
+        self.quarantine.forget(request.id)
+        if self.scheduler.alone is request:
+            self.scheduler.alone = None
         self.admission.ended(request)
         self.metrics.add("requests_ended_total", labels=(end.name.lower(),))
         kept = output.size if tokens is None else min(tokens, output.size)
@@ -403,22 +422,39 @@ class Brain:
         """There is no worker: nothing is launched until `new_epoch`."""
         self.suspended = True
 
-    def new_epoch(self, epoch: int, now_s: float) -> None:
+    def new_epoch(self, epoch: int, now_s: float, *, implicates: bool = False) -> None:
         """Another worker is there, and the old one is fenced: it can write nothing any more.
 
         Its pages were not verified, so all are dropped, and every running request is admitted again
         with the tokens that are facts. Oldest last to the front, so that the order stays.
+        `implicates`: the old worker faulted by itself, so that one of the requests in flight may
+        have been the cause (core.quarantine).
         """
         require(epoch > self.epoch or not self._flights, f"epoch {epoch} after {self.epoch}")
         run = self.scheduler.running
         rows = run.rows()
         for row in rows[np.argsort(-run.order[rows])].tolist():
             self.scheduler.preempt(row)
+        suspects = dict.fromkeys(
+            request_id for flight in self._flights for request_id in flight.ids.tolist()
+        )
         self._flights.clear()
         self.ledger.reset()
         self.scheduler.restart(RunningRows(self.limits), RowTable(self.limits))
         self.epoch = epoch
         self.suspended = False
+        self._suspect(suspects, implicates=implicates)
+
+    def _suspect(self, in_flight: Collection[int], *, implicates: bool) -> None:
+        """A worker has ended with these requests in flight, and all that live wait again."""
+        if not implicates:
+            self.quarantine.interrupt()
+            return
+        live = [self.requests[one] for one in in_flight if one in self.requests]
+        suspects = [(one.id, one.tokens.size) for one in live]
+        culprit = self.quarantine.implicate(suspects, shared=len(in_flight) > 1)
+        if culprit is not None:
+            self._end(self.requests[culprit], End.ENGINE_FAULT, POISON_MESSAGE)
 
     def restore(self, recovered: dict[int, JournalledRequest], now_s: float) -> None:
         """Take over from a core that died: its live requests wait for a row, in their order.

@@ -57,7 +57,7 @@ class BrainLike(Protocol):
     def plan(self, now_s: float) -> StepPlan | None: ...
     def commit(self, result: StepResult, now_s: float) -> None: ...
     def take_output(self) -> list[tuple[int, int, bytes]]: ...
-    def new_epoch(self, epoch: int, now_s: float) -> None: ...
+    def new_epoch(self, epoch: int, now_s: float, *, implicates: bool = False) -> None: ...
     def suspend(self) -> None: ...
     def drop_api(self, api: int, now_s: float) -> None: ...
     def drain(self) -> None: ...
@@ -109,6 +109,7 @@ class CoreLoop:
         self._apis: dict[int, _Peer] = {}
         self._state = State(ready=False, detail="the worker is starting")
         self._worker_detail = "the worker is starting"
+        self._implicates = False
         self._step_s = clock()
         self._draining = False
         self._drained = False
@@ -258,6 +259,7 @@ class CoreLoop:
             if self._worker is not None and self._worker.link.epoch <= message["epoch"]:
                 self._lose_worker(message["detail"])
             self._worker_detail = f"the worker is being replaced: {message['detail']}"
+            self._implicates = _implicates(message)
         elif kind == "api":
             self._new_api(message["index"], fresh=message["fresh"], fds=fds)
         elif kind == "api_lost":
@@ -279,7 +281,8 @@ class CoreLoop:
         if self._worker is not None:
             raise LinkError(f"worker of epoch {epoch} while {self._worker.link.epoch} is here")
         link = Link(_socket_of(fds), epoch=epoch)
-        self.brain.new_epoch(epoch, self._clock())
+        self.brain.new_epoch(epoch, self._clock(), implicates=self._implicates)
+        self._implicates = False
         self._worker = self._register(link, ("worker", 0))
         self._step_s = self._clock()
 
@@ -371,6 +374,15 @@ class CoreLoop:
                 print(f"holdfast core: {peer.key}: {error}", file=sys.stderr)
             peer.link.close()
         self._selector.close()
+
+
+def _implicates(lost: dict[str, Any]) -> bool:
+    """Whether a lost worker faulted by itself, so that what it computed may be the cause.
+
+    The supervisor says so when it knows. Else SIGKILL is somebody's hand: a human's, the kernel's
+    for want of memory, or the supervisor's own, because we could not believe the worker.
+    """
+    return lost.get("implicates", not lost["detail"].startswith("killed by SIGKILL"))
 
 
 def _socket_of(fds: list[int]) -> socket.socket:

@@ -15,6 +15,7 @@ Owns nothing: reads and writes core.running's planned view, the ledger and the w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,11 +55,13 @@ class SealBatch:
 class Flight:
     """A launched plan and what its result will be matched with.
 
-    life: int64[n], of plan.rows. zeros: how many of plan.zeros hold a lease until then.
+    life: int64[n], ids: uint64[n], of plan.rows. zeros: how many of plan.zeros hold a lease until
+    then.
     """
 
     plan: StepPlan
     life: np.ndarray
+    ids: np.ndarray
     seals: list[SealBatch]
     zeros: int
     launched_s: float
@@ -108,6 +111,7 @@ class Scheduler:
         self._ones = np.ones(limits.rows_total, np.int32)
         self.drafts = DraftPolicy(limits) if limits.draft_depth else None
         self.preempted = 0
+        self.alone: Request | None = None  # nobody else may have a row (core.quarantine)
         self.starved: list[Request] = []  # cannot go on though nothing else holds pages
         self.clears: list[int] = []
         self.seals: list[SealBatch] = []
@@ -189,7 +193,7 @@ class Scheduler:
             plan.bias_ids = np.array([entry[0] for entry in draft.bias], np.int32)
             plan.bias_values = np.array([entry[1] for entry in draft.bias], np.float32)
             plan.stop_ids = np.array(draft.stop_ids, np.int32)
-        return Flight(plan, run.life[rows], seals, leased, now_s)
+        return Flight(plan, run.life[rows], run.ids[rows], seals, leased, now_s)
 
     # --- windows ---
 
@@ -335,7 +339,7 @@ class Scheduler:
     def _admit(self, draft: _Draft, budget: int) -> None:
         """New rows from the waiting queue while rows, pages and budget last."""
         while budget > 0 and self.running.rows_free:
-            request = self.waiting.peek()
+            request = self.waiting.peek() if self.alone is None else self._alone()
             if request is None:
                 return
             tokens = request.tokens
@@ -352,7 +356,7 @@ class Scheduler:
                 for group, mine in enumerate(hits):
                     self.ledger.release(mine, 0, group)
                 return
-            self.waiting.pop()
+            self.waiting.pop(request)
             shared = hits[0].tolist()
             waits = request.prompt_len // self.limits.page_tokens
             chain = Chain(shared[-1] if shared else root, len(shared), waits, request)
@@ -379,6 +383,19 @@ class Scheduler:
             if self.ledger.available_in(group) < wanted + self.running.active:
                 return False
         return True
+
+    def _alone(self) -> Request | None:
+        """The request that must run alone, while it has no row."""
+        request = self.alone
+        return request if request is not None and request.phase is Phase.WAITING else None
+
+    def isolate(self, request: Request, flights: Iterable[Flight]) -> bool:
+        """Give up all other rows. False while a step of `flights` may still compute one of them."""
+        self.alone = request
+        for row in self.running.rows().tolist():
+            if self.running.requests[row] is not request:
+                self.preempt(row)
+        return all(np.count_nonzero(flight.ids != request.id) == 0 for flight in flights)
 
     def _admit_record(
         self, draft: _Draft, row: int, request: Request, hits: list[np.ndarray]
@@ -501,6 +518,7 @@ class Scheduler:
         self.running, self.mirror = running, mirror
         self.step = 0
         self.clears, self.seals, self.zeros, self.drops = [], [], [], []
+        self.alone = None
 
 
 def _row_writes(group: int, row: int, column: int, handles: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from holdfast.api.generation import Generation
 from holdfast.api.schema import Resolved
 from holdfast.api.session import Session
 from holdfast.api.transcript import Transcript
+from holdfast.core.brain import POISON_MESSAGE
 from holdfast.core.metrics import Metrics
 from holdfast.errors import (
     DeadlineExceeded,
@@ -353,7 +354,8 @@ class _Client:
             return any(request in sim.gapped for request in requests)
         if isinstance(error, EngineFault) and error.code == "never_fits":
             return sim.never_fits(job)
-        return False
+        # Whether a poison end was its own doing, checkers.Suspects has judged.
+        return isinstance(error, EngineFault) and str(error) == POISON_MESSAGE
 
     def _refused(self) -> None:
         self.sim.refusals += 1

@@ -6,7 +6,7 @@ engine's own bookkeeping where they can keep their own. What a client must see i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -132,6 +132,41 @@ def check_sums(ledger: Ledger, memory: list[np.ndarray], limits: Limits) -> None
         changed = sealed[sums != pool.sums[sealed]]
         if changed.size:
             raise Violation(f"sealed page {changed[0]} of group {pool.group} has changed")
+
+
+class Suspects:
+    """Who was in flight when a worker faulted by itself: nobody ends for less than three faults at
+    one position of its own, the last of them alone, and a poisonous request costs few workers.
+
+    One core's life, for a core that dies forgets. `poison`: requests that kill workers, all those
+    that are asked for so far.
+    """
+
+    def __init__(self, limits: Limits, poison: Collection[int]) -> None:
+        self.poison = poison
+        # A step can be in flight at as many positions as there are steps ahead. At each it takes
+        # three faults to be sure; and each other culprit that is found may clear this one once.
+        self.faults_each = 3 * limits.steps_ahead + 2
+        self._faults: dict[int, list[tuple[int, bool]]] = {}
+        self._killed: dict[int, int] = {}
+
+    def fault(self, in_flight: set[int], known: dict[int, int]) -> None:
+        """known: tokens of each live request among those in flight."""
+        alone = len(in_flight) == 1
+        for request, position in known.items():
+            self._faults.setdefault(request, []).append((position, alone))
+
+    def killed_by(self, request: int) -> None:
+        self._killed[request] = self._killed.get(request, 0) + 1
+        if self._killed[request] > self.faults_each * max(1, len(self.poison)):
+            raise Violation(f"request {request:#x} has killed {self._killed[request]} workers")
+
+    def ended(self, request: int) -> None:
+        """The core has ended it as the one that makes workers fault."""
+        faults = self._faults.get(request, [])
+        same = [fault for fault in faults if faults and fault[0] == faults[-1][0]]
+        if len(same) < 3 or not same[-1][1]:
+            raise Violation(f"request {request:#x} ended for faults {faults} (position, alone)")
 
 
 def check_bounds(limits: Limits, in_flight: int, live: int, live_tokens: int) -> None:

@@ -17,10 +17,13 @@ Runs wire.rows and wire.checksum as they are. Used by tests, the simulator and `
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from holdfast.config import Limits
 from holdfast.errors import WorkerFault
+from holdfast.sim.fake_graphs import Capture, FakeGraphs, FirstSeen, StagedRows
 from holdfast.wire.checksum import page_sums, weights
 from holdfast.wire.plan import (
     ROW_NOT_FINITE,
@@ -98,11 +101,16 @@ def memory_of(limits: Limits) -> list[np.ndarray]:
 class FakeWorker:
     """Executes plans in the order that wire.plan states. One instance is one epoch's device.
 
-    `pages`: memory that outlives it (memory_of), or None for memory of its own.
+    `pages`: memory that outlives it (memory_of), or None for memory of its own. `inherited`: graphs
+    of the worker before (sim.fake_graphs).
     """
 
     def __init__(
-        self, limits: Limits, epoch: int = 1, pages: list[np.ndarray] | None = None
+        self,
+        limits: Limits,
+        epoch: int = 1,
+        pages: list[np.ndarray] | None = None,
+        inherited: Iterable[Capture] = (),
     ) -> None:
         self.limits = limits
         self.epoch = epoch
@@ -111,6 +119,16 @@ class FakeWorker:
         # The keeper's memory: it outlives this worker, with whatever a zombie still writes to it.
         self.pages = memory_of(limits) if pages is None else pages
         self._weights = weights(limits.page_tokens * 2)
+        # Captured for a little less than the longest context, so that its end is a boundary too.
+        captured = limits.page_tokens * max(1, limits.table_columns - 1)
+        self.graphs = FakeGraphs(
+            limits,
+            pool_epoch=epoch,
+            windows=limits.windows,
+            query_lens=(1, 1 + limits.draft_depth) if limits.draft_depth else (1,),
+            inherited=inherited,
+            context_tokens=captured,
+        )
 
     def run(self, plan: StepPlan, spoil: int | None = None) -> StepResult:
         """Execute one plan; `spoil`: the plan row whose last token's KV is not finite.
@@ -167,20 +185,38 @@ class FakeWorker:
     def _forward(
         self, plan: StepPlan, spoil: int | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns (tokens int32[plan.slots], accepted uint8[n] or [0], faults uint8[n])."""
+        """Returns (tokens int32[plan.slots], accepted uint8[n] or [0], faults uint8[n]), by a graph
+        where one is admitted."""
+        tokens, accepted, faults = self.graphs.run(
+            plan,
+            self.rows,
+            lambda step, rows, first_seen: self._compute(step, rows, first_seen, spoil),
+            drafts=plan.drafts,
+            moves_bytes=plan.zeros.size > 0,
+        )
+        return tokens, accepted, faults
+
+    def _compute(
+        self,
+        plan: StepPlan,
+        rows: RowTable | StagedRows,
+        first_seen: FirstSeen,
+        spoil: int | None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `_forward` returns. Reads nothing of the rows but `rows`."""
         known_lens, drafts = plan.known_lens, plan.drafts
-        self._write(*self.rows.inputs(plan.rows, known_lens))
+        self._write(rows, *rows.inputs(plan.rows, known_lens))
         tokens = np.zeros(plan.slots, np.int32)
         accepted = np.zeros(drafts.size, np.uint8)
         faults = np.zeros(plan.rows.size, np.uint8)
-        lengths = (self.rows.length[plan.rows] + known_lens).tolist()
+        lengths = (rows.length[plan.rows] + known_lens).tolist()
         if spoil is not None:
-            self._spoil(int(plan.rows[spoil]), lengths[spoil])
+            self._spoil(rows, int(plan.rows[spoil]), lengths[spoil])
         slot = 0
         for at, (row, length) in enumerate(zip(plan.rows.tolist(), lengths, strict=True)):
             count = int(drafts[at]) if drafts.size else 0
             # Looked at in the middle of a prompt too, where nothing is drawn.
-            said = self._say(row, length, count)
+            said = self._say(rows, first_seen, row, length, count)
             if said is None:
                 faults[at] = ROW_NOT_FINITE
             elif plan.samples[at]:
@@ -190,21 +226,25 @@ class FakeWorker:
             slot += 1 + count
         return tokens, accepted, faults
 
-    def _spoil(self, row: int, length: int) -> None:
+    def _spoil(self, rows: RowTable | StagedRows, row: int, length: int) -> None:
         size = self.limits.page_tokens
         for group, pages in enumerate(self.pages):
-            page = self.rows.page_table[group, row, (length - 1) // size]
+            page = rows.page_table[group, row, (length - 1) // size]
             pages[page, (length - 1) % size] = NOT_FINITE
 
-    def _write(self, row: np.ndarray, position: np.ndarray, token: np.ndarray) -> None:
+    def _write(
+        self,
+        rows: RowTable | StagedRows,
+        row: np.ndarray,
+        position: np.ndarray,
+        token: np.ndarray,
+    ) -> None:
         """Append the KV of these query tokens, rows one after the other, positions rising."""
         size = self.limits.page_tokens
         base = cells_of(token, position)
         for group, window in enumerate(self.limits.windows):
-            table, pages = self.rows.page_table[group], self.pages[group]
+            table, pages = rows.page_table[group], self.pages[group]
             page = table[row, position // size]
-            if not page.all():
-                raise WorkerFault(f"step {self.step} writes through the trash page")
             if window == 0:
                 pages[page, position % size] = base
                 continue
@@ -212,40 +252,48 @@ class FakeWorker:
             # A token may see one of its own chunk: in the order in which they become known.
             turn = np.zeros(row.size, np.int64)
             if window > 1 and row.size:
-                starts = self.rows.length[row]
-                turn = (position - starts) // (window - 1)
+                turn = (position - rows.length[row]) // (window - 1)
             for this in range(int(turn.max(initial=0)) + 1):
                 now = turn == this
                 seen = np.zeros(int(np.count_nonzero(now)), np.uint64)
                 past = far[now] >= 0
                 if window > 1:
-                    at, rows = far[now][past], row[now][past]
-                    seen[past] = pages[table[rows, at // size], at % size]
+                    at, of = far[now][past], row[now][past]
+                    seen[past] = pages[table[of, at // size], at % size]
                 cells = _window_cells(base[now], group, seen)
                 pages[page[now], position[now] % size] = cells
 
-    def _draw(self, row: int, length: int) -> int | None:
+    def _draw(
+        self, rows: RowTable | StagedRows, first_seen: FirstSeen, row: int, length: int
+    ) -> int | None:
         """The token after the row's first `length` positions, as its page tables show them; None
         when what they show is not finite."""
         size, total = self.limits.page_tokens, 0
-        for group, window in enumerate(self.limits.windows):
-            start = max(0, length - window) if window else 0
+        for group in range(self.limits.groups):
+            start = first_seen(group, length)
             column = start // size
-            table = self.rows.page_table[group, row, column : -(-length // size)]
+            table = rows.page_table[group, row, column : -(-length // size)]
             cells = self.pages[group][table].reshape(-1)
             if np.count_nonzero(cells == NOT_FINITE):
                 return None
             cells = cells[start - column * size : length - column * size]
             total += _fold(cells, start)
-        record = self.rows.records[row]
+        record = rows.records[row]
         seed = int(record["seed"]) if record["temperature"] > 0 else 0
         return _token_of(total, self.limits.vocab_size, seed)
 
-    def _say(self, row: int, length: int, drafts: int) -> list[int] | None:
+    def _say(
+        self,
+        rows: RowTable | StagedRows,
+        first_seen: FirstSeen,
+        row: int,
+        length: int,
+        drafts: int,
+    ) -> list[int] | None:
         """The token drawn after `length` positions, and those behind drafts that were right. Every
         draft's KV is written. None when a draw is not finite."""
-        owner = int(self.rows.records["owner"][row])
-        drawn = self._draw(row, length)
+        owner = int(rows.records["owner"][row])
+        drawn = self._draw(rows, first_seen, row, length)
         said = [drawn]
         right = True
         for position in range(length, length + drafts):
@@ -254,9 +302,10 @@ class FakeWorker:
             luck = int(mix(position, np.array([owner]))[0] >> np.uint64(40)) % 100
             hit = luck < _DRAFTS_RIGHT[owner % len(_DRAFTS_RIGHT)]
             draft = drawn if hit else (drawn + 1) % self.limits.vocab_size
-            self._write(np.array([row]), np.array([position]), np.array([draft], np.int32))
+            token = np.array([draft], np.int32)
+            self._write(rows, np.array([row]), np.array([position]), token)
             right = right and draft == drawn
-            drawn = self._draw(row, position + 1)
+            drawn = self._draw(rows, first_seen, row, position + 1)
             if right:
                 said.append(drawn)
         return None if drawn is None else said

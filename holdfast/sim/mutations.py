@@ -40,6 +40,8 @@ class Mutation:
 _S, _C, _B = "holdfast.core.scheduler:", "holdfast.core.commit:", "holdfast.core.brain:"
 _G, _N, _O = "holdfast.api.generation:", "holdfast.api.session:", "holdfast.api.output:"
 _L, _P, _R = "holdfast.kv.ledger:", "holdfast.kv.prefix:", "holdfast.wire.rows:"
+_Q = "holdfast.core.quarantine:"
+_E, _T = "holdfast.wire.envelope:", "holdfast.wire.staging:"
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
@@ -572,6 +574,90 @@ MUTATIONS: tuple[Mutation, ...] = (
         _N + "Session._unknown",
         "self._remember(request_id)",
         "pass",
+    ),
+    Mutation(
+        "bucket-boundary",
+        "a graph has room for every row of the step",
+        _E + "admit",
+        "bisect_left(rows, step.rows)",
+        "bisect_left(rows, step.rows - 1)",
+    ),
+    Mutation(
+        "context-boundary",
+        "a graph's page tables hold every token of the step",
+        _E + "_conditions_met",
+        "step.seen_max > graph.context_tokens",
+        "step.seen_max > graph.context_tokens + 1",
+    ),
+    Mutation(
+        "pool-epoch-ignored",
+        "a graph of an older pool is not replayed",
+        _E + "_conditions_met",
+        "footing.pool_epoch != now.pool_epoch",
+        "False",
+    ),
+    Mutation(
+        "padding-on-live-page",
+        "padding stores to the trash page alone",
+        _T + "Staging._pad",
+        "every.page_table[:, stale] = TRASH_PAGE",
+        "every.page_table[:, stale] = every.page_table[:, n - 1 : n]",
+    ),
+    Mutation(
+        "stale-row",
+        "nothing of a row is left in the buffers when the batch shrinks",
+        _T + "Staging._pad",
+        "stale = slice(n, self._filled)",
+        "stale = slice(n, n)",
+    ),
+    Mutation(
+        "staged-table-too-narrow",
+        "a staged page table has every page of its row",
+        _T + "Staging._fill_pages",
+        "width = int(table.pages_len[:, rows].max())",
+        "width = int(table.pages_len[:, rows].max()) - 1",
+    ),
+    Mutation(
+        "suspicion-never-cleared",
+        "suspicion is over once its request is past the position",
+        _Q + "Quarantine.implicate",
+        "if before is None or position > before.position:",
+        "if before is not None: before.position = position\n    if before is None:",
+    ),
+    Mutation(
+        "suspect-ended-at-once",
+        "a request that faulted with others is run alone before it ends",
+        _Q + "Quarantine.implicate",
+        "if self.alone == request and not shared:",
+        "if True:",
+    ),
+    Mutation(
+        "never-alone",
+        "a request implicated twice runs alone",
+        _B + "Brain.plan",
+        "if self.quarantine.alone is not None and not self._isolate():",
+        "if False:",
+    ),
+    Mutation(
+        "poison-retried",
+        "a request that faults alone ends",
+        _B + "Brain._suspect",
+        "if culprit is not None:",
+        "if False:",
+    ),
+    Mutation(
+        "window-boundary-within",
+        "a graph that reads from the first page on is replayed while all of it is in sight",
+        _E + "in_phase",
+        "seen_max <= window",
+        "seen_max <= window + 1",
+    ),
+    Mutation(
+        "window-boundary-beyond",
+        "a graph that reads a whole window is replayed once there is one",
+        _E + "in_phase",
+        "seen_min >= window",
+        "seen_min + 1 >= window",
     ),
 )
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from holdfast.api.generation import Token
 from holdfast.api.output import TokenLogprob
-from holdfast.sim.checkers import Violation
 from holdfast.config import Limits
+from holdfast.sim.checkers import Violation
 from holdfast.sim.fake_worker import expected_alternatives, expected_logprob, expected_token
 from holdfast.sim.vocabulary import TABLE
 from holdfast.sim.world import Job

@@ -122,6 +122,7 @@ def describe(world: World) -> str:
             ("sampled", job.sampled),
             ("min tokens", job.min_tokens),
             ("logprobs", job.logprobs if job.logprobs >= 0 else None),
+            ("poison at", job.poison_at),
         ]
         extras += [(f.name.replace("_", " "), getattr(job.client, f.name)) for f in fields(Client)]
         lines.append(

@@ -17,21 +17,24 @@ from dataclasses import dataclass
 from random import Random
 
 from holdfast.api.generation import TIMEOUT_MIN_S
-from holdfast.core.brain import Brain
+from holdfast.core.brain import POISON_MESSAGE, Brain
 from holdfast.core.journal import Journal, recover
 from holdfast.core.metrics import Metrics
 from holdfast.errors import HoldfastError, WorkerFault
 from holdfast.sim.api import SimApi
-from holdfast.sim.checkers import PageWatch, Violation, check_bounds, check_sums
+from holdfast.sim.checkers import PageWatch, Suspects, Violation, check_bounds, check_sums
+from holdfast.sim.fake_graphs import Capture
 from holdfast.sim.fake_worker import FakeWorker, memory_of
 from holdfast.sim.oracle import Answer, ClientView, answer_to
 from holdfast.sim.world import Job, World
 from holdfast.wire.link import Kind, MemoryLink
 from holdfast.wire.messages import (
     Cancel,
+    Ended,
     Finish,
     Submit,
     TokenBatch,
+    decode_to_api,
     decode_to_core,
 )
 from holdfast.wire.plan import StepPlan, StepResult
@@ -85,7 +88,10 @@ class Simulation:
         self.horizon = world.faults_until + 20_000 * world.step_time
         self.journal = memoryview(bytearray(Journal.size(self.limits)))
         self.metrics = Metrics(memoryview(bytearray(Metrics.size(1))), 0)
+        self.poison: dict[int, int] = {}  # request -> position whose computation kills the worker
+        self.implicates = False  # the last worker ended by its own fault
         self.memory = memory_of(self.limits)
+        self.captures: list[Capture] = []  # graphs of the worker before
         self.epoch = 1
         self.brain = self._new_brain()
         self.worker: FakeWorker | None = None
@@ -168,6 +174,8 @@ class Simulation:
         self.core_link.epoch = self.worker_link.epoch = self.epoch
         self.watch = PageWatch(self.limits)
         self.launched: dict[int, int] = {}
+        self.suspects = Suspects(self.limits, self.poison)
+        self.flights: dict[int, list[tuple[int, int, int]]] = {}
         self.core_life = getattr(self, "core_life", 0) + 1
         return brain
 
@@ -226,11 +234,28 @@ class Simulation:
             self.steps += 1
             self.watch.launch(plan, self._tenant_of, self._handle_of)
             self._note_requests(plan)
+            self.flights[plan.step] = self._computes(plan)
             self._send_plan(plan)
         self._flush()
         deadline = self.brain.next_deadline_s
         if deadline is not None and deadline < 1e5:
             self.at(max(self.now + 1, int(deadline * 1e6) + 1), self._wake, "core wakes")
+
+    def _computes(self, plan: StepPlan) -> list[tuple[int, int, int]]:
+        """(request, first, last) for each row of a plan that was launched: positions computed."""
+        ids = self.brain.scheduler.running.ids[plan.rows].tolist()
+        ends = self.watch.rows.length[plan.rows].tolist()
+        return [
+            (one, end - count, end - 1)
+            for one, end, count in zip(ids, ends, plan.query_lens.tolist(), strict=True)
+        ]
+
+    def _poisoned(self, step: int) -> int | None:
+        """The request whose poison this step computes."""
+        for request, first, last in self.flights.get(step, ()) if self.poison else ():
+            if first <= self.poison.get(request, -1) <= last:
+                return request
+        return None
 
     def _tenant_of(self, row: int) -> str:
         request = self.brain.scheduler.running.requests[row]
@@ -261,6 +286,8 @@ class Simulation:
     def _flush(self) -> None:
         life = self.core_life
         for api, kind, payload in self.brain.take_output():
+            if kind == Kind.MESSAGE:
+                self._check_message(payload)
             if kind == Kind.TOKENS:
                 batch = TokenBatch.decode(payload)
                 self._check_tokens(api, batch)
@@ -277,6 +304,11 @@ class Simulation:
                     ),
                     f"api {api} receives",
                 )
+
+    def _check_message(self, payload: bytes) -> None:
+        message = decode_to_api(payload)
+        if isinstance(message, Ended) and message.message == POISON_MESSAGE:
+            self.suspects.ended(message.id)
 
     def _check_tokens(self, api: int, batch: TokenBatch) -> None:
         """No token after the core was told to stop, none to another's process, none too late."""
@@ -300,6 +332,7 @@ class Simulation:
         """Memory of the core is gone, and what it had not handed to a socket yet."""
         self.epoch += 1
         self._kill_worker()
+        self.implicates = False
         self.brain = self._new_brain()
         self.brain.suspend()
         self.brain.restore(recover(self.journal), self.now_s)
@@ -318,7 +351,8 @@ class Simulation:
     # --- the worker ---
 
     def _start_worker(self) -> None:
-        self.worker = FakeWorker(self.limits, self.epoch, self.memory)
+        self.worker = FakeWorker(self.limits, self.epoch, self.memory, self.captures)
+        self.captures = list(self.worker.graphs.captures.values())
         self.queue: list[StepPlan] = []
         self.worker_busy = False
 
@@ -338,7 +372,7 @@ class Simulation:
 
     def _watchdog(self, epoch: int, step: int) -> None:
         if epoch == self.epoch and self.worker is not None and step > self.watch.acknowledged:
-            self._lose_worker(f"no result of step {step} in time")
+            self._lose_worker(f"no result of step {step} in time", implicates=True)
 
     def _worker_receives(self, frame: bytes, epoch: int) -> None:
         if epoch != self.epoch or self.worker is None:
@@ -350,7 +384,7 @@ class Simulation:
         if self.worker_busy or not self.queue or self.worker is None:
             return
         if self.chance("crash"):
-            self._lose_worker("crash")
+            self._lose_worker("crash", implicates=True)
             return
         self.worker_busy = True
         if self.chance("hang"):
@@ -366,16 +400,21 @@ class Simulation:
             return
         self.worker_busy = False
         plan = self._tampered(self.queue.pop(0))
+        if (poisoned := self._poisoned(plan.step)) is not None:
+            self.faults["poison"] = self.faults.get("poison", 0) + 1
+            self._lose_worker(f"poison of request {poisoned:#x}", implicates=True)
+            self.suspects.killed_by(poisoned)
+            return
         spoil = self.rng.randrange(plan.rows.size) if self._spoils(plan) else None
         try:
             result = self.worker.run(plan, spoil)
             if spoil is not None:
                 self.spoiled.add(self.requests_of[epoch, plan.step][spoil])
         except (HoldfastError, IndexError) as fault:
-            self._lose_worker(f"worker fault: {fault}")
+            self._lose_worker(f"worker fault: {fault}", implicates=True)
             return
         if self.chance("crash_after"):
-            self._lose_worker("crash after a step")
+            self._lose_worker("crash after a step", implicates=True)
             return
         self._send_result(result.encode(), epoch)
         self._worker_works()
@@ -414,15 +453,32 @@ class Simulation:
 
     # --- the supervisor ---
 
-    def _lose_worker(self, why: str) -> None:
-        """Noticed: nothing of this epoch counts any more; fenced and replaced a while later."""
+    def _lose_worker(self, why: str, *, implicates: bool = False) -> None:
+        """Noticed: nothing of this epoch counts any more; fenced and replaced a while later.
+
+        implicates: it ended by its own fault, and not because we did not believe it.
+        """
         if self.worker is None:
             return
         self.say(f"worker {self.epoch} lost: {why}")
+        self.implicates = implicates
+        if implicates:
+            self._take_suspects()
         self.brain.suspend()
         self._kill_worker()
         self.epoch += 1
         self._respawn(self.epoch)
+
+    def _take_suspects(self) -> None:
+        in_flight = {
+            request
+            for step, computed in self.flights.items()
+            if step > self.watch.acknowledged
+            for request, _, _ in computed
+        }
+        live = [self.brain.requests.get(one) for one in sorted(in_flight)]
+        known = {one.id: int(self.brain._tokens_of(one).size) for one in live if one is not None}
+        self.suspects.fault(in_flight, known)
 
     def _kill_worker(self) -> None:
         """The old process may go on writing until the fence: run what it had queued."""
@@ -457,7 +513,8 @@ class Simulation:
         self._start_worker()
         self.core_link.epoch = self.worker_link.epoch = epoch
         self.watch = PageWatch(self.limits)
-        self.brain.new_epoch(epoch, self.now_s)
+        self.flights = {}
+        self.brain.new_epoch(epoch, self.now_s, implicates=self.implicates)
         self._tick()
 
     # --- for api ---
@@ -467,6 +524,8 @@ class Simulation:
         if view.request in self.views:
             raise Violation(f"request id {view.request:#x} was given out twice")
         self.views[view.request] = view
+        if view.job.poison_at is not None:
+            self.poison[view.request] = view.job.poison_at
         self.deadlines[view.request] = (
             deadline + self.world.channel_time + int(TIMEOUT_MIN_S * 1e6) + 1
         )

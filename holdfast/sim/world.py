@@ -45,6 +45,7 @@ class Rates:
     stop_string: float = 0.0  # per request: it has stop strings
     slow_reader: float = 0.0  # per request: its client is slow to read
     short_deadline: float = 0.0  # per request
+    poison: float = 0.0  # per request: the worker dies whenever it computes a certain token of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class Job:
     include_stop: bool = False
     min_tokens: int = 0
     logprobs: int = -1  # alternatives a token; -1 = no logprobs
+    poison_at: int | None = None  # position whose computation kills the worker, every time
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -120,6 +122,7 @@ def draw(seed: int, profile: str = "short") -> World:
     step_time = rng.choice([200, 2 * MILLISECOND, 20 * MILLISECOND])
     span = rng.choice([5, 50, 400]) * step_time
     jobs = _draw_jobs(rng, limits, rates, rng.randint(1, requests_max), span, step_time)
+    rates, jobs = _draw_poison(Random(seed * 0xC2B2_AE35 + 3), rates, jobs, fault_chance)
     return World(
         seed=seed,
         limits=limits,
@@ -172,7 +175,7 @@ def _draw_limits(rng: Random, shortage: float) -> Limits:
 
 def _draw_rates(rng: Random, fault_chance: float) -> Rates:
     drawn = {}
-    for rate in fields(Rates):
+    for rate in fields(Rates)[:-1]:  # all but `poison`
         # Every rate is drawn, used or not, so that one coin does not shift all the others.
         on, exponent = rng.random() < fault_chance, rng.uniform(-2.5, -0.7)
         drawn[rate.name] = 10.0**exponent if on else 0.0
@@ -237,6 +240,20 @@ def _draw_client(rng: Random, rates: Rates, span: int, step_time: int) -> Client
         retries=rng.choice([0, 2]),
         retry_after=rng.choice([1, 10]) * step_time,
     )
+
+
+def _draw_poison(
+    rng: Random, rates: Rates, jobs: tuple[Job, ...], fault_chance: float
+) -> tuple[Rates, tuple[Job, ...]]:
+    """With a Random of its own: worlds without poison are what they were before there was any."""
+    if rng.random() >= fault_chance / 2:
+        return rates, jobs
+    rate = rng.uniform(0.02, 0.3)
+    poisoned = []
+    for job in jobs:
+        at = rng.randrange(len(job.prompt) + job.max_tokens)
+        poisoned.append(replace(job, poison_at=at) if rng.random() < rate else job)
+    return replace(rates, poison=rate), tuple(poisoned)
 
 
 def without(world: World, jobs: tuple[Job, ...] | None = None, **rates: float) -> World:

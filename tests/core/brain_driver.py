@@ -115,11 +115,12 @@ class Driver:
                 return
         raise AssertionError(f"not idle after {ticks} ticks; {self.brain.live} live")
 
-    def replace_worker(self, epoch: int) -> None:
+    def replace_worker(self, epoch: int, *, implicates: bool = False) -> None:
         self.brain.suspend()
         self.pending.clear()
         self.worker = FakeWorker(self.limits, epoch)
-        self.brain.new_epoch(epoch, self.now_s)
+        self.brain.new_epoch(epoch, self.now_s, implicates=implicates)
+        self.collect()
 
     def collect(self) -> None:
         for _, kind, payload in self.brain.take_output():

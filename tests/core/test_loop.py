@@ -65,8 +65,9 @@ class ScriptedBrain:
             self.calls.append(("output", len(output)))
         return output
 
-    def new_epoch(self, epoch: int, now_s: float) -> None:
+    def new_epoch(self, epoch: int, now_s: float, *, implicates: bool = False) -> None:
         self.calls.append(("new_epoch", epoch))
+        self.implicated = implicates
         self.epoch, self.suspended = epoch, False
         self.steps.clear()
 
@@ -242,6 +243,29 @@ def test_the_death_of_the_worker_suspends_the_brain_until_another_epoch(bench: B
     second = bench.worker(2)
     assert bench.brain.epoch == 2 and plans(second) == [2]
     assert states(api)[-1].ready
+
+
+@pytest.mark.parametrize(
+    ("said", "implicates"),
+    [
+        ({"detail": "killed by SIGSEGV"}, True),
+        ({"detail": "exit code 70: illegal memory access"}, True),
+        ({"detail": "killed by SIGKILL"}, False),
+        ({"detail": "killed by SIGKILL: no result in time", "implicates": True}, True),
+        ({"detail": "exit code 70", "implicates": False}, False),
+    ],
+)
+def test_what_was_in_flight_is_suspect_when_the_worker_ended_by_its_own_fault(
+    bench: Bench, said: dict[str, object], implicates: bool
+) -> None:
+    bench.worker().close()
+    bench.loop.tick(0)
+    bench.say(type="worker_lost", epoch=1, **said)
+    bench.worker(2).close()
+    assert bench.brain.implicated is implicates
+    bench.loop.tick(0)
+    bench.worker(3)
+    assert bench.brain.implicated is False, "what was said of one worker is said of no other"
 
 
 @pytest.mark.parametrize("how", ["fault", "kind", "bytes", "future epoch"])

@@ -93,6 +93,7 @@ def test_every_kind_of_fault_strikes_somewhere():
         "api_death",
         "core_death",
         "respawn_fault",
+        "poison",
     }
 
 
