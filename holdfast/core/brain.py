@@ -213,7 +213,9 @@ class Brain:
                 record, tokens, end = entry
                 self._ended.add(*entry)
                 self._send_tokens(api, request_id, next_index, tokens, record.cached_tokens, end)
-                self._send(api, Ended(request_id, end, "", tokens.size, record.cached_tokens))
+                if next_index >= tokens.size or end not in (End.STOP, End.LENGTH):
+                    ended = Ended(request_id, end, "", tokens.size, record.cached_tokens)
+                    self._send(api, ended)
             else:
                 self._send(api, Refused((request_id,), 0, "not known to this core"))
 
@@ -228,8 +230,8 @@ class Brain:
     ) -> None:
         """Tokens int32[k] of a request from index `first` on, those before it being known.
 
-        end: how the request ended, if it did; said with the token that ended it, since the text of
-        a stop id is not the client's.
+        end: how the request ended. STOP and LENGTH are said with the last token, as they are when
+        nothing went wrong: the text of a stop id is not the client's.
         """
         tokens = tokens[first:]
         count = tokens.size

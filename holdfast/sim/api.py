@@ -29,7 +29,8 @@ from holdfast.sim.checkers import Violation
 from holdfast.sim.oracle import ClientView
 from holdfast.sim.vocabulary import Vocabulary
 from holdfast.sim.world import Job, prompt_array
-from holdfast.wire.messages import Sampling
+from holdfast.wire.link import Kind
+from holdfast.wire.messages import Sampling, TokenBatch
 
 if TYPE_CHECKING:
     from holdfast.sim.simulator import Simulation
@@ -124,9 +125,13 @@ class SimApi:
 
     def receive(self, kind: int, payload: bytes, life: int) -> None:
         """A frame of the core of this life; nobody reads it once the link was given up."""
-        if self.linked == life:
-            self.session.receive(kind, payload, self.sim.now_s)
-            self._check_buffers()
+        if self.linked != life:
+            return
+        if kind == Kind.TOKENS and (batch := TokenBatch.decode(payload)).step:
+            for client in self.clients:
+                client.unread += sum(view.request in batch.requests for view in client.views)
+        self.session.receive(kind, payload, self.sim.now_s)
+        self._check_buffers()
 
     def core_died(self) -> None:
         """Clients that choose this moment to leave."""
@@ -175,6 +180,7 @@ class _Client:
         self.over = False
         self.waking = False
         self.writing_since: int | None = None
+        self.unread = 0  # tokens sent as they were made, since it last read
 
     @property
     def name(self) -> str:
@@ -254,6 +260,7 @@ class _Client:
         if generation.cancelled is not None:
             self._cancelled(generation.cancelled)
             return
+        self.unread = 0
         if not events:
             return
         for event in events:
@@ -319,10 +326,9 @@ class _Client:
             return
         if reason != "slow_reader":
             raise self.wrong(f"cancelled: {reason}")
-        generation = self.generation
-        full = generation.unread >= generation.buffer_tokens
+        full = self.unread > self.generation.buffer_tokens
         if not full and self.stuck_for < self.sim.world.write_timeout:
-            raise self.wrong(f"called slow with {generation.unread} tokens unread")
+            raise self.wrong(f"called slow with {self.unread} tokens unread")
         self.end(reason)
 
     def _failed(self, error: RequestError) -> None:

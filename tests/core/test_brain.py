@@ -475,6 +475,45 @@ def test_what_was_journalled_and_never_sent_reaches_the_client_after_a_restart()
     assert d.tokens[1] == d.expected(1, 12)
 
 
+def test_a_request_whose_acceptance_was_lost_goes_on_when_it_is_submitted_again():
+    d = Driver(limits_of())
+    d.submit(1, prompt(1, 9), max_tokens=12)
+    d.submit(2, prompt(2, 9), max_tokens=2)
+    for _ in range(5):
+        d.tick()
+    for seen in (d.accepted, d.tokens, d.ends):
+        seen.clear()  # The core died before any of it was read.
+    d.brain = d.new_brain()
+    d.brain.restore(recover(d.journal_buffer), d.now_s)
+    d.pending.clear()
+    d.replace_worker(2)
+    d.submit(1, prompt(1, 9), max_tokens=12)
+    d.submit(2, prompt(2, 9), max_tokens=2)
+    assert d.brain.live == 1, "an ended request was admitted once more"
+    d.run()
+    assert d.accepted == {1, 2}
+    assert d.tokens == {1: d.expected(1, 12), 2: d.expected(2, 2)}
+    assert d.ends == {1: End.LENGTH, 2: End.LENGTH}
+
+
+def test_the_end_at_a_stop_id_is_said_with_its_token_after_a_restart_as_well():
+    d = Driver(limits_of())
+    d.prompts[1] = prompt(1, 9)
+    wanted = d.expected(1, 3)
+    sampling = Sampling(temperature=0.0, stop_ids=(wanted[-1],))
+    d.submit(1, prompt(1, 9), max_tokens=12, sampling=sampling)
+    d.run()
+    assert (d.tokens.pop(1), d.ends.pop(1)) == (wanted, End.STOP)
+    d.brain = d.new_brain()
+    d.brain.restore(recover(d.journal_buffer), d.now_s)
+    d.batches.clear()
+    d.brain.receive(0, Resume(((1, 1),)), d.now_s)
+    d.tokens[1] = wanted[:1]
+    d.collect()
+    assert d.tokens[1] == wanted
+    assert d.batches[-1].ends.tolist() == [0, int(End.STOP)]
+
+
 def test_the_journal_compacts_and_still_knows_every_live_request():
     limits = limits_of(queue_requests=4, live_tokens=512)
     d = Driver(limits)
