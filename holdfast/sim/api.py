@@ -224,7 +224,7 @@ class _Client:
             answer = self.sim.answer_to(job, choice.index)
             view = ClientView(job, f"{self.name} choice {choice.index}", choice.id, answer)
             self.views.append(view)
-            self.sim.register(view, self.deadline)
+            self.sim.witness.register(view, self.deadline)
         self.api.clients.append(self)
         if job.client.leaves_after is not None:
             self.sim.after(job.client.leaves_after, self.leave, f"{self.name} leaves")
@@ -342,23 +342,23 @@ class _Client:
 
     def _is_due(self, error: RequestError) -> bool:
         """Whether the world gave cause for this error."""
-        sim, job = self.sim, self.job
+        sim, witness, job = self.sim, self.sim.witness, self.job
         requests = [view.request for view in self.views]
         if isinstance(error, DeadlineExceeded):
             return sim.now >= self.deadline
         if isinstance(error, QueueFull):
-            return sim.may_refuse(requests[0])
+            return witness.may_refuse(requests[0])
         if isinstance(error, InvalidField):
-            return sim.never_fits(job)
+            return witness.never_fits(job)
         if isinstance(error, NotReady):
             away = sim.now - self.api.lost_at
             return self.api.linked is None and away >= sim.world.resume_timeout
         if isinstance(error, EngineFault) and error.code == "not_finite":
-            return any(request in sim.spoiled for request in requests)
+            return any(request in witness.not_finite for request in requests)
         if isinstance(error, EngineFault) and error.code == "token_gap":
-            return any(request in sim.gapped for request in requests)
+            return any(request in witness.gapped for request in requests)
         if isinstance(error, EngineFault) and error.code == "never_fits":
-            return sim.never_fits(job)
+            return witness.never_fits(job)
         return False
 
     def _refused(self) -> None:
