@@ -386,6 +386,7 @@ class Session:
         self._failed = [generation for generation in self._failed if not generation.left]
         for generation in self._failed:
             if self._is_stuck(generation, now_s) and generation.abort is not None:
+                generation.cancelled = "slow_reader"
                 generation.abort()
         for generation in list(self.generations.values()):
             self._look_at(generation, now_s)

@@ -218,7 +218,9 @@ class Brain:
                 record, tokens, end = entry
                 self._ended.add(*entry)
                 self._send_tokens(api, request_id, next_index, tokens, record.cached_tokens, end)
-                self._send(api, Ended(request_id, end, "", tokens.size, record.cached_tokens))
+                if next_index >= tokens.size or end not in (End.STOP, End.LENGTH):
+                    ended = Ended(request_id, end, "", tokens.size, record.cached_tokens)
+                    self._send(api, ended)
             else:
                 self._send(api, Refused((request_id,), 0, "not known to this core"))
 
@@ -233,8 +235,8 @@ class Brain:
     ) -> None:
         """Tokens int32[k] of a request from index `first` on, those before it being known.
 
-        end: how the request ended, if it did; said with the token that ended it, since the text of
-        a stop id is not the client's.
+        end: how the request ended. STOP and LENGTH are said with the last token, as they are when
+        nothing went wrong: the text of a stop id is not the client's.
         """
         tokens = tokens[first:]
         count = tokens.size
@@ -461,6 +463,7 @@ class Brain:
 
         Nothing of them is sent until their api process resumes them and says what it has.
         """
+        self.ledger.soil_all()
         wall_ns = self.wall_ns()
         for entry in recovered.values():
             record, output = entry.admission, np.array(entry.tokens, np.int32)
@@ -473,12 +476,12 @@ class Brain:
             request = Request(record, tokens, deadline_s)
             self._take(request)
             self.committer.muted.add(request.id)
-            if tokens.size >= request.limit:
-                # It had its last token; only the record of its end is missing.
-                self.waiting.push(request)
+            self.waiting.push(request)
+            # It may have had its last token, and only the record of its end is missing.
+            if output.size and int(output[-1]) in record.sampling.stop_ids:
+                self._end(request, End.STOP, "", tokens=request.emitted)
+            elif tokens.size >= request.limit:
                 self._end(request, End.LENGTH, "", tokens=request.emitted)
-            else:
-                self.waiting.push(request)
 
     def _compact(self) -> None:
         live = (

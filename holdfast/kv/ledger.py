@@ -20,7 +20,7 @@ from holdfast.errors import InvariantError, require
 from holdfast.kv.pages import PagePool, PageState
 from holdfast.kv.prefix import PrefixIndex
 from holdfast.kv.window import WindowCache
-from holdfast.wire.plan import handle_groups
+from holdfast.wire.plan import TRASH_PAGE, handle_groups
 
 # Plain integers: reading a member of an IntEnum costs a microsecond in Python 3.11.
 _FREE, _RESERVED, _WRITING, _SEALED, _RETIRING, _TRASH = (
@@ -129,6 +129,12 @@ class Ledger:
         dirty = self._dirty[group]
         self._dirty_pages += pages.size - np.count_nonzero(dirty[pages])
         dirty[pages] = True
+
+    def soil_all(self) -> None:
+        """Nobody knows what the pages hold: another core gave them out."""
+        for dirty in self._dirty:
+            dirty[TRASH_PAGE + 1 :] = True
+        self._dirty_pages = sum(self.limits.pages_by_group) - len(self.pools)
 
     def launch(self, handles: np.ndarray) -> None:
         """The next step writes these reserved pages, uint64[groups, k]."""

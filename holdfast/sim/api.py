@@ -30,7 +30,8 @@ from holdfast.sim.checkers import Violation
 from holdfast.sim.oracle import ClientView
 from holdfast.sim.vocabulary import Vocabulary
 from holdfast.sim.world import Job, prompt_array
-from holdfast.wire.messages import Sampling
+from holdfast.wire.link import Kind
+from holdfast.wire.messages import Sampling, TokenBatch
 
 if TYPE_CHECKING:
     from holdfast.sim.simulator import Simulation
@@ -125,9 +126,14 @@ class SimApi:
 
     def receive(self, kind: int, payload: bytes, life: int) -> None:
         """A frame of the core of this life; nobody reads it once the link was given up."""
-        if self.linked == life:
-            self.session.receive(kind, payload, self.sim.now_s)
-            self._check_buffers()
+        if self.linked != life:
+            return
+        if kind == Kind.TOKENS and (batch := TokenBatch.decode(payload)).step:
+            for client in self.clients:
+                mine = {view.request for view in client.views}
+                client.unread += sum(request in mine for request in batch.requests.tolist())
+        self.session.receive(kind, payload, self.sim.now_s)
+        self._check_buffers()
 
     def core_died(self) -> None:
         """Clients that choose this moment to leave."""
@@ -176,6 +182,7 @@ class _Client:
         self.over = False
         self.waking = False
         self.writing_since: int | None = None
+        self.unread = 0  # tokens sent as they were made, since it last read
 
     @property
     def name(self) -> str:
@@ -219,7 +226,7 @@ class _Client:
             answer = self.sim.answer_to(job, choice.index)
             view = ClientView(job, f"{self.name} choice {choice.index}", choice.id, answer)
             self.views.append(view)
-            self.sim.register(view, self.deadline)
+            self.sim.witness.register(view, self.deadline)
         self.api.clients.append(self)
         if job.client.leaves_after is not None:
             self.sim.after(job.client.leaves_after, self.leave, f"{self.name} leaves")
@@ -255,6 +262,7 @@ class _Client:
         if generation.cancelled is not None:
             self._cancelled(generation.cancelled)
             return
+        self.unread = 0
         if not events:
             return
         for event in events:
@@ -320,10 +328,9 @@ class _Client:
             return
         if reason != "slow_reader":
             raise self.wrong(f"cancelled: {reason}")
-        generation = self.generation
-        full = generation.unread >= generation.buffer_tokens
+        full = self.unread > self.generation.buffer_tokens
         if not full and self.stuck_for < self.sim.world.write_timeout:
-            raise self.wrong(f"called slow with {generation.unread} tokens unread")
+            raise self.wrong(f"called slow with {self.unread} tokens unread")
         self.end(reason)
 
     def _failed(self, error: RequestError) -> None:
@@ -337,25 +344,30 @@ class _Client:
 
     def _is_due(self, error: RequestError) -> bool:
         """Whether the world gave cause for this error."""
-        sim, job = self.sim, self.job
+        sim, witness, job = self.sim, self.sim.witness, self.job
         requests = [view.request for view in self.views]
         if isinstance(error, DeadlineExceeded):
             return sim.now >= self.deadline
         if isinstance(error, QueueFull):
-            return sim.may_refuse(requests[0])
+            return witness.may_refuse(requests[0])
         if isinstance(error, InvalidField):
-            return sim.never_fits(job)
+            return witness.never_fits(job)
         if isinstance(error, NotReady):
             away = sim.now - self.api.lost_at
             return self.api.linked is None and away >= sim.world.resume_timeout
         if isinstance(error, EngineFault) and error.code == "not_finite":
-            return any(request in sim.spoiled for request in requests)
+            return any(request in witness.not_finite for request in requests)
         if isinstance(error, EngineFault) and error.code == "token_gap":
-            return any(request in sim.gapped for request in requests)
+            return any(request in witness.gapped for request in requests)
         if isinstance(error, EngineFault) and error.code == "never_fits":
-            return sim.never_fits(job)
-        # Whether a poison end was its own doing, checkers.Suspects has judged.
-        return isinstance(error, EngineFault) and str(error) == POISON_MESSAGE
+            return witness.never_fits(job)
+        if not isinstance(error, EngineFault):
+            return False
+        # Whether such an end was its own doing, checkers.Suspects judges; one that is told late,
+        # because a core died, comes without the words.
+        if str(error) == POISON_MESSAGE or any(one in witness.faulted for one in requests):
+            return True
+        return any(sim.suspects.is_culprit(one) for one in requests)
 
     def _refused(self) -> None:
         self.sim.refusals += 1

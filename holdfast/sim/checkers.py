@@ -163,10 +163,15 @@ class Suspects:
 
     def ended(self, request: int) -> None:
         """The core has ended it as the one that makes workers fault."""
-        faults = self._faults.get(request, [])
-        same = [fault for fault in faults if faults and fault[0] == faults[-1][0]]
-        if len(same) < 3 or not same[-1][1]:
+        if not self.is_culprit(request):
+            faults = self._faults.get(request, [])
             raise Violation(f"request {request:#x} ended for faults {faults} (position, alone)")
+
+    def is_culprit(self, request: int) -> bool:
+        """Whether the faults seen so far say that it makes workers fault."""
+        faults = self._faults.get(request, [])
+        same = [fault for fault in faults if fault[0] == faults[-1][0]]
+        return len(same) >= 3 and same[-1][1]
 
 
 def check_bounds(limits: Limits, in_flight: int, live: int, live_tokens: int) -> None:

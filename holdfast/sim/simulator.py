@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from holdfast.api.generation import TIMEOUT_MIN_S
 from holdfast.core.brain import POISON_MESSAGE, Brain
 from holdfast.core.journal import Journal, recover
 from holdfast.core.metrics import Metrics
@@ -25,18 +24,11 @@ from holdfast.sim.api import SimApi
 from holdfast.sim.checkers import PageWatch, Suspects, Violation, check_bounds, check_sums
 from holdfast.sim.fake_graphs import Capture
 from holdfast.sim.fake_worker import FakeWorker, memory_of
-from holdfast.sim.oracle import Answer, ClientView, answer_to
+from holdfast.sim.oracle import Answer, answer_to
+from holdfast.sim.witness import Witness
 from holdfast.sim.world import Job, World
 from holdfast.wire.link import Kind, MemoryLink
-from holdfast.wire.messages import (
-    Cancel,
-    Ended,
-    Finish,
-    Submit,
-    TokenBatch,
-    decode_to_api,
-    decode_to_core,
-)
+from holdfast.wire.messages import End, Ended, TokenBatch, decode_to_api, decode_to_core
 from holdfast.wire.plan import StepPlan, StepResult
 
 # An event is handled in no virtual time, so a livelock would spin: this many events end the run.
@@ -74,21 +66,13 @@ class Simulation:
         self.handled = 0
         self.steps = 0
         self.faults: dict[str, int] = {}
-        self.views: dict[int, ClientView] = {}
-        self.deadlines: dict[int, int] = {}
+        self.witness = Witness(self.limits, world.channel_time)
         self.refusals = 0  # at the api process's own door
-        self.cancelled: set[int] = set()  # the core was told
-        self.told: set[tuple[int, int, int]] = set()  # (lives of core and api, request given up)
-        self.spoiled: set[int] = set()  # requests with a row that was not finite
-        self.gapped: set[int] = set()  # requests of which a token was lost
-        self.full: dict[int, bool] = {}  # first id of a Submit -> whether a bound was reached
-        self.requests_of: dict[tuple[int, int], list[int]] = {}  # (epoch, step) -> its rows' ids
         self._answers: dict[tuple[int, int], Answer] = {}
         # In the liveness phase everything ends long before.
         self.horizon = world.faults_until + 20_000 * world.step_time
         self.journal = memoryview(bytearray(Journal.size(self.limits)))
         self.metrics = Metrics(memoryview(bytearray(Metrics.size(1))), 0)
-        self.poison: dict[int, int] = {}  # request -> position whose computation kills the worker
         self.implicates = False  # the last worker ended by its own fault
         self.memory = memory_of(self.limits)
         self.captures: list[Capture] = []  # graphs of the worker before
@@ -145,9 +129,9 @@ class Simulation:
             violation = f"{type(error).__name__}: {error}"
             self.say(f"VIOLATION {violation}")
         ends: dict[str, int] = {}
-        for view in self.views.values():
+        for view in self.witness.views.values():
             ends[view.how or "none"] = ends.get(view.how or "none", 0) + 1
-        tokens = sum(view.tokens for view in self.views.values())
+        tokens = sum(view.tokens for view in self.witness.views.values())
         return Outcome(
             self.world.seed, violation, self.handled, self.steps, tokens, self.faults, ends
         )
@@ -174,7 +158,7 @@ class Simulation:
         self.core_link.epoch = self.worker_link.epoch = self.epoch
         self.watch = PageWatch(self.limits)
         self.launched: dict[int, int] = {}
-        self.suspects = Suspects(self.limits, self.poison)
+        self.suspects = Suspects(self.limits, self.witness.poison)
         self.flights: dict[int, list[tuple[int, int, int]]] = {}
         self.core_life = getattr(self, "core_life", 0) + 1
         return brain
@@ -184,31 +168,11 @@ class Simulation:
         if life != self.core_life:
             return  # sent to a core that has died
         message = decode_to_core(frame)
-        if isinstance(message, Submit):
-            self._note_submit(message)
+        running = self.brain.scheduler.running
+        lives = (life, self.apis[api].life)
+        self.witness.to_core(message, lives, self.brain.requests.values(), running.active)
         self.brain.receive(api, message, self.now_s)
-        over = message.ids if isinstance(message, Cancel) else ()
-        over = (message.id,) if isinstance(message, Finish) else over
-        for request in over:
-            word = (life, self.apis[api].life, request)
-            if word in self.told:
-                raise Violation(f"request {request:#x} was cancelled or finished twice")
-            self.told.add(word)
-        self.cancelled.update(over)
         self._tick()
-
-    def _note_submit(self, submit: Submit) -> None:
-        """Whether it may be refused, counted here; and whether somebody asked for it at all."""
-        if not all(request in self.views for request in submit.ids):
-            raise Violation(f"{submit.ids} were submitted under ids that no client has")
-        live = [request for request in self.brain.requests.values()]
-        limit = len(submit.prompt) // 4 + submit.max_tokens
-        waiting = len(live) - self.brain.scheduler.running.active
-        tokens = sum(request.limit for request in live) + len(submit.ids) * limit
-        self.full[submit.ids[0]] = (
-            waiting + len(submit.ids) > self.limits.queue_requests
-            or tokens > self.limits.live_tokens
-        )
 
     def _tick(self) -> None:
         """What core.loop does after any input: results, deadlines, plans, output."""
@@ -233,7 +197,8 @@ class Simulation:
         while (plan := self.brain.plan(self.now_s)) is not None:
             self.steps += 1
             self.watch.launch(plan, self._tenant_of, self._handle_of)
-            self._note_requests(plan)
+            requests = self.brain.scheduler.running.ids[plan.rows].tolist()
+            self.witness.plan((self.epoch, plan.step), requests, self.now, self._linked_since)
             self.flights[plan.step] = self._computes(plan)
             self._send_plan(plan)
         self._flush()
@@ -252,8 +217,8 @@ class Simulation:
 
     def _poisoned(self, step: int) -> int | None:
         """The request whose poison this step computes."""
-        for request, first, last in self.flights.get(step, ()) if self.poison else ():
-            if first <= self.poison.get(request, -1) <= last:
+        for request, first, last in self.flights.get(step, ()) if self.witness.poison else ():
+            if first <= self.witness.poison.get(request, -1) <= last:
                 return request
         return None
 
@@ -266,17 +231,9 @@ class Simulation:
     def _handle_of(self, group: int, row: int, column: int) -> int:
         return int(self.brain.scheduler.running.handles[group, row, column])
 
-    def _note_requests(self, plan: StepPlan) -> None:
-        """Whose rows a plan computes; for nobody's, no longer than the word takes to come."""
-        requests = self.brain.scheduler.running.ids[plan.rows].tolist()
-        self.requests_of[self.epoch, plan.step] = requests
-        for request in requests:
-            view = self.views[request]
-            api = self.apis[request >> 48]
-            if view.ended_at is None or view.orphaned or api.linked != self.core_life:
-                continue
-            if self.now > max(view.ended_at, api.linked_at) + self.world.channel_time:
-                raise Violation(f"request {request:#x} ({view.how}) is computed for nobody")
+    def _linked_since(self, api: int) -> int | None:
+        found = self.apis[api]
+        return found.linked_at if found.linked == self.core_life else None
 
     def _wake(self) -> None:
         deadline = self.brain.next_deadline_s
@@ -290,12 +247,14 @@ class Simulation:
                 self._check_message(payload)
             if kind == Kind.TOKENS:
                 batch = TokenBatch.decode(payload)
-                self._check_tokens(api, batch)
+                self.witness.tokens(api, batch, self.now)
                 # Not an end, nor an answer to a Resume: what follows shows that it is missing.
                 plain = batch.step and not batch.ends.any() and self.core_life == 1
                 if plain and self.chance("output_lost"):
-                    self.gapped.update(batch.requests.tolist())
+                    self.witness.gapped.update(batch.requests.tolist())
                     continue
+            else:
+                self.witness.to_api(decode_to_api(payload))
             for _ in range(2 if self.chance("output_twice") else 1):
                 self.after(
                     self.world.channel_time,
@@ -310,22 +269,11 @@ class Simulation:
         if isinstance(message, Ended) and message.message == POISON_MESSAGE:
             self.suspects.ended(message.id)
 
-    def _check_tokens(self, api: int, batch: TokenBatch) -> None:
-        """No token after the core was told to stop, none to another's process, none too late."""
-        for request, index in zip(batch.requests.tolist(), batch.indexes.tolist(), strict=True):
-            if request in self.cancelled:
-                raise Violation(f"request {request:#x}: a token after its cancel or finish")
-            if request >> 48 != api:
-                raise Violation(f"request {request:#x}: its token goes to api process {api}")
-            # 0 = made earlier, and sent to a client that resumes
-            if batch.step and self.now > self.deadlines[request]:
-                raise Violation(f"request {request:#x}: token {index} was made after its deadline")
-
     def _api_dies(self, api: int) -> None:
         """Its connections are gone, and what it had sent is too; the next one starts afresh."""
         self._flush()
         self.apis[api].die()
-        self.cancelled.update(r for r in self.brain.requests if r >> 48 == api)
+        self.witness.dropped(one for one in self.brain.requests if one >> 48 == api)
         self.brain.drop_api(api, self.now_s)
 
     def _core_dies(self) -> None:
@@ -335,7 +283,10 @@ class Simulation:
         self.implicates = False
         self.brain = self._new_brain()
         self.brain.suspend()
-        self.brain.restore(recover(self.journal), self.now_s)
+        recovered = recover(self.journal)
+        faulted = (one for one, entry in recovered.items() if entry.end == End.ENGINE_FAULT)
+        self.witness.faulted.update(faulted)
+        self.brain.restore(recovered, self.now_s)
         # What it had sent is still in the sockets, and read unless the supervisor's word is
         # quicker. Each api process gets its new link sooner or later.
         life, gone = self.core_life, self.core_life - 1
@@ -409,7 +360,7 @@ class Simulation:
         try:
             result = self.worker.run(plan, spoil)
             if spoil is not None:
-                self.spoiled.add(self.requests_of[epoch, plan.step][spoil])
+                self.witness.spoil((epoch, plan.step), spoil)
         except (HoldfastError, IndexError) as fault:
             self._lose_worker(f"worker fault: {fault}", implicates=True)
             return
@@ -519,35 +470,12 @@ class Simulation:
 
     # --- for api ---
 
-    def register(self, view: ClientView, deadline: int) -> None:
-        """A choice is asked for, under an id that is new; the core learns its deadline later."""
-        if view.request in self.views:
-            raise Violation(f"request id {view.request:#x} was given out twice")
-        self.views[view.request] = view
-        if view.job.poison_at is not None:
-            self.poison[view.request] = view.job.poison_at
-        self.deadlines[view.request] = (
-            deadline + self.world.channel_time + int(TIMEOUT_MIN_S * 1e6) + 1
-        )
-
     def answer_to(self, job: Job, choice: int) -> Answer:
         """The oracle's answer, computed once."""
         key = (job.number, choice)
         if key not in self._answers:
             self._answers[key] = answer_to(job, choice, self.limits)
         return self._answers[key]
-
-    def may_refuse(self, request: int) -> bool:
-        """Whether a bound was reached when this Submit came to the core."""
-        return self.full.get(request, False)
-
-    def never_fits(self, job: Job) -> bool:
-        limits, limit = self.limits, len(job.prompt) + job.max_tokens
-        return (
-            limits.pages_for_tokens(limit) > limits.pages_usable
-            or job.choices > limits.queue_requests
-            or job.choices * limit > limits.live_tokens
-        )
 
     # --- checks ---
 
@@ -562,7 +490,7 @@ class Simulation:
 
     def _check_end(self) -> None:
         """Liveness: everything ended, and everything is home."""
-        for view in self.views.values():
+        for view in self.witness.views.values():
             if view.how is None:
                 raise view.wrong(f"never ended ({view.tokens} of {len(view.answer.tokens)} tokens)")
         if self.brain.live:

@@ -459,6 +459,37 @@ def test_a_new_core_goes_on_from_the_journal():
     d.check_home()
 
 
+def test_a_stop_id_whose_end_was_not_journalled_any_more_still_ends_its_request():
+    d = Driver(limits_of())
+    sampling = Sampling(temperature=0.0, stop_ids=(VOCAB - 1,))
+    d.submit(1, prompt(1, 9), max_tokens=12, sampling=sampling)
+    d.brain.journal.tokens(0, np.array([1], np.uint64), np.array([VOCAB - 1], np.int32))
+    d.brain = d.new_brain()
+    d.brain.restore(recover(d.journal_buffer), d.now_s)
+    assert d.brain.live == 0
+    assert recover(d.journal_buffer)[1].end == End.STOP
+    d.brain.receive(0, Resume(((1, 0),)), d.now_s)
+    d.collect()
+    assert (d.tokens[1], d.ends[1]) == ([VOCAB - 1], End.STOP)
+
+
+def test_pages_that_a_dead_core_gave_out_are_zeroed_before_they_are_used():
+    d = Driver(limits_of())
+    memory = d.worker.pages
+    d.submit(1, prompt(1, 9), max_tokens=12)
+    plan = d.brain.plan(d.now_s)
+    assert plan is not None
+    d.worker.run(plan, spoil=0)
+    d.brain = d.new_brain()
+    d.brain.restore(recover(d.journal_buffer), d.now_s)
+    d.replace_worker(2)
+    d.worker.pages = memory
+    d.brain.receive(0, Resume(((1, 0),)), d.now_s)
+    d.run()
+    assert d.tokens[1] == d.expected(1, 12)
+    d.check_home()
+
+
 def test_what_was_journalled_and_never_sent_reaches_the_client_after_a_restart():
     d = Driver(limits_of())
     d.submit(1, prompt(1, 9), max_tokens=12)
@@ -473,6 +504,45 @@ def test_what_was_journalled_and_never_sent_reaches_the_client_after_a_restart()
     d.brain.receive(0, Resume(((1, len(d.tokens[1])),)), d.now_s)
     d.run()
     assert d.tokens[1] == d.expected(1, 12)
+
+
+def test_a_request_whose_acceptance_was_lost_goes_on_when_it_is_submitted_again():
+    d = Driver(limits_of())
+    d.submit(1, prompt(1, 9), max_tokens=12)
+    d.submit(2, prompt(2, 9), max_tokens=2)
+    for _ in range(5):
+        d.tick()
+    for seen in (d.accepted, d.tokens, d.ends):
+        seen.clear()  # The core died before any of it was read.
+    d.brain = d.new_brain()
+    d.brain.restore(recover(d.journal_buffer), d.now_s)
+    d.pending.clear()
+    d.replace_worker(2)
+    d.submit(1, prompt(1, 9), max_tokens=12)
+    d.submit(2, prompt(2, 9), max_tokens=2)
+    assert d.brain.live == 1, "an ended request was admitted once more"
+    d.run()
+    assert d.accepted == {1, 2}
+    assert d.tokens == {1: d.expected(1, 12), 2: d.expected(2, 2)}
+    assert d.ends == {1: End.LENGTH, 2: End.LENGTH}
+
+
+def test_the_end_at_a_stop_id_is_said_with_its_token_after_a_restart_as_well():
+    d = Driver(limits_of())
+    d.prompts[1] = prompt(1, 9)
+    wanted = d.expected(1, 3)
+    sampling = Sampling(temperature=0.0, stop_ids=(wanted[-1],))
+    d.submit(1, prompt(1, 9), max_tokens=12, sampling=sampling)
+    d.run()
+    assert (d.tokens.pop(1), d.ends.pop(1)) == (wanted, End.STOP)
+    d.brain = d.new_brain()
+    d.brain.restore(recover(d.journal_buffer), d.now_s)
+    d.batches.clear()
+    d.brain.receive(0, Resume(((1, 1),)), d.now_s)
+    d.tokens[1] = wanted[:1]
+    d.collect()
+    assert d.tokens[1] == wanted
+    assert d.batches[-1].ends.tolist() == [0, int(End.STOP)]
 
 
 def test_the_journal_compacts_and_still_knows_every_live_request():

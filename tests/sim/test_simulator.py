@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from holdfast.sim import oracle
 from holdfast.sim.mutations import MUTATIONS, Mutation, MutationStale, applied, hunt
 from holdfast.sim.shrink import describe, shrink, signature
 from holdfast.sim.simulator import simulate
@@ -74,6 +76,55 @@ def test_a_seed_that_found_a_bug_stays_clean(profile, seed):
     assert outcome.violation is None
 
 
+def test_clients_meet_every_kind_of_end_somewhere():
+    met: set[str] = set()
+    for seed in range(60):
+        for profile in ("faults", "pressure"):
+            met.update(simulate(draw(seed, profile)).ends)
+    assert met == {
+        "stop",
+        "length",
+        "deadline",
+        "disconnect",
+        "slow_reader",
+        "api died",
+        "queue_full",
+        "never_fits",
+        "not_finite",
+        "not_ready",
+        "token_gap",
+        "engine_fault",
+    }
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "min_tokens", "text"),
+    [
+        ([b"a", b"b", b"c"], ("bc",), 0, "a"),
+        ([b"ab", b"ab", b"c"], ("abc", "ba"), 0, "a"),  # complete first, though it begins later
+        ([b"ab", b"c"], ("c", "abc"), 0, ""),  # complete at the same character: the longest
+        ([b"ab", b"ab"], ("ab",), 2, "ab"),  # not before min_tokens
+        ([b"a\xc3", b"\xa9b"], ("é",), 0, "a"),
+        ([b"a\xe2\x82"], (), 0, "a"),  # never became a character
+        ([b"a\xe2", b"b"], (), 0, "a\ufffdb"),
+    ],
+)
+def test_the_oracle_says_what_a_reader_would_say(monkeypatch, tokens, stop, min_tokens, text):
+    table = dict(enumerate(tokens))
+    monkeypatch.setattr(oracle, "TABLE", table)
+    monkeypatch.setattr(oracle, "expected_token", lambda history, *_: len(history) - 1)
+    job = replace(
+        draw(0, "calm").jobs[0],
+        prompt=(0,),
+        max_tokens=len(tokens),
+        stop_ids=(),
+        stop=stop,
+        include_stop=False,
+        min_tokens=min_tokens,
+    )
+    assert oracle.answer_to(job, 0, draw(0, "calm").limits).text == text
+
+
 def test_every_kind_of_fault_strikes_somewhere():
     struck: set[str] = set()
     for seed in range(60):
@@ -94,6 +145,8 @@ def test_every_kind_of_fault_strikes_somewhere():
         "core_death",
         "respawn_fault",
         "poison",
+        "output_twice",
+        "output_lost",
     }
 
 
@@ -119,12 +172,13 @@ def test_a_mutation_is_gone_when_its_context_ends():
 def test_a_failing_world_shrinks_to_a_smaller_one_that_fails_alike():
     bug = next(m for m in MUTATIONS if m.name == "page-boundary")
     with applied(bug):
-        world = draw(0, "pressure")
+        worlds = (draw(seed, "pressure") for seed in range(20))
+        world = next(one for one in worlds if simulate(one).violation is not None)
         before = simulate(world)
         small, after = shrink(world, runs_max=120)
     assert before.violation is not None and after.violation is not None
     assert signature(after.violation) == signature(before.violation)
     assert len(small.jobs) < len(world.jobs)
-    assert "request" in describe(small)
+    assert "client" in describe(small)
     with pytest.raises(ValueError, match="does not fail"):
         shrink(draw(0, "short"))

@@ -1,0 +1,148 @@
+"""Witness: what happened to each request between api and core, and so which ends have a cause.
+
+Sees every message in both directions and every plan, counts for itself, and asks the engine only
+for what is live. Raises Violation for what must never be said: a token after a cancel or too late,
+a second Cancel or Finish, an admitted request that the core does not know, work for nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from holdfast.api.generation import TIMEOUT_MIN_S
+from holdfast.config import Limits
+from holdfast.core.request import Request
+from holdfast.sim.checkers import Violation
+from holdfast.sim.oracle import ClientView
+from holdfast.sim.world import Job
+from holdfast.wire.messages import (
+    Accepted,
+    Cancel,
+    Finish,
+    Refused,
+    Submit,
+    ToApi,
+    ToCore,
+    TokenBatch,
+)
+
+
+class Witness:
+    """`grace`: virtual time in which a word from api reaches the core."""
+
+    def __init__(self, limits: Limits, grace: int) -> None:
+        self.limits = limits
+        self.grace = grace
+        self.views: dict[int, ClientView] = {}
+        self.poison: dict[int, int] = {}  # request -> position whose computation kills the worker
+        self.not_finite: set[int] = set()  # requests with a row that the world made so
+        self.faulted: set[int] = set()  # requests that a core which died had ended by a fault
+        self.gapped: set[int] = set()  # requests of which the world lost a token
+        self._deadlines: dict[int, int] = {}
+        self._admitted: set[int] = set()
+        self._over: set[int] = set()  # the core was told that nobody wants them
+        self._told: set[tuple[int, int, int]] = set()  # (life of core, life of api, request)
+        self._full: dict[int, bool] = {}  # first id of a Submit -> whether a bound was reached
+        self._rows: dict[tuple[int, int], list[int]] = {}  # (epoch, step) -> its rows' requests
+
+    def register(self, view: ClientView, deadline: int) -> None:
+        """A choice is asked for under a new id; the core learns its deadline a little later."""
+        if view.request in self.views:
+            raise Violation(f"request id {view.request:#x} was given out twice")
+        self.views[view.request] = view
+        if view.job.poison_at is not None:
+            self.poison[view.request] = view.job.poison_at
+        self._deadlines[view.request] = deadline + self.grace + int(TIMEOUT_MIN_S * 1e6) + 1
+
+    # --- messages ---
+
+    def to_core(
+        self, message: ToCore, lives: tuple[int, int], live: Iterable[Request], active: int
+    ) -> None:
+        """A message reaches a core with these requests `live`, `active` of them in a row.
+
+        lives: of that core, and of the api process that sent it.
+        """
+        if isinstance(message, Submit):
+            self._submit(message, list(live), active)
+            return
+        over = message.ids if isinstance(message, Cancel) else ()
+        over = (message.id,) if isinstance(message, Finish) else over
+        for request in over:
+            if (*lives, request) in self._told:
+                raise Violation(f"request {request:#x} was cancelled or finished twice")
+            self._told.add((*lives, request))
+        self._over.update(over)
+
+    def _submit(self, submit: Submit, live: list[Request], active: int) -> None:
+        if not all(request in self.views for request in submit.ids):
+            raise Violation(f"{submit.ids} were submitted under ids that no client has")
+        limit = len(submit.prompt) // 4 + submit.max_tokens
+        tokens = sum(request.limit for request in live) + len(submit.ids) * limit
+        self._full[submit.ids[0]] = (
+            len(live) - active + len(submit.ids) > self.limits.queue_requests
+            or tokens > self.limits.live_tokens
+        )
+
+    def dropped(self, requests: Iterable[int]) -> None:
+        """The core drops these by itself: their api process died."""
+        self._over.update(requests)
+
+    def to_api(self, message: ToApi) -> None:
+        """The core answers."""
+        if isinstance(message, Accepted):
+            self._admitted.update(message.ids)
+        elif isinstance(message, Refused):
+            for request in message.ids:
+                if request in self._admitted and request not in self._over:
+                    raise Violation(f"request {request:#x} was admitted and then forgotten")
+
+    def tokens(self, api: int, batch: TokenBatch, now: int) -> None:
+        """The core sends tokens: none after it was told to stop, none to another, none too late."""
+        for request, index in zip(batch.requests.tolist(), batch.indexes.tolist(), strict=True):
+            if request in self._over:
+                raise Violation(f"request {request:#x}: a token after its cancel or finish")
+            if request >> 48 != api:
+                raise Violation(f"request {request:#x}: its token goes to api process {api}")
+            # Step 0: made earlier, and sent to a client that resumes.
+            if batch.step and now > self._deadlines[request]:
+                raise Violation(f"request {request:#x}: token {index} was made after its deadline")
+
+    def plan(
+        self,
+        key: tuple[int, int],
+        requests: list[int],
+        now: int,
+        linked_since: Callable[[int], int | None],
+    ) -> None:
+        """Plan `key` (epoch, step) computes these; for nobody no longer than the word takes.
+
+        linked_since: since when an api process has a link to this core, None when it has none.
+        """
+        self._rows[key] = requests
+        for request in requests:
+            view = self.views[request]
+            if view.ended_at is None or view.orphaned:
+                continue
+            since = linked_since(request >> 48)
+            if since is not None and now > max(view.ended_at, since) + self.grace:
+                raise Violation(f"request {request:#x} ({view.how}) is computed for nobody")
+
+    def spoil(self, key: tuple[int, int], row: int) -> None:
+        """The world makes place `row` of plan `key` not finite."""
+        self.not_finite.add(self._rows[key][row])
+
+    # --- causes ---
+
+    def may_refuse(self, request: int) -> bool:
+        """Whether a bound was reached when the Submit of this first id came to the core."""
+        return self._full.get(request, False)
+
+    def never_fits(self, job: Job) -> bool:
+        """Whether this engine can never take such a job."""
+        limits, limit = self.limits, len(job.prompt) + job.max_tokens
+        return (
+            limits.pages_for_tokens(limit) > limits.pages_usable
+            or job.choices > limits.queue_requests
+            or job.choices * limit > limits.live_tokens
+        )
