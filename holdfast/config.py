@@ -56,12 +56,21 @@ class Limits:
     top_logprobs: int = 20
     choices: int = 32
     """Largest `n`."""
+    host_pages: int = 0
+    """Slots of the host tier of the KV cache, a page each; 0 = no tiers below the device."""
+    disk_pages: int = 0
+    """Blocks of the disk tier, a page each; 0 = no disk."""
+    copies_max: int = 64
+    """Copies between device and host that are not acknowledged, and as many moves to and from
+    disk."""
+    copy_timeout_s: float = 5.0
+    """A copy that takes longer ends the worker; a move that does is not waited for."""
     timeout_s: float = 600.0
     """Deadline of a request that names none, and the largest it may name."""
     api_processes: int = 1
 
     def __post_init__(self) -> None:
-        positive = [f.name for f in fields(self)]
+        positive = [f.name for f in fields(self) if f.name not in ("host_pages", "disk_pages")]
         for name in positive:
             if not getattr(self, name) > 0:
                 raise OptionError(_option(name), f"must be positive, got {getattr(self, name)}")
@@ -73,6 +82,15 @@ class Limits:
             raise OptionError("--steps-ahead", f"1 or 2, got {self.steps_ahead}")
         if self.rows_max > 4096:
             raise OptionError("--max-rows", f"at most 4096, got {self.rows_max}")
+        for name in ("host_pages", "disk_pages"):
+            if not 0 <= getattr(self, name) < 1 << 31:
+                raise OptionError(_option(name), f"0 to 2**31 - 1, got {getattr(self, name)}")
+        if self.disk_pages and not self.host_pages:
+            raise OptionError("--disk-pages", "needs --host-pages: the disk is filled through them")
+        if self.disk_pages and self.copies_max < 2:
+            raise OptionError("--copies-max", "at least 2 with a disk: a spill leaves one to fetch")
+        if self.copies_max > 4096:
+            raise OptionError("--copies-max", f"at most 4096, got {self.copies_max}")
         if self.live_tokens < self.context_tokens:
             raise OptionError(
                 "--live-tokens",

@@ -214,6 +214,7 @@ class Commit:
             return
         self.ledger.seal(flight.plan.seals, result.seal_sums)
         share, size = self.ledger.share, 4 * self.limits.page_tokens
+        tiers = self.scheduler.tiers
         for batch in flight.seals:
             for at, (handle, chain) in enumerate(
                 zip(batch.handles.tolist(), batch.chains, strict=True)
@@ -223,6 +224,8 @@ class Commit:
                 if chain.parent is not None:
                     tokens = batch.tokens[at * size : at * size + size]
                     chain.parent = share(handle, chain.parent, tokens)
+                    if tiers is not None and chain.parent == handle:
+                        tiers.offer(handle, tokens)
                     if chain.parent != handle and chain.parent is not None:
                         self._borrow(chain, chain.parent, flight.plan.step)
                 if chain.request.followers and chain.pages >= chain.waits:

@@ -25,6 +25,7 @@ from holdfast.core.request import Phase, Request
 from holdfast.core.running import Chain, RunningRows
 from holdfast.errors import require
 from holdfast.kv.ledger import Ledger
+from holdfast.kv.tiers import Tiers
 from holdfast.wire.plan import ADMIT, PAGE_WRITE, StepPlan, handle_pages
 from holdfast.wire.rows import RowTable
 
@@ -32,6 +33,10 @@ from holdfast.wire.rows import RowTable
 # one now: page events then come every few steps for many rows, instead of every step for a few
 # (64 rows: 4 pages a step, of which the array calls alone cost 40 us).
 PAGE_AHEAD_TOKENS = 4
+
+# A request waits so often for pages of slower tiers before it computes what is missing: from disk
+# to host, from host to device, and as often again because they were evicted on the way.
+LOADS_MAX = 4
 
 
 @dataclass(slots=True)
@@ -87,6 +92,7 @@ class Scheduler:
         running: RunningRows,
         mirror: RowTable,
         tag: bytes,
+        tiers: Tiers | None = None,
     ) -> None:
         self.limits = limits
         self.ledger = ledger
@@ -94,6 +100,7 @@ class Scheduler:
         self.running = running
         self.mirror = mirror
         self.tag = tag
+        self.tiers = tiers
         self.step = 0  # last launched
         self._page_range = np.arange(limits.page_tokens)
         self._ones = np.ones(limits.rows_total, np.int32)
@@ -108,12 +115,15 @@ class Scheduler:
     def plan(self, epoch: int, in_flight: int, now_s: float) -> Flight | None:
         """The next plan, or None when nothing can be launched now."""
         draft = self._fill()
-        pending = bool(self.seals or self.zeros)  # their leases come back with a plan of their own
-        while not draft.rows and in_flight == 0 and not pending and self._unblock():
+        while not draft.rows and in_flight == 0 and not self._pending() and self._unblock():
             draft = self._fill()
-        if not draft.rows and (in_flight or not pending):
+        if not draft.rows and (in_flight or not self._pending()):
             return None
         return self._launch(draft, epoch, now_s)
+
+    def _pending(self) -> bool:
+        """Whether a plan without rows has something to do: leases come back with its result."""
+        return bool(self.seals or self.zeros or (self.tiers and self.tiers.pending))
 
     def _fill(self) -> _Draft:
         draft = _Draft()
@@ -156,6 +166,8 @@ class Scheduler:
             plan.seals = _concat([batch.handles for batch in seals], np.uint64)
         if zeros:
             plan.zeros = _concat(zeros, np.uint64)
+        if self.tiers is not None and self.tiers.pending:
+            plan.copies = self.tiers.take_copies(now_s)
         if draft.admits:
             plan.admits = np.array(draft.admits, ADMIT)
             plan.admit_tokens = _concat(draft.tokens, np.int32)
@@ -175,6 +187,8 @@ class Scheduler:
             needy = rows[run.planned[rows] >= run.capacity[rows]]
             short = needy.size - self.ledger.available()
             if short <= self.ledger.retiring or run.active <= 1:
+                break
+            if self.tiers is not None and short <= self.ledger.retiring + self.tiers.page_leases():
                 break
             self.preempt(self._victim())
         if needy.size:
@@ -261,6 +275,8 @@ class Scheduler:
             if self.ledger.available() < wanted:
                 self.ledger.release(hits, 0)
                 return
+            if self.tiers is not None and self._bring(request, root, hits):
+                continue
             self.waiting.pop()
             parent = int(hits[-1]) if hits.size else root
             waits = request.prompt_len // self.limits.page_tokens
@@ -274,6 +290,34 @@ class Scheduler:
             count = self._chunk(draft, row, budget)
             require(count > 0, f"row {row} was admitted without a token to compute")
             budget -= count
+
+    def _bring(self, request: Request, root: int, hits: np.ndarray) -> bool:
+        """Whether `request` now waits for pages of slower tiers, which go on where its `hits` end.
+
+        There is room for its whole prompt, so what is loaded takes nothing from running rows.
+        """
+        tiers, size, tokens = self.tiers, self.limits.page_tokens, request.tokens
+        assert tiers is not None
+        missing = (tokens.size - 1) // size - hits.size
+        if missing <= 0 or request.loads >= LOADS_MAX:
+            return False
+        parent = int(hits[-1]) if hits.size else root
+        wanted = tokens[hits.size * size : (hits.size + missing) * size]
+        if not tiers.bring(request, hits, parent, wanted, self.ledger.available() - 1):
+            return False
+        self.waiting.pop()
+        request.load()
+        return True
+
+    def brought(self, waiters: list[Request]) -> None:
+        """What these requests waited for is there, or is not coming: they are next in line."""
+        assert self.tiers is not None
+        for request in reversed(waiters):
+            if request.phase is Phase.LOADING:
+                request.loaded()
+                self.waiting.push_front(request)
+        self.zeros += self.tiers.spoiled
+        self.tiers.spoiled.clear()
 
     def _admit_record(self, draft: _Draft, row: int, request: Request, hits: np.ndarray) -> None:
         admission, sampling = request.admission, request.admission.sampling
@@ -313,6 +357,8 @@ class Scheduler:
         run = self.running
         if run.active == 0:
             return False
+        if self.tiers is not None and self.tiers.page_leases():
+            return False  # The acknowledgements of copies bring pages, and the next plan.
         if run.active > 1:
             self.preempt(self._victim())
             return True

@@ -4,6 +4,8 @@ Verbs, in the life of a page: `reserve` (a row gets it), `launch` (a step will w
 (its bytes are final and summed), `acquire` (another row shares it), `release` (a holder gives it up
 at a step: the page is *retired*, never freed), `acknowledge` (that step's result came: only now
 leases drop, and a page without any becomes free, or stays cached when the prefix index knows it).
+Copies between tiers: `load` and `loaded` or `not_loaded` (a copy fills a page; nobody else knows it
+until then), `lend` and `repay` (a copy reads a sealed page).
 
 Invariants, of which this file is the home: a lease is released exactly once; a stale generation is
 refused; a page gets no new owner while a launched step may touch it. `verify` recounts all of it.
@@ -21,13 +23,14 @@ from holdfast.kv.pages import PagePool, PageState
 from holdfast.kv.prefix import PrefixIndex
 
 # Plain integers: reading a member of an IntEnum costs a microsecond in Python 3.11.
-_FREE, _RESERVED, _WRITING, _SEALED, _RETIRING, _TRASH = (
+_FREE, _RESERVED, _WRITING, _SEALED, _LOADING, _RETIRING, _TRASH = (
     int(state)
     for state in (
         PageState.FREE,
         PageState.RESERVED,
         PageState.WRITING,
         PageState.SEALED,
+        PageState.LOADING,
         PageState.RETIRING,
         PageState.TRASH,
     )
@@ -40,7 +43,10 @@ class Ledger:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.pools = [PagePool(group, limits.pages) for group in range(limits.groups)]
-        self.index = PrefixIndex(limits.pages)
+        self.index = PrefixIndex(limits.pages, chained=limits.host_pages > 0)
+        # Of each page, whether one of its leases is lent. Such a lease keeps the page from being
+        # free, but not in the trie: or a copy of a leaf would hold back the pages above it.
+        self.lent = np.zeros(limits.pages, np.bool_)
         self.cached = 0  # sealed, indexed, without a lease: free on demand
         self.retiring = 0  # leases waiting for a step's result
         self.evicted = 0
@@ -129,6 +135,8 @@ class Ledger:
         require(np.count_nonzero(left < 0) == 0, "a lease was dropped twice")
         pool.leases[pages] = left
         if np.count_nonzero(left) == left.size:
+            if group == 0:
+                self._offer_lent(pages)
             return
         idle = pages[left == 0]
         if group != 0:
@@ -141,6 +149,7 @@ class Ledger:
         self.index.used[kept] = self._clock
         for page in kept[self.index.children[kept] == 0]:
             self.index.offer(self._handle(int(page)), int(page))
+        self._offer_lent(pages)
         if self.index.offered() > 4 * self.limits.pages:
             self._compact_leaves()
 
@@ -172,6 +181,51 @@ class Ledger:
         pool = self.pools[0]
         return bool(pool.state[page] == _SEALED) and self._handle(page) == handle
 
+    # --- copies between tiers ---
+
+    def load(self, handles: np.ndarray) -> None:
+        """A copy will fill these reserved pages."""
+        self._turn(handles, _RESERVED, _LOADING)
+
+    def loaded(self, handle: int, checksum: int) -> None:
+        """The copy is over and the page's bytes have this sum, the one they were sealed with."""
+        page = self._turn(np.array([handle], np.uint64), _LOADING, _SEALED)
+        self.pools[0].sums[page] = checksum
+
+    def not_loaded(self, handle: int) -> None:
+        """The copy is over and the page's bytes are not what they should be."""
+        self._turn(np.array([handle], np.uint64), _LOADING, _RESERVED)
+
+    def _turn(self, handles: np.ndarray, before: int, after: int) -> np.ndarray:
+        pool = self.pools[0]
+        pages = pool.pages_of(handles)
+        wrong = pages[pool.state[pages] != before]
+        require(wrong.size == 0, f"pages {wrong} are not {PageState(before).name}")
+        pool.state[pages] = after
+        return pages
+
+    def lend(self, handle: int) -> None:
+        """One lease of a sealed page for the copy that reads it."""
+        page = handle & 0xFF_FFFF
+        require(self._sealed(handle, page), f"page {page} is copied before it is sealed")
+        require(not self.lent[page], f"page {page} is lent twice")
+        self.acquire(np.array([handle], np.uint64))
+        self.lent[page] = True
+
+    def repay(self, handle: int) -> None:
+        """The copy is over."""
+        self.lent[handle & 0xFF_FFFF] = False
+        self.release(np.array([handle], np.uint64), 0)
+
+    def _offer_lent(self, pages: np.ndarray) -> None:
+        """Of pages that lost a lease: those whose last one is lent may leave the trie."""
+        if self.index.chains is None:
+            return
+        for page in pages[self.lent[pages]].tolist():
+            if self._evictable(self._handle(page), page):
+                self.index.used[page] = self._clock
+                self.index.offer(self._handle(page), page)
+
     # --- eviction, reset, checks ---
 
     def _evict(self, count: int) -> None:
@@ -184,10 +238,11 @@ class Ledger:
             if not self._evictable(handle, page) or self.index.used[page] != used:
                 continue
             parent = self.index.remove(handle, page)
-            pool.give_back(np.array([page], np.int32))
-            self.cached -= 1
-            self.evicted += 1
-            count -= 1
+            if not self.lent[page]:  # else it is free when it is repaid
+                pool.give_back(np.array([page], np.int32))
+                self.cached -= 1
+                self.evicted += 1
+                count -= 1
             if parent >= 0:
                 parent_page = parent & 0xFF_FFFF
                 if self._evictable(parent, parent_page):
@@ -196,7 +251,7 @@ class Ledger:
     def _evictable(self, handle: int, page: int) -> bool:
         pool = self.pools[0]
         return bool(
-            pool.leases[page] == 0
+            pool.leases[page] == self.lent[page]
             and self.index.indexed[page]
             and self.index.children[page] == 0
             and self._handle(page) == handle
@@ -204,7 +259,7 @@ class Ledger:
 
     def _compact_leaves(self) -> None:
         pool = self.pools[0]
-        idle = (pool.leases == 0) & self.index.indexed & (self.index.children == 0)
+        idle = (pool.leases == self.lent) & self.index.indexed & (self.index.children == 0)
         pages = np.flatnonzero(idle)
         self.index.rebuild_leaves([(int(self.index.used[p]), self._handle(int(p))) for p in pages])
 
@@ -218,6 +273,7 @@ class Ledger:
             held = np.flatnonzero((pool.state != _FREE) & (pool.state != _TRASH))
             pool.give_back(held.astype(np.int32))
         self.index.clear()
+        self.lent[:] = False
         self._retired.clear()
         self.cached = self.retiring = self._acknowledged = 0
 
@@ -231,6 +287,8 @@ class Ledger:
         require(not unsealed.any(), f"pages indexed but not sealed: {np.flatnonzero(unsealed)}")
         cached = int((self.index.indexed & (pool.leases == 0)).sum())
         require(cached == self.cached, f"cached count {self.cached}, found {cached}")
+        astray = self.lent & ((pool.leases == 0) | (pool.state != _SEALED))
+        require(not astray.any(), f"pages lent but not held: {np.flatnonzero(astray)}")
         for handle in self.index.handles():
             require(self._handle(handle & 0xFF_FFFF) == handle, f"stale handle {handle:#x} indexed")
         waiting = sum(h.size for retired in self._retired.values() for _, h in retired)

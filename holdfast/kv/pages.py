@@ -1,7 +1,8 @@
 """The pages of one layer group as a table: state, generation, leases; the counts always add up.
 
     FREE ──take──> RESERVED ──launch──> WRITING ──seal──> SEALED ──last lease, evict──> FREE
-                       └──────last lease──┴─(via RETIRING while a step may touch it)──> FREE
+                       ├──────last lease──┴─(via RETIRING while a step may touch it)──> FREE
+                       └load─> LOADING ──loaded──> SEALED, or not ──> RESERVED
 
 Page 0 is TRASH for ever. A page has as many leases as there are holders that count on its bytes:
 the row that fills it, rows that share it, a seal or a zeroing in flight. A generation rises when a
@@ -102,5 +103,6 @@ class PagePool:
         require((self.leases >= 0).all(), "a page has negative leases")
         idle = (self.state == PageState.FREE) | (self.state == PageState.TRASH)
         require(not self.leases[idle].any(), "a free or trash page has leases")
-        held = np.isin(self.state, (PageState.RESERVED, PageState.WRITING, PageState.RETIRING))
+        owned = (PageState.RESERVED, PageState.WRITING, PageState.LOADING, PageState.RETIRING)
+        held = np.isin(self.state, owned)
         require((self.leases[held] > 0).all(), "an unsealed held page has no lease")

@@ -12,15 +12,13 @@ from collections.abc import Callable
 import numpy as np
 
 from holdfast.config import Limits
+from holdfast.sim.copy_watch import CopyWatch
 from holdfast.sim.fake_worker import expected_token
+from holdfast.sim.violation import Violation
 from holdfast.sim.world import Job
 from holdfast.wire.messages import End
 from holdfast.wire.plan import StepPlan
 from holdfast.wire.rows import RowTable
-
-
-class Violation(AssertionError):
-    """A property does not hold; the simulation ends here."""
 
 
 class ClientView:
@@ -74,8 +72,9 @@ class PageWatch:
     Keeps a row table of its own that follows the plans at launch, so it sees what the device will.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, copies: CopyWatch) -> None:
         self.limits = limits
+        self.copies = copies
         self.rows = RowTable(limits)
         self.touched: dict[int, dict[int, int]] = {}  # page -> life -> last launched step
         self.tenants: dict[int, str] = {}  # page -> whose tokens it holds
@@ -115,9 +114,17 @@ class PageWatch:
                         f"holds tokens of {self.tenants.get(page)}"
                     )
                 self.touched.setdefault(page, {})[life] = plan.step
+                self.copies.step_touches(plan.step, page, writes=False)
         rows.advance(plan, np.zeros(plan.rows.size, np.int32))
 
+    def copy_writes(self, page: int) -> None:
+        """A copy that begins now writes a page."""
+        for life, last in self.touched.get(page, {}).items():
+            if last > self.acknowledged:
+                raise Violation(f"a copy writes page {page} while step {last} of life {life} runs")
+
     def _write(self, step: int, page: int, life: int) -> None:
+        self.copies.step_touches(step, page, writes=True)
         for other, last in self.touched.get(page, {}).items():
             if other != life and last > self.acknowledged:
                 raise Violation(

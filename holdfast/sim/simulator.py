@@ -20,8 +20,10 @@ from holdfast.core.brain import Brain
 from holdfast.core.journal import Journal, recover
 from holdfast.core.metrics import Metrics
 from holdfast.errors import HoldfastError, WorkerFault
-from holdfast.sim.checkers import ClientView, PageWatch, Violation, check_bounds
+from holdfast.sim.checkers import ClientView, PageWatch, check_bounds
+from holdfast.sim.copy_traffic import CopyTraffic
 from holdfast.sim.fake_worker import FakeWorker, memory_of
+from holdfast.sim.violation import Violation
 from holdfast.sim.world import Job, World, prompt_array
 from holdfast.wire.link import Kind, MemoryLink
 from holdfast.wire.messages import (
@@ -82,6 +84,7 @@ class Simulation:
         self.journal = memoryview(bytearray(Journal.size(self.limits)))
         self.metrics = Metrics(memoryview(bytearray(Metrics.size(1))), 0)
         self.memory = memory_of(self.limits)
+        self.copies = CopyTraffic(self)
         self.epoch = 1
         self.brain = self._new_brain()
         self.worker: FakeWorker | None = None
@@ -101,11 +104,11 @@ class Simulation:
     def after(self, delay: int, action: Callable[[], None], label: str) -> None:
         self.at(self.now + delay, action, label)
 
-    def chance(self, rate: str) -> bool:
+    def chance(self, rate: str, rng: Random | None = None) -> bool:
         """Whether a fault strikes now. Draws the same whether it is on or off, and never heals
         in the safety phase."""
         value = getattr(self.world.rates, rate)
-        drawn = self.rng.random()
+        drawn = (rng or self.rng).random()
         if self.now >= self.world.faults_until or drawn >= value:
             return False
         self.faults[rate] = self.faults.get(rate, 0) + 1
@@ -152,14 +155,19 @@ class Simulation:
 
     def _new_brain(self) -> Brain:
         journal = Journal(self.journal, self.limits)
+        self.core_life = getattr(self, "core_life", 0) + 1
         brain = Brain(
-            self.limits, journal, self.metrics, epoch=self.epoch, wall_ns=lambda: self.now * 1000
+            self.limits,
+            journal,
+            self.metrics,
+            epoch=self.epoch,
+            life=self.core_life,
+            wall_ns=lambda: self.now * 1000,
         )
         self.core_link, self.worker_link = MemoryLink.pair()
         self.core_link.epoch = self.worker_link.epoch = self.epoch
-        self.watch = PageWatch(self.limits)
+        self.watch = PageWatch(self.limits, self.copies.watch)
         self.launched: dict[int, int] = {}
-        self.core_life = getattr(self, "core_life", 0) + 1
         return brain
 
     def _core_receives(self, api: int, frame: bytes, life: int) -> None:
@@ -171,13 +179,16 @@ class Simulation:
             self.cancelled.update(message.ids)
         elif isinstance(message, Finish):
             self.cancelled.add(message.id)
-        self._tick()
+        self.tick()
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
         """What core.loop does after any input: results, deadlines, plans, output."""
         if self.chance("api_death"):
             self._api_dies(self.rng.randrange(self.limits.api_processes))
         for kind, payload in self.core_link.drain():
+            if kind == Kind.COPIES:
+                self.copies.acknowledge(payload)
+                continue
             assert kind == Kind.RESULT
             result = StepResult.decode(payload)
             before = self.brain.in_flight
@@ -189,14 +200,20 @@ class Simulation:
                 return
             if self.brain.in_flight < before:
                 self.watch.acknowledge(result.step)
-        self.brain.expire(self.now_s)
+        try:
+            self.brain.expire(self.now_s)
+        except WorkerFault as fault:
+            self._flush()
+            self._lose_worker(f"given up: {fault}")
         if self.chance("core_death"):
             self._core_dies()
             return
         while (plan := self.brain.plan(self.now_s)) is not None:
             self.steps += 1
             self.watch.launch(plan, self._tenant_of, self._handle_of)
+            self.copies.launch(plan)
             self._send_plan(plan)
+        self.copies.pump()
         self._flush()
         deadline = self.brain.next_deadline_s
         if deadline is not None and deadline < 1e5:
@@ -214,7 +231,7 @@ class Simulation:
     def _wake(self) -> None:
         deadline = self.brain.next_deadline_s
         if deadline is not None and deadline <= self.now_s:
-            self._tick()
+            self.tick()
 
     def _flush(self) -> None:
         for api, kind, payload in self.brain.take_output():
@@ -290,6 +307,7 @@ class Simulation:
         if epoch != self.epoch or self.worker is None:
             return
         self.queue.append(StepPlan.decode(frame))
+        self.copies.worker_receives(self.queue[-1])
         self._worker_works()
 
     def _worker_works(self) -> None:
@@ -355,7 +373,7 @@ class Simulation:
 
     def _core_gets_result(self, frame: bytes, epoch: int) -> None:
         self.core_link.deliver(epoch, Kind.RESULT, frame)
-        self._tick()
+        self.tick()
 
     # --- the supervisor ---
 
@@ -380,6 +398,7 @@ class Simulation:
             late = min(fenced_at - 1, self.now + (number + 1) * self.world.step_time)
             self.at(late, lambda plan=plan: self._zombie_writes(zombie, plan), "zombie writes")
         self.fenced_at = fenced_at
+        self.copies.kill(zombie.epoch, fenced_at)
 
     def _zombie_writes(self, zombie: FakeWorker, plan: StepPlan) -> None:
         try:
@@ -401,9 +420,10 @@ class Simulation:
             return
         self._start_worker()
         self.core_link.epoch = self.worker_link.epoch = epoch
-        self.watch = PageWatch(self.limits)
+        self.copies.watch.fence(epoch)
+        self.watch = PageWatch(self.limits, self.copies.watch)
         self.brain.new_epoch(epoch, self.now_s)
-        self._tick()
+        self.tick()
 
     # --- api and clients ---
 
@@ -525,6 +545,7 @@ class Simulation:
 
     def _check(self) -> None:
         self.brain.verify()
+        self.copies.check()
         admission = self.brain.admission
         check_bounds(
             self.limits, self.brain.in_flight, admission.live_requests, admission.live_tokens
@@ -537,6 +558,7 @@ class Simulation:
                 raise Violation(f"request {view.request:#x} never ended ({view.tokens} tokens)")
         if self.brain.live:
             raise Violation(f"{self.brain.live} requests live after the last client has gone")
+        self.copies.check_end()
         ledger = self.brain.ledger
         if ledger.held() or ledger.retiring:
             raise Violation(f"{ledger.held()} pages held, {ledger.retiring} leases at the end")

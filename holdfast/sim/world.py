@@ -41,6 +41,25 @@ class Rates:
     abort: float = 0.0  # per request: its client goes away at a random moment
     stop_string: float = 0.0  # per request: api ends it after some token
     short_deadline: float = 0.0  # per request
+    # Of tiers: per copy or move.
+    copy_late: float = 0.0
+    copy_failed: float = 0.0
+    ack_withheld: float = 0.0  # the acknowledgement of a copy never comes
+    disk_late: float = 0.0
+    disk_error: float = 0.0
+    host_corrupt: float = 0.0  # per step: a cell of a held slot changes
+    disk_corrupt: float = 0.0
+
+
+TIER_RATES = (
+    "copy_late",
+    "copy_failed",
+    "ack_withheld",
+    "disk_late",
+    "disk_error",
+    "host_corrupt",
+    "disk_corrupt",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +90,8 @@ class World:
     fence_time: int  # from the kill to the proof that the old worker is gone
     respawn_time: int
     faults_until: int  # virtual time at which the liveness phase begins
+    copy_time: int = 1  # bounds of each half of a copy and of a move
+    disk_time: int = 1
 
 
 PROFILES = {
@@ -79,6 +100,7 @@ PROFILES = {
     "faults": (24, 0.7, 0.3),
     "pressure": (40, 0.15, 1.0),
     "calm": (30, 0.0, 0.4),
+    "tiers": (30, 0.25, 1.0),
 }
 
 
@@ -91,6 +113,7 @@ def draw(seed: int, profile: str = "short") -> World:
     step_time = rng.choice([200, 2 * MILLISECOND, 20 * MILLISECOND])
     span = rng.choice([5, 50, 400]) * step_time
     jobs = _draw_jobs(rng, limits, rates, rng.randint(1, requests_max), span)
+    limits, rates, copy_time, disk_time = _draw_tiers(seed, profile, limits, rates, step_time)
     return World(
         seed=seed,
         limits=limits,
@@ -101,7 +124,37 @@ def draw(seed: int, profile: str = "short") -> World:
         fence_time=rng.choice([1, 30]) * step_time,
         respawn_time=rng.choice([1, 10, 50]) * step_time,
         faults_until=span * 3 + 200 * step_time,
+        copy_time=copy_time,
+        disk_time=disk_time,
     )
+
+
+def _draw_tiers(
+    seed: int, profile: str, limits: Limits, rates: Rates, step_time: int
+) -> tuple[Limits, Rates, int, int]:
+    """Tiers, their faults and their times, from a Random of their own: worlds without tiers are
+    what they would be if there were none."""
+    rng = Random(seed * 0xB529_7A4D + 5)
+    on = profile == "tiers" or rng.random() < 0.2
+    host_pages = rng.choice([1, 2, 5, 16, 100])
+    disk_pages = rng.choice([0, 0, 1, 3, 20, 200])
+    copy_time = rng.choice([1, step_time // 4, 3 * step_time])
+    disk_time = copy_time * rng.choice([1, 5])
+    slowest = max(step_time, disk_time)
+    if on:
+        limits = replace(
+            limits,
+            host_pages=host_pages,
+            disk_pages=disk_pages,
+            copies_max=rng.choice([2, 3, 64]),
+            copy_timeout_s=rng.choice([10, 40]) * slowest * 1e-6,
+        )
+    drawn = {}
+    for name in TIER_RATES:
+        struck, exponent = rng.random() < PROFILES[profile][1], rng.uniform(-2.5, -0.7)
+        drawn[name] = 10.0**exponent if struck and on else 0.0
+    drawn["ack_withheld"] /= 4
+    return limits, replace(rates, **drawn), copy_time, disk_time
 
 
 def _draw_limits(rng: Random, shortage: float) -> Limits:
@@ -131,7 +184,7 @@ def _draw_limits(rng: Random, shortage: float) -> Limits:
 
 def _draw_rates(rng: Random, fault_chance: float) -> Rates:
     drawn = {}
-    for rate in fields(Rates):
+    for rate in (rate for rate in fields(Rates) if rate.name not in TIER_RATES):
         # Every rate is drawn, used or not, so that one coin does not shift all the others.
         on, exponent = rng.random() < fault_chance, rng.uniform(-2.5, -0.7)
         drawn[rate.name] = 10.0**exponent if on else 0.0
