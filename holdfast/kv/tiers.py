@@ -132,9 +132,12 @@ class Tiers:
         if self.host.free == 0:
             self._evict()
         slot = self.host.fill(entry)
+        self._make_room()
+        return slot
+
+    def _make_room(self) -> None:
         while self.host.free + self.host.leaving < self.headroom and self._evict():
             pass
-        return slot
 
     def _evict(self) -> bool:
         """Give up the least recently used host slot: at once, or when its bytes are on disk."""
@@ -327,6 +330,7 @@ class Tiers:
                 self._stored(copy, good)
             else:
                 waiters += self._loaded(copy, good)
+        self._make_room()
         return waiters
 
     def _judge(self, status: int, total: int, entry: Entry) -> bool:
@@ -400,6 +404,7 @@ class Tiers:
                 self._spilled(move, status, total)
             else:
                 waiters += self._fetched(move, status, total)
+        self._make_room()
         return waiters
 
     def _spilled(self, move: _Move, status: int, total: int) -> None:

@@ -32,7 +32,6 @@ class CopyTraffic:
         self.mover = FakeMover(self.memory)
         self.watch = CopyWatch()
         self.fences: dict[int, int] = {}  # epoch -> when nothing of it writes any more
-        self.bad_loads = 0
 
     # --- copies of the worker ---
 
@@ -152,6 +151,11 @@ class CopyTraffic:
             return
         if sim.now > oldest + sim.limits.copy_timeout_s * 1e6 + 10:
             raise Violation(f"a copy of epoch {sim.epoch} is open since {oldest}")
+
+    def check_given_up(self) -> None:
+        """The core gives a worker up for a late copy: one that the core was told of is not."""
+        if not {"copy_late", "ack_withheld"} & set(self.sim.faults):
+            raise Violation("a worker was given up for a late copy, and none was late")
 
     def check_end(self) -> None:
         """Everything was acknowledged or fenced, so nothing may wait for it."""

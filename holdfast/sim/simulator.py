@@ -204,6 +204,7 @@ class Simulation:
             self.brain.expire(self.now_s)
         except WorkerFault as fault:
             self._flush()
+            self.copies.check_given_up()
             self._lose_worker(f"given up: {fault}")
         if self.chance("core_death"):
             self._core_dies()

@@ -100,7 +100,7 @@ PROFILES = {
     "faults": (24, 0.7, 0.3),
     "pressure": (40, 0.15, 1.0),
     "calm": (30, 0.0, 0.4),
-    "tiers": (30, 0.25, 1.0),
+    "tiers": (24, 0.3, 1.0),
 }
 
 
@@ -114,6 +114,8 @@ def draw(seed: int, profile: str = "short") -> World:
     span = rng.choice([5, 50, 400]) * step_time
     jobs = _draw_jobs(rng, limits, rates, rng.randint(1, requests_max), span)
     limits, rates, copy_time, disk_time = _draw_tiers(seed, profile, limits, rates, step_time)
+    if profile == "tiers":
+        jobs = _long_prompts(seed, limits, jobs)
     return World(
         seed=seed,
         limits=limits,
@@ -137,13 +139,17 @@ def _draw_tiers(
     rng = Random(seed * 0xB529_7A4D + 5)
     on = profile == "tiers" or rng.random() < 0.2
     host_pages = rng.choice([1, 2, 5, 16, 100])
-    disk_pages = rng.choice([0, 0, 1, 3, 20, 200])
+    disk_pages = rng.choice([0, 0, 1, 20, 200, 200])
+    if disk_pages > 1:
+        host_pages = min(host_pages, 16)  # or nothing would ever be spilled
     copy_time = rng.choice([1, step_time // 4, 3 * step_time])
     disk_time = copy_time * rng.choice([1, 5])
     slowest = max(step_time, disk_time)
     if on:
         limits = replace(
             limits,
+            queue_requests=64,
+            live_tokens=100 * limits.context_tokens,
             host_pages=host_pages,
             disk_pages=disk_pages,
             copies_max=rng.choice([2, 3, 64]),
@@ -154,7 +160,27 @@ def _draw_tiers(
         struck, exponent = rng.random() < PROFILES[profile][1], rng.uniform(-2.5, -0.7)
         drawn[name] = 10.0**exponent if struck and on else 0.0
     drawn["ack_withheld"] /= 4
+    if drawn["disk_late"]:
+        drawn["disk_late"] = max(drawn["disk_late"], 0.1)  # moves are few
+    if on:
+        # Orders of an older core are rare without it.
+        drawn["core_death"] = max(rates.core_death, rng.choice([0.0, 0.01]) * (rates.crash > 0))
     return limits, replace(rates, **drawn), copy_time, disk_time
+
+
+def _long_prompts(seed: int, limits: Limits, jobs: tuple[Job, ...]) -> tuple[Job, ...]:
+    """The jobs with long beginnings in common and short outputs: what was evicted comes again."""
+    rng = Random(seed * 0xD6E8_FEB8 + 3)
+    context = limits.context_tokens
+    stems = [[rng.randrange(VOCAB) for _ in range(context)] for _ in range(rng.randint(1, 6))]
+    changed = []
+    for job in jobs:
+        stem, kept = list(rng.choice(stems)), rng.random() < 0.2
+        cut, output = rng.randint(context // 2, context - 8), rng.randint(1, 8)
+        if rng.random() < 0.3:
+            stem[rng.randrange(cut)] = rng.randrange(VOCAB)
+        changed.append(job if kept else replace(job, prompt=tuple(stem[:cut]), max_tokens=output))
+    return tuple(changed)
 
 
 def _draw_limits(rng: Random, shortage: float) -> Limits:
