@@ -16,7 +16,7 @@ from holdfast.errors import OptionError
 PAGES_MAX = 1 << 24
 # Draft tokens are counted in a byte (wire.plan); nobody's acceptance makes more worth their pages.
 DRAFT_DEPTH_MAX = 32
-_MAY_BE_ZERO = {"draft_depth", "windows", "window_pages"}
+_MAY_BE_ZERO = {"draft_depth", "windows", "window_pages", "host_pages", "disk_pages"}
 # Upper bound on one journal record of an admission, besides its tokens: scalars, tenant, and the
 # bias and stop lists at their limits (msgpack: at most 16 and 8 bytes an entry) are added below.
 JOURNAL_RECORD_BYTES = 512
@@ -65,6 +65,15 @@ class Limits:
     top_logprobs: int = 20
     choices: int = 32
     """Largest `n`."""
+    host_pages: int = 0
+    """Slots of the host tier of the KV cache, a page each; 0 = no tiers below the device."""
+    disk_pages: int = 0
+    """Blocks of the disk tier, a page each; 0 = no disk."""
+    copies_max: int = 64
+    """Copies between device and host that are not acknowledged, and as many moves to and from
+    disk."""
+    copy_timeout_s: float = 5.0
+    """A copy that takes longer ends the worker; a move that does is not waited for."""
     timeout_s: float = 600.0
     """Deadline of a request that names none, and the largest it may name."""
     api_processes: int = 1
@@ -86,6 +95,17 @@ class Limits:
             raise OptionError("--steps-ahead", f"1 or 2, got {self.steps_ahead}")
         if self.rows_max > 4096:
             raise OptionError("--max-rows", f"at most 4096, got {self.rows_max}")
+        for name in ("host_pages", "disk_pages"):
+            if not 0 <= getattr(self, name) < 1 << 31:
+                raise OptionError(_option(name), f"0 to 2**31 - 1, got {getattr(self, name)}")
+        if self.host_pages and self.groups > 1:
+            raise OptionError("--host-pages", "not together with windows: tiers hold full groups")
+        if self.disk_pages and not self.host_pages:
+            raise OptionError("--disk-pages", "needs --host-pages: the disk is filled through them")
+        if self.disk_pages and self.copies_max < 2:
+            raise OptionError("--copies-max", "at least 2 with a disk: a spill leaves one to fetch")
+        if self.copies_max > 4096:
+            raise OptionError("--copies-max", f"at most 4096, got {self.copies_max}")
         if self.live_tokens < self.context_tokens:
             raise OptionError(
                 "--live-tokens",

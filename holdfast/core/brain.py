@@ -7,6 +7,8 @@ character of text and never imports torch.
     receive(message)   admission, cancel, finish, resume
     plan()             the next StepPlan, at most `limits.steps_ahead` unanswered
     commit(result)     facts: journal, then output
+    copied(acks)       copies of plans are over
+    take_moves() / moved(acks)   orders for the mover between host and disk, and their ends
     suspend() / new_epoch()   the worker is gone / another one is there
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection
@@ -33,6 +36,8 @@ from holdfast.core.running import RunningRows
 from holdfast.core.scheduler import Flight, Scheduler
 from holdfast.errors import WorkerFault, require
 from holdfast.kv.ledger import Ledger
+from holdfast.kv.tiers import Tiers
+from holdfast.wire.copies import CopyAcks, MoveOrders
 from holdfast.wire.link import Kind
 from holdfast.wire.messages import (
     Accepted,
@@ -57,11 +62,23 @@ POISON_MESSAGE = (
 # Gauges and sums are published every few steps, and whenever the pipe is empty.
 COUNT_EVERY_STEPS = 8
 
+# What kv.tiers counts, by the name of its metric.
+_TIER_COUNTERS = {
+    "stored": "pages_stored_total",
+    "loaded": "pages_loaded_total",
+    "spilled": "pages_spilled_total",
+    "fetched": "pages_fetched_total",
+    "failure": "tier_failures_total",
+    "skip": "tier_skips_total",
+    "stale": "stale_acks_total",
+}
+
 
 class Brain:
     """`tag` names everything a page's content depends on besides tokens and tenant: model,
-    weights, layout, dtype. `epoch` numbers the workers this brain has had, from 1. `wall_ns`: the
-    wall clock, for what must mean the same to the next core; everything else is told the time."""
+    weights, layout, dtype. `epoch` numbers the workers this brain has had, from 1; `life` the cores
+    of the engine, this one included. `wall_ns`: the wall clock, for what must mean the same to the
+    next core; everything else is told the time."""
 
     def __init__(
         self,
@@ -70,6 +87,7 @@ class Brain:
         metrics: Metrics,
         *,
         epoch: int = 1,
+        life: int = 1,
         tag: bytes = b"",
         wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
@@ -93,7 +111,10 @@ class Brain:
         self._unresumed = EndedRequests(limits, shares=ENDED_SHARES - 1)
         self._step_seconds = 0.05  # smoothed, for Retry-After
         running, mirror = RunningRows(limits), RowTable(limits)
-        self.scheduler = Scheduler(limits, self.ledger, self.waiting, running, mirror, tag)
+        self.tiers = Tiers(limits, self.ledger, life) if limits.host_pages else None
+        self.scheduler = Scheduler(
+            limits, self.ledger, self.waiting, running, mirror, tag, self.tiers
+        )
         self.committer = Commit(
             limits,
             self.ledger,
@@ -119,7 +140,11 @@ class Brain:
     @property
     def next_deadline_s(self) -> float | None:
         """When `expire` has something to do next."""
-        return self._deadlines[0][0] if self._deadlines else None
+        deadline_s = self._deadlines[0][0] if self._deadlines else math.inf
+        if self.tiers is not None:
+            tiers_s = self.tiers.next_deadline_s(worker=not self.suspended)
+            deadline_s = min(deadline_s, tiers_s)
+        return deadline_s if deadline_s < math.inf else None
 
     def take_output(self) -> list[Output]:
         """(api, link.Kind, payload) in order; whoever takes it sends it."""
@@ -359,6 +384,50 @@ class Brain:
         metrics.set("pages_free", ledger.pools[0].free)
         metrics.set("pages_cached", ledger.cached)
         metrics.set("pages_held", ledger.held())
+        if self.tiers is not None:
+            self._count_tiers(self.tiers)
+
+    # --- slower tiers ---
+
+    def copied(self, acks: CopyAcks, now_s: float) -> None:
+        """Copies that plans of this epoch ordered are over. Those of another epoch never get past
+        the link; unknown tickets are counted and dropped."""
+        require(acks.epoch == self.epoch, f"copies of epoch {acks.epoch} in {self.epoch}")
+        if self.tiers is None or self.suspended:
+            self.metrics.add("stale_acks_total", acks.tickets.size)
+            return
+        self.scheduler.brought(self.tiers.copied(acks))
+
+    def take_moves(self, now_s: float) -> MoveOrders | None:
+        """New orders for the mover; whoever takes them sends them."""
+        if self.tiers is None:
+            return None
+        moves = self.tiers.take_moves(now_s)
+        return MoveOrders(life=self.tiers.life, moves=moves) if moves.size else None
+
+    def moved(self, acks: CopyAcks, now_s: float) -> None:
+        """The mover's orders are over; those of other cores are counted and dropped."""
+        if self.tiers is None:
+            self.metrics.add("stale_acks_total", acks.tickets.size)
+            return
+        self.scheduler.brought(self.tiers.moved(acks))
+
+    def _expire_orders(self, tiers: Tiers, now_s: float) -> None:
+        """Raises WorkerFault when a copy is late: its bytes may be written at any time, so that
+        only the end of the epoch makes its page and its slot safe again."""
+        self.scheduler.brought(tiers.expire(now_s))
+        late = None if self.suspended else tiers.late_copy(now_s)
+        if late is not None:
+            self.suspended = True
+            raise WorkerFault(f"copy {late} was not acknowledged in {self.limits.copy_timeout_s} s")
+
+    def _count_tiers(self, tiers: Tiers) -> None:
+        for (name, reason), count in tiers.counts.items():
+            labels = (reason,) if reason else ()
+            self.metrics.add(_TIER_COUNTERS[name], count, labels)
+        tiers.counts.clear()
+        self.metrics.set("host_slots_held", tiers.host.held)
+        self.metrics.set("disk_blocks_held", tiers.disk.held)
 
     # --- ends ---
 
@@ -392,7 +461,10 @@ class Brain:
             self._send(request.admission.api, ended)
 
     def expire(self, now_s: float) -> None:
-        """End every request whose deadline has passed."""
+        """End every request whose deadline has passed.
+
+        Raises WorkerFault when a copy between tiers is late: the epoch must end.
+        """
         while self._deadlines and self._deadlines[0][0] <= now_s:
             _, request_id = heapq.heappop(self._deadlines)
             request = self.requests.get(request_id)
@@ -402,6 +474,8 @@ class Brain:
         if len(self._deadlines) > 2 * self.limits.live_requests:
             self._deadlines = [e for e in self._deadlines if e[1] in self.requests]
             heapq.heapify(self._deadlines)
+        if self.tiers is not None:
+            self._expire_orders(self.tiers, now_s)
 
     def drop_api(self, api: int, now_s: float) -> None:
         """An api process died: nobody waits for its requests any more."""
@@ -434,6 +508,8 @@ class Brain:
         """
         require(epoch > self.epoch or not self._flights, f"epoch {epoch} after {self.epoch}")
         run = self.scheduler.running
+        if self.tiers is not None:
+            self.scheduler.brought(self.tiers.new_epoch())
         rows = run.rows()
         for row in rows[np.argsort(-run.order[rows])].tolist():
             self.scheduler.preempt(row)
@@ -493,6 +569,8 @@ class Brain:
     def verify(self) -> None:
         """Recount everything. Raises InvariantError naming what does not add up."""
         self.ledger.verify()
+        if self.tiers is not None:
+            self.tiers.verify()
         running = self.scheduler.running
         require(running.active == int((running.life != 0).sum()), "active rows miscounted")
         live = sum(request.limit for request in self.requests.values())

@@ -259,6 +259,7 @@ class Commit:
         self.ledger.seal(flight.plan.seals, result.seal_sums)
         share, size = self.ledger.share, 4 * self.limits.page_tokens
         windowed = self.limits.groups > 1
+        tiers = self.scheduler.tiers
         for batch in flight.seals:
             if batch.group:
                 self._share_beside(batch)
@@ -271,6 +272,8 @@ class Commit:
                 if chain.parent is not None:
                     tokens = batch.tokens[at * size : at * size + size]
                     chain.parent = share(handle, chain.parent, tokens)
+                    if tiers is not None and chain.parent == handle:
+                        tiers.offer(handle, tokens)
                     if chain.parent != handle and chain.parent is not None:
                         self._borrow(chain, chain.parent, flight.plan.step)
                 if windowed:

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import msgspec
 
 from holdfast.errors import LinkClosed, LinkError, WorkerFault
+from holdfast.wire.copies import CopyAcks
 from holdfast.wire.link import Frame, Kind, Link
 from holdfast.wire.messages import End, State, ToCore, decode_to_core, encode
 from holdfast.wire.plan import StepPlan, StepResult
@@ -56,6 +57,7 @@ class BrainLike(Protocol):
     def receive(self, api: int, message: ToCore, now_s: float) -> None: ...
     def plan(self, now_s: float) -> StepPlan | None: ...
     def commit(self, result: StepResult, now_s: float) -> None: ...
+    def copied(self, acks: CopyAcks, now_s: float) -> None: ...
     def take_output(self) -> list[tuple[int, int, bytes]]: ...
     def new_epoch(self, epoch: int, now_s: float, *, implicates: bool = False) -> None: ...
     def suspend(self) -> None: ...
@@ -149,7 +151,10 @@ class CoreLoop:
             self._spent(self._clock() - started_s)
         for index in sorted(self._apis):
             self._listen(index, ("api", index) in read)
-        self.brain.expire(self._clock())
+        try:
+            self.brain.expire(self._clock())
+        except WorkerFault as error:
+            self._lose_worker(str(error))
         self._launch()
         self._send_output()
         self._update_state()
@@ -160,9 +165,12 @@ class CoreLoop:
     def _commit(self, worker: _Peer) -> None:
         try:
             for kind, payload in worker.link.drain():
+                now_s = self._clock()
+                if kind == Kind.COPIES:
+                    self.brain.copied(CopyAcks.decode(payload), now_s)
+                    continue
                 if kind != Kind.RESULT:
                     raise LinkError(f"frame of kind {kind} from the worker")
-                now_s = self._clock()
                 self.brain.commit(StepResult.decode(payload), now_s)
                 self._step_s = now_s
         except (LinkError, WorkerFault) as error:

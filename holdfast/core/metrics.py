@@ -54,6 +54,8 @@ ROUTES = (
 CODES = ("200", "400", "401", "404", "405", "408", "413", "429", "499", "500", "503", "504")
 REFUSALS = ("refused", "queue_full", "never_fits")
 CANCELS = ("disconnect", "slow_reader", "deadline", "core_lost", "fault", "refused", "shutdown")
+TIER_FAILURES = ("failed", "bad_sum", "late")
+TIER_SKIPS = ("busy", "full", "disk_busy")
 ROLES = ("api", "core", "worker", "standby", "keeper")
 
 
@@ -107,6 +109,15 @@ METRICS: tuple[Declared, ...] = (
     _counter("stale_results_total", "Results of an older epoch or step, dropped"),
     _counter("digest_mismatches_total", "Results that contradicted the plan; each ends an epoch"),
     _counter("pages_evicted_total", "Cached pages given up for new ones"),
+    _counter("pages_stored_total", "KV pages copied to the host tier"),
+    _counter("pages_loaded_total", "KV pages copied back from the host tier"),
+    _counter("pages_spilled_total", "KV pages moved from host to disk"),
+    _counter("pages_fetched_total", "KV pages moved back from disk"),
+    _counter("tier_failures_total", "Copies whose page was not used", reason=TIER_FAILURES),
+    _counter("tier_skips_total", "Copies that were not ordered: bounds", reason=TIER_SKIPS),
+    _counter("stale_acks_total", "Acknowledgements of copies that nobody waits for"),
+    _gauge("host_slots_held", "Pages in the host tier"),
+    _gauge("disk_blocks_held", "Pages on disk"),
     _gauge("rows_running", "Requests in a row"),
     _gauge("requests_waiting", "Requests without a row"),
     _gauge("pages_free", "KV pages nobody holds"),

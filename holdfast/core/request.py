@@ -1,9 +1,12 @@
 """One admitted request, and its life as one table.
 
-    state      admit      preempt    end
-    WAITING    RUNNING    -          ENDED
-    RUNNING    -          WAITING    ENDED
-    ENDED      -          -          -
+    state      admit      preempt    load       loaded     end
+    WAITING    RUNNING    -          LOADING    -          ENDED
+    RUNNING    -          WAITING    -          -          ENDED
+    LOADING    -          -          -          WAITING    ENDED
+    ENDED      -          -          -          -          -
+
+A LOADING request waits for pages of slower tiers, outside queue and batch.
 
 `-` is a bug of ours and raises. Home of the invariant that every admitted request ends exactly
 once, with a reason. While a request runs, its tokens and counters live in the row arrays
@@ -25,17 +28,23 @@ class Phase(enum.IntEnum):
     WAITING = 0
     RUNNING = 1
     ENDED = 2
+    LOADING = 3
 
 
 class Event(enum.Enum):
     ADMIT = "admit"
     PREEMPT = "preempt"
+    LOAD = "load"
+    LOADED = "loaded"
     END = "end"
 
 
 LIFE: dict[tuple[Phase, Event], Phase] = {
     (Phase.WAITING, Event.ADMIT): Phase.RUNNING,
+    (Phase.WAITING, Event.LOAD): Phase.LOADING,
     (Phase.WAITING, Event.END): Phase.ENDED,
+    (Phase.LOADING, Event.LOADED): Phase.WAITING,
+    (Phase.LOADING, Event.END): Phase.ENDED,
     (Phase.RUNNING, Event.PREEMPT): Phase.WAITING,
     (Phase.RUNNING, Event.END): Phase.ENDED,
 }
@@ -52,6 +61,7 @@ class Request:
         "end",
         "followers",
         "limit",
+        "loads",
         "phase",
         "prompt_len",
         "row",
@@ -68,6 +78,7 @@ class Request:
         self.cached_tokens = admission.cached_tokens
         self.phase = Phase.WAITING
         self.row = 0
+        self.loads = 0  # times it has waited for slower tiers since it last had a row
         self.end = End.NONE
         # Other choices of the same prompt, held back until this one's prompt pages are shared.
         self.followers: list[Request] = []
@@ -79,6 +90,7 @@ class Request:
     def admit(self, row: int) -> None:
         self._move(Event.ADMIT)
         self.row = row
+        self.loads = 0
 
     def preempt(self, tokens: np.ndarray) -> None:
         """Back to waiting with `tokens` int32[prompt + emitted]; its pages are recomputed later."""
@@ -86,6 +98,14 @@ class Request:
         self.tokens = tokens
         self.emitted = tokens.size - self.prompt_len
         self.row = 0
+
+    def load(self) -> None:
+        self._move(Event.LOAD)
+        self.loads += 1
+
+    def loaded(self) -> None:
+        """What it waited for is there, or is not coming."""
+        self._move(Event.LOADED)
 
     def finish(self, end: End) -> None:
         self._move(Event.END)

@@ -27,6 +27,7 @@ from holdfast.core.request import Phase, Request
 from holdfast.core.running import Chain, RunningRows
 from holdfast.errors import require
 from holdfast.kv.ledger import Ledger
+from holdfast.kv.tiers import Tiers
 from holdfast.wire.plan import ADMIT, PAGE_WRITE, TRASH_PAGE, StepPlan, handle_pages
 from holdfast.wire.rows import RowTable, first_column
 
@@ -34,6 +35,10 @@ from holdfast.wire.rows import RowTable, first_column
 # one now: page events then come every few steps for many rows, instead of every step for a few
 # (64 rows: 4 pages a step, of which the array calls alone cost 40 us).
 PAGE_AHEAD_TOKENS = 4
+
+# A request waits so often for pages of slower tiers before it computes what is missing: from disk
+# to host, from host to device, and as often again because they were evicted on the way.
+LOADS_MAX = 4
 
 
 @dataclass(slots=True)
@@ -99,6 +104,7 @@ class Scheduler:
         running: RunningRows,
         mirror: RowTable,
         tag: bytes,
+        tiers: Tiers | None = None,
     ) -> None:
         self.limits = limits
         self.ledger = ledger
@@ -106,6 +112,7 @@ class Scheduler:
         self.running = running
         self.mirror = mirror
         self.tag = tag
+        self.tiers = tiers
         self.step = 0  # last launched
         self._page_range = np.arange(limits.page_tokens)
         self._ones = np.ones(limits.rows_total, np.int32)
@@ -125,12 +132,15 @@ class Scheduler:
         if self.limits.groups > 1:
             self._drop_unseen()
         draft = self._fill()
-        pending = bool(self.seals or self.zeros)  # their leases come back with a plan of their own
-        while not draft.rows and in_flight == 0 and not pending and self._unblock():
+        while not draft.rows and in_flight == 0 and not self._pending() and self._unblock():
             draft = self._fill()
-        if not draft.rows and (in_flight or not pending):
+        if not draft.rows and (in_flight or not self._pending()):
             return None
         return self._launch(draft, epoch, now_s)
+
+    def _pending(self) -> bool:
+        """Whether a plan without rows has something to do: leases come back with its result."""
+        return bool(self.seals or self.zeros or (self.tiers and self.tiers.pending))
 
     def _fill(self) -> _Draft:
         draft = _Draft()
@@ -187,6 +197,8 @@ class Scheduler:
             plan.seals = _concat([batch.handles for batch in seals], np.uint64)
         if zeros:
             plan.zeros = _concat(zeros, np.uint64)
+        if self.tiers is not None and self.tiers.pending:
+            plan.copies = self.tiers.take_copies(now_s)
         if draft.admits:
             plan.admits = np.array(draft.admits, ADMIT)
             plan.admit_tokens = _concat(draft.tokens, np.int32)
@@ -240,6 +252,8 @@ class Scheduler:
             needy = rows[run.planned[rows] >= run.capacity[rows]]
             short = needy.size - self.ledger.available()
             if short <= 0 or self.ledger.coming(needy.size) or run.active <= 1:
+                break
+            if self.tiers is not None and short <= self.ledger.retiring + self.tiers.page_leases():
                 break
             self.preempt(self._victim())
         if needy.size:
@@ -356,6 +370,8 @@ class Scheduler:
                 for group, mine in enumerate(hits):
                     self.ledger.release(mine, 0, group)
                 return
+            if self.tiers is not None and self._bring(request, root, hits[0]):
+                continue
             self.waiting.pop(request)
             shared = hits[0].tolist()
             waits = request.prompt_len // self.limits.page_tokens
@@ -396,6 +412,34 @@ class Scheduler:
             if self.running.requests[row] is not request:
                 self.preempt(row)
         return all(np.count_nonzero(flight.ids != request.id) == 0 for flight in flights)
+
+    def _bring(self, request: Request, root: int, hits: np.ndarray) -> bool:
+        """Whether `request` now waits for pages of slower tiers, which go on where its `hits` end.
+
+        There is room for its whole prompt, so what is loaded takes nothing from running rows.
+        """
+        tiers, size, tokens = self.tiers, self.limits.page_tokens, request.tokens
+        assert tiers is not None
+        missing = (tokens.size - 1) // size - hits.size
+        if missing <= 0 or request.loads >= LOADS_MAX:
+            return False
+        parent = int(hits[-1]) if hits.size else root
+        wanted = tokens[hits.size * size : (hits.size + missing) * size]
+        if not tiers.bring(request, hits, parent, wanted, self.ledger.available() - 1):
+            return False
+        self.waiting.pop(request)
+        request.load()
+        return True
+
+    def brought(self, waiters: list[Request]) -> None:
+        """What these requests waited for is there, or is not coming: they are next in line."""
+        assert self.tiers is not None
+        for request in reversed(waiters):
+            if request.phase is Phase.LOADING:
+                request.loaded()
+                self.waiting.push_front(request)
+        self.zeros += self.tiers.spoiled
+        self.tiers.spoiled.clear()
 
     def _admit_record(
         self, draft: _Draft, row: int, request: Request, hits: list[np.ndarray]
@@ -439,6 +483,8 @@ class Scheduler:
         run = self.running
         if run.active == 0:
             return False
+        if self.tiers is not None and self.tiers.page_leases():
+            return False  # The acknowledgements of copies bring pages, and the next plan.
         if run.active > 1:
             self.preempt(self._victim())
             return True

@@ -25,6 +25,8 @@ def check_deltas(plan: StepPlan, table: RowTable, epoch: int, last_step: int) ->
             f"plan {plan.epoch}:{plan.step} (epoch:step) after {epoch}:{last_step}; "
             f"expected {epoch}:{last_step + 1}"
         )
+    if plan.copies.size:
+        raise WorkerFault(f"step {plan.step} copies pages, and this device has no other tier")
     limits = table.limits
     rows = limits.rows_total
     _within(plan, "clears", plan.clears, 1, rows)

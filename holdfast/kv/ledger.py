@@ -4,6 +4,8 @@ Verbs, in the life of a page: `reserve` (a row gets it), `launch` (a step will w
 (its bytes are final and summed), `acquire` (another row shares it), `release` (a holder gives it up
 at a step: the page is *retired*, never freed), `acknowledge` (that step's result came: only now
 leases drop, and a page without any becomes free, or stays cached when the prefix index knows it).
+Copies between tiers: `load` and `loaded` or `not_loaded` (a copy fills a page; nobody else knows it
+until then), `lend` and `repay` (a copy reads a sealed page).
 
 Invariants, of which this file is the home: a lease is released exactly once; a stale generation is
 refused; a page gets no new owner while a launched step may touch it. `verify` recounts all of it.
@@ -23,13 +25,14 @@ from holdfast.kv.window import WindowCache
 from holdfast.wire.plan import TRASH_PAGE, handle_groups
 
 # Plain integers: reading a member of an IntEnum costs a microsecond in Python 3.11.
-_FREE, _RESERVED, _WRITING, _SEALED, _RETIRING, _TRASH = (
+_FREE, _RESERVED, _WRITING, _SEALED, _LOADING, _RETIRING, _TRASH = (
     int(state)
     for state in (
         PageState.FREE,
         PageState.RESERVED,
         PageState.WRITING,
         PageState.SEALED,
+        PageState.LOADING,
         PageState.RETIRING,
         PageState.TRASH,
     )
@@ -46,7 +49,10 @@ class Ledger:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.pools = [PagePool(group, pages) for group, pages in enumerate(limits.pages_by_group)]
-        self.index = PrefixIndex(limits.pages)
+        self.index = PrefixIndex(limits.pages, chained=limits.host_pages > 0)
+        # Of each page, whether one of its leases is lent. Such a lease keeps the page from being
+        # free, but not in the trie: or a copy of a leaf would hold back the pages above it.
+        self.lent = np.zeros(limits.pages, np.bool_)
         self.windows = [
             WindowCache(pages, window, limits.page_tokens)
             for pages, window in zip(limits.pages_by_group[1:], limits.windows[1:], strict=True)
@@ -201,6 +207,8 @@ class Ledger:
         require(np.count_nonzero(left < 0) == 0, "a lease was dropped twice")
         pool.leases[pages] = left
         if np.count_nonzero(left) == left.size:
+            if group == 0:
+                self._offer_lent(pages)
             return
         idle = pages[left == 0]
         if group != 0:
@@ -213,6 +221,7 @@ class Ledger:
         self.index.used[kept] = self._clock
         for page in kept[self.index.children[kept] == 0]:
             self.index.offer(self._handle(int(page)), int(page))
+        self._offer_lent(pages)
         if self.index.offered() > 4 * self.limits.pages:
             self._compact_leaves()
 
@@ -275,6 +284,51 @@ class Ledger:
         pool = self.pools[0]
         return bool(pool.state[page] == _SEALED) and self._handle(page) == handle
 
+    # --- copies between tiers ---
+
+    def load(self, handles: np.ndarray) -> None:
+        """A copy will fill these reserved pages."""
+        self._turn(handles, _RESERVED, _LOADING)
+
+    def loaded(self, handle: int, checksum: int) -> None:
+        """The copy is over and the page's bytes have this sum, the one they were sealed with."""
+        page = self._turn(np.array([handle], np.uint64), _LOADING, _SEALED)
+        self.pools[0].sums[page] = checksum
+
+    def not_loaded(self, handle: int) -> None:
+        """The copy is over and the page's bytes are not what they should be."""
+        self._turn(np.array([handle], np.uint64), _LOADING, _RESERVED)
+
+    def _turn(self, handles: np.ndarray, before: int, after: int) -> np.ndarray:
+        pool = self.pools[0]
+        pages = pool.pages_of(handles)
+        wrong = pages[pool.state[pages] != before]
+        require(wrong.size == 0, f"pages {wrong} are not {PageState(before).name}")
+        pool.state[pages] = after
+        return pages
+
+    def lend(self, handle: int) -> None:
+        """One lease of a sealed page for the copy that reads it."""
+        page = handle & 0xFF_FFFF
+        require(self._sealed(handle, page), f"page {page} is copied before it is sealed")
+        require(not self.lent[page], f"page {page} is lent twice")
+        self.acquire(np.array([handle], np.uint64))
+        self.lent[page] = True
+
+    def repay(self, handle: int) -> None:
+        """The copy is over."""
+        self.lent[handle & 0xFF_FFFF] = False
+        self.release(np.array([handle], np.uint64), 0)
+
+    def _offer_lent(self, pages: np.ndarray) -> None:
+        """Of pages that lost a lease: those whose last one is lent may leave the trie."""
+        if self.index.chains is None:
+            return
+        for page in pages[self.lent[pages]].tolist():
+            if self._evictable(self._handle(page), page):
+                self.index.used[page] = self._clock
+                self.index.offer(self._handle(page), page)
+
     # --- eviction, reset, checks ---
 
     def _evict(self, group: int, count: int) -> None:
@@ -315,10 +369,11 @@ class Ledger:
             if not self._evictable(handle, page) or self.index.used[page] != used:
                 continue
             parent = self.index.remove(handle, page)
-            pool.give_back(np.array([page], np.int32))
-            self._cached[0] -= 1
-            self.evicted += 1
-            count -= 1
+            if not self.lent[page]:  # else it is free when it is repaid
+                pool.give_back(np.array([page], np.int32))
+                self._cached[0] -= 1
+                self.evicted += 1
+                count -= 1
             for group, cache in enumerate(self.windows, start=1):
                 if (beside := cache.beside(handle)) is not None:
                     self._free_beside(group, beside)
@@ -330,7 +385,7 @@ class Ledger:
     def _evictable(self, handle: int, page: int) -> bool:
         pool = self.pools[0]
         return bool(
-            pool.leases[page] == 0
+            pool.leases[page] == self.lent[page]
             and self.index.indexed[page]
             and self.index.children[page] == 0
             and self._handle(page) == handle
@@ -338,7 +393,7 @@ class Ledger:
 
     def _compact_leaves(self) -> None:
         pool = self.pools[0]
-        idle = (pool.leases == 0) & self.index.indexed & (self.index.children == 0)
+        idle = (pool.leases == self.lent) & self.index.indexed & (self.index.children == 0)
         pages = np.flatnonzero(idle)
         self.index.rebuild_leaves([(int(self.index.used[p]), self._handle(int(p))) for p in pages])
 
@@ -360,6 +415,7 @@ class Ledger:
         self.index.clear()
         for cache in self.windows:
             cache.clear()
+        self.lent[:] = False
         self._retired.clear()
         self._cached = [0] * len(self.pools)
         self._retiring = [0] * len(self.pools)
@@ -390,3 +446,6 @@ class Ledger:
             retired = [entry for entries in self._retired.values() for entry in entries]
             waiting = sum(handles.size for of, handles in retired if of == group)
             require(waiting == told, f"retiring count of group {group} is {told}, found {waiting}")
+        astray = self.lent & ((pool.leases == 0) | (pool.state != _SEALED))
+        if np.count_nonzero(astray):
+            raise InvariantError(f"pages lent but not held: {np.flatnonzero(astray)}")

@@ -1,7 +1,8 @@
 """The pages of one layer group as a table: state, generation, leases; the counts always add up.
 
     FREE ──take──> RESERVED ──launch──> WRITING ──seal──> SEALED ──last lease, evict──> FREE
-                       └──────last lease──┴─(via RETIRING while a step may touch it)──> FREE
+                       ├──────last lease──┴─(via RETIRING while a step may touch it)──> FREE
+                       └load─> LOADING ──loaded──> SEALED, or not ──> RESERVED
 
 Page 0 is TRASH for ever. A page has as many leases as there are holders that count on its bytes:
 the row that fills it, rows that share it, a seal or a zeroing in flight. A generation rises when a
@@ -35,7 +36,8 @@ _FREE, _RESERVED, _TRASH = int(PageState.FREE), int(PageState.RESERVED), int(Pag
 # bool[states]: those that nobody may lease, and those that somebody must.
 _IDLE = np.isin(np.arange(len(PageState)), (PageState.FREE, PageState.TRASH))
 _NEEDS_LEASE = np.isin(
-    np.arange(len(PageState)), (PageState.RESERVED, PageState.WRITING, PageState.RETIRING)
+    np.arange(len(PageState)),
+    (PageState.RESERVED, PageState.WRITING, PageState.LOADING, PageState.RETIRING),
 )
 
 

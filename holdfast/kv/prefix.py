@@ -11,17 +11,28 @@ Only kv.ledger may call this. It knows handles and bytes, not requests or steps.
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 
 import numpy as np
 
 from holdfast.errors import InvariantError, require
 
+# A chain key names a page's tokens and everything before them, in memory and beyond: 128 bits.
+CHAIN_KEY_BYTES = 16
+
+
+def chain_key(parent: bytes, content: bytes) -> bytes:
+    """The chain key of `content`, a page's tokens behind `parent` or a tag behind nothing."""
+    return hashlib.blake2b(content, digest_size=CHAIN_KEY_BYTES, key=parent).digest()
+
 
 class PrefixIndex:
-    """The trie over one pool of `pages` pages."""
+    """The trie over one pool of `pages` pages. `chained`: keep the chain key of every page, for the
+    tiers below the device to go on from."""
 
-    def __init__(self, pages: int) -> None:
+    def __init__(self, pages: int, *, chained: bool = False) -> None:
+        self.chains: dict[int, bytes] | None = {} if chained else None  # handle or root -> key
         self._roots: dict[bytes, int] = {}
         self._handles: dict[tuple[int, bytes], int] = {}
         self._keys: dict[int, tuple[int, bytes]] = {}  # handle -> its key, for removal
@@ -37,7 +48,10 @@ class PrefixIndex:
 
     def root(self, tag: bytes) -> int:
         """The parent of first pages under `tag`: a negative number, so it is never a handle."""
-        return self._roots.setdefault(tag, -1 - len(self._roots))
+        root = self._roots.setdefault(tag, -1 - len(self._roots))
+        if self.chains is not None and root not in self.chains:
+            self.chains[root] = chain_key(b"", tag)
+        return root
 
     def walk(self, root: int, tokens: np.ndarray, page_tokens: int, pages_max: int) -> list[int]:
         """Handles of the longest indexed prefix of `tokens` int32[k], at most `pages_max` pages."""
@@ -68,6 +82,8 @@ class PrefixIndex:
         require(handle not in self._keys, f"handle {handle:#x} is indexed twice")
         self._keys[handle] = key
         self.indexed[page] = True
+        if self.chains is not None:
+            self.chains[handle] = chain_key(self.chains[parent], tokens)
         if parent >= 0:
             self.children[parent & 0xFF_FFFF] += 1
         return handle
@@ -77,6 +93,8 @@ class PrefixIndex:
         require(self.children[page] == 0, f"page {page} leaves the trie before its children")
         key = self._keys.pop(handle)
         del self._handles[key]
+        if self.chains is not None:
+            del self.chains[handle]
         self.indexed[page] = False
         if key[0] >= 0:
             self.children[key[0] & 0xFF_FFFF] -= 1
@@ -108,6 +126,8 @@ class PrefixIndex:
         self._handles.clear()
         self._keys.clear()
         self._leaves.clear()
+        if self.chains is not None:
+            self.chains = {parent: key for parent, key in self.chains.items() if parent < 0}
         self.children[:] = 0
         self.indexed[:] = False
 

@@ -26,8 +26,8 @@ from holdfast.errors import (
     QueueFull,
     RequestError,
 )
-from holdfast.sim.checkers import Violation
 from holdfast.sim.oracle import ClientView
+from holdfast.sim.violation import Violation
 from holdfast.sim.vocabulary import Vocabulary
 from holdfast.sim.world import Job, prompt_array
 from holdfast.wire.link import Kind

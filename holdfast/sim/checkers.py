@@ -13,14 +13,12 @@ import numpy as np
 from holdfast.config import Limits
 from holdfast.kv.ledger import Ledger
 from holdfast.kv.pages import PageState
+from holdfast.sim.copy_watch import CopyWatch
 from holdfast.sim.page_order import PageOrder
+from holdfast.sim.violation import Violation
 from holdfast.wire.checksum import page_sums, weights
 from holdfast.wire.plan import StepPlan, StepResult
 from holdfast.wire.rows import RowTable
-
-
-class Violation(AssertionError):
-    """A property does not hold; the simulation ends here."""
 
 
 class PageWatch:
@@ -31,8 +29,10 @@ class PageWatch:
     draft, `settled` with none that no result has confirmed.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, copies: CopyWatch, order: PageOrder) -> None:
         self.limits = limits
+        self.copies = copies
+        self.order = order
         self.rows = RowTable(limits)
         self.settled = np.zeros(limits.rows_total, np.int64)
         # (group, page) -> life -> last launched step
@@ -42,7 +42,6 @@ class PageWatch:
         self.sealed: set[int] = set()  # handles whose pages no step may write any more
         self.flights: dict[int, tuple[StepPlan, np.ndarray]] = {}  # step -> plan, lives of its rows
         self.acknowledged = 0
-        self.order = PageOrder(limits)
 
     def launch(
         self,
@@ -61,9 +60,7 @@ class PageWatch:
                 raise Violation(f"step {plan.step} computes row {row}, which nobody owns")
             for group in range(self.limits.groups):
                 self._row(plan.step, group, row, count, tenant_of_row(row), handle_of)
-        findings = self.order.launch(plan, rows, self.settled, handle_of)
-        if findings:
-            raise Violation(f"page order: {findings[0]}")
+        self.order.launch(plan, rows, self.settled, handle_of)
         self.sealed.update(plan.seals.tolist())
         # As if every draft were right; a result that says otherwise is subtracted.
         rows.advance(plan, np.zeros(plan.slots, np.int32), plan.drafts)
@@ -102,8 +99,18 @@ class PageWatch:
                     f"holds tokens of {self.tenants.get((group, page))}"
                 )
             self.touched.setdefault((group, page), {})[life] = step
+            if group == 0:
+                self.copies.step_touches(step, page, writes=False)
+
+    def copy_writes(self, page: int) -> None:
+        """A copy that begins now writes a page of group 0."""
+        for life, last in self.touched.get((0, page), {}).items():
+            if last > self.acknowledged:
+                raise Violation(f"a copy writes page {page} while step {last} of life {life} runs")
 
     def _write(self, step: int, group: int, page: int, life: int) -> None:
+        if group == 0:
+            self.copies.step_touches(step, page, writes=True)
         for other, last in self.touched.get((group, page), {}).items():
             if other != life and last > self.acknowledged:
                 raise Violation(

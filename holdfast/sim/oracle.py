@@ -15,8 +15,8 @@ import numpy as np
 from holdfast.api.generation import Token
 from holdfast.api.output import TokenLogprob
 from holdfast.config import Limits
-from holdfast.sim.checkers import Violation
 from holdfast.sim.fake_worker import expected_alternatives, expected_logprob, expected_token
+from holdfast.sim.violation import Violation
 from holdfast.sim.vocabulary import TABLE
 from holdfast.sim.world import Job
 from holdfast.wire.messages import End

@@ -21,10 +21,13 @@ from holdfast.core.journal import Journal, recover
 from holdfast.core.metrics import Metrics
 from holdfast.errors import HoldfastError, WorkerFault
 from holdfast.sim.api import SimApi
-from holdfast.sim.checkers import PageWatch, Suspects, Violation, check_bounds, check_sums
+from holdfast.sim.checkers import PageWatch, Suspects, check_bounds, check_sums
+from holdfast.sim.copy_traffic import CopyTraffic
 from holdfast.sim.fake_graphs import Capture
 from holdfast.sim.fake_worker import FakeWorker, memory_of
 from holdfast.sim.oracle import Answer, answer_to
+from holdfast.sim.page_order import PageOrder
+from holdfast.sim.violation import Violation
 from holdfast.sim.witness import Witness
 from holdfast.sim.world import Job, World
 from holdfast.wire.link import Kind, MemoryLink
@@ -76,6 +79,7 @@ class Simulation:
         self.implicates = False  # the last worker ended by its own fault
         self.memory = memory_of(self.limits)
         self.captures: list[Capture] = []  # graphs of the worker before
+        self.copies = CopyTraffic(self)
         self.epoch = 1
         self.brain = self._new_brain()
         self.worker: FakeWorker | None = None
@@ -100,11 +104,11 @@ class Simulation:
     def after(self, delay: int, action: Callable[[], None], label: str) -> None:
         self.at(self.now + delay, action, label)
 
-    def chance(self, rate: str) -> bool:
+    def chance(self, rate: str, rng: Random | None = None) -> bool:
         """Whether a fault strikes now. Draws the same whether it is on or off, and never heals
         in the safety phase."""
         value = getattr(self.world.rates, rate)
-        drawn = self.rng.random()
+        drawn = (rng or self.rng).random()
         if self.now >= self.world.faults_until or drawn >= value:
             return False
         self.faults[rate] = self.faults.get(rate, 0) + 1
@@ -151,16 +155,22 @@ class Simulation:
 
     def _new_brain(self) -> Brain:
         journal = Journal(self.journal, self.limits)
+        self.core_life = getattr(self, "core_life", 0) + 1
         brain = Brain(
-            self.limits, journal, self.metrics, epoch=self.epoch, wall_ns=lambda: self.now * 1000
+            self.limits,
+            journal,
+            self.metrics,
+            epoch=self.epoch,
+            life=self.core_life,
+            wall_ns=lambda: self.now * 1000,
         )
         self.core_link, self.worker_link = MemoryLink.pair()
         self.core_link.epoch = self.worker_link.epoch = self.epoch
-        self.watch = PageWatch(self.limits)
+        self.order = PageOrder(self.limits)
+        self.watch = PageWatch(self.limits, self.copies.watch, self.order)
         self.launched: dict[int, int] = {}
         self.suspects = Suspects(self.limits, self.witness.poison)
         self.flights: dict[int, list[tuple[int, int, int]]] = {}
-        self.core_life = getattr(self, "core_life", 0) + 1
         return brain
 
     def core_receives(self, api: int, frame: bytes, life: int) -> None:
@@ -172,13 +182,16 @@ class Simulation:
         lives = (life, self.apis[api].life)
         self.witness.to_core(message, lives, self.brain.requests.values(), running.active)
         self.brain.receive(api, message, self.now_s)
-        self._tick()
+        self.tick()
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
         """What core.loop does after any input: results, deadlines, plans, output."""
         if self.chance("api_death"):
             self._api_dies(self.rng.randrange(self.limits.api_processes))
         for kind, payload in self.core_link.drain():
+            if kind == Kind.COPIES:
+                self.copies.acknowledge(payload)
+                continue
             assert kind == Kind.RESULT
             result = StepResult.decode(payload)
             before = self.brain.in_flight
@@ -190,7 +203,12 @@ class Simulation:
                 return
             if self.brain.in_flight < before:
                 self.watch.acknowledge(result)
-        self.brain.expire(self.now_s)
+        try:
+            self.brain.expire(self.now_s)
+        except WorkerFault as fault:
+            self._flush()
+            self.copies.check_given_up()
+            self._lose_worker(f"given up: {fault}")
         if self.chance("core_death"):
             self._core_dies()
             return
@@ -200,7 +218,9 @@ class Simulation:
             requests = self.brain.scheduler.running.ids[plan.rows].tolist()
             self.witness.plan((self.epoch, plan.step), requests, self.now, self._linked_since)
             self.flights[plan.step] = self._computes(plan)
+            self.copies.launch(plan)
             self._send_plan(plan)
+        self.copies.pump()
         self._flush()
         deadline = self.brain.next_deadline_s
         if deadline is not None and deadline < 1e5:
@@ -238,7 +258,7 @@ class Simulation:
     def _wake(self) -> None:
         deadline = self.brain.next_deadline_s
         if deadline is not None and deadline <= self.now_s:
-            self._tick()
+            self.tick()
 
     def _flush(self) -> None:
         life = self.core_life
@@ -329,6 +349,7 @@ class Simulation:
         if epoch != self.epoch or self.worker is None:
             return
         self.queue.append(StepPlan.decode(frame))
+        self.copies.worker_receives(self.queue[-1])
         self._worker_works()
 
     def _worker_works(self) -> None:
@@ -400,7 +421,7 @@ class Simulation:
 
     def _core_gets_result(self, frame: bytes, epoch: int) -> None:
         self.core_link.deliver(epoch, Kind.RESULT, frame)
-        self._tick()
+        self.tick()
 
     # --- the supervisor ---
 
@@ -442,6 +463,7 @@ class Simulation:
             late = min(fenced_at - 1, self.now + (number + 1) * self.world.step_time)
             self.at(late, lambda plan=plan: self._zombie_writes(zombie, plan), "zombie writes")
         self.fenced_at = fenced_at
+        self.copies.kill(zombie.epoch, fenced_at)
 
     def _zombie_writes(self, zombie: FakeWorker, plan: StepPlan) -> None:
         try:
@@ -463,10 +485,12 @@ class Simulation:
             return
         self._start_worker()
         self.core_link.epoch = self.worker_link.epoch = epoch
-        self.watch = PageWatch(self.limits)
+        self.copies.watch.fence(epoch)
+        self.order.fence()
+        self.watch = PageWatch(self.limits, self.copies.watch, self.order)
         self.flights = {}
         self.brain.new_epoch(epoch, self.now_s, implicates=self.implicates)
-        self._tick()
+        self.tick()
 
     # --- for api ---
 
@@ -483,6 +507,7 @@ class Simulation:
         self.brain.verify()
         if self.handled % SCRUB_EVENTS == 0:
             check_sums(self.brain.ledger, self.memory, self.limits)
+        self.copies.check()
         admission = self.brain.admission
         check_bounds(
             self.limits, self.brain.in_flight, admission.live_requests, admission.live_tokens
@@ -495,6 +520,7 @@ class Simulation:
                 raise view.wrong(f"never ended ({view.tokens} of {len(view.answer.tokens)} tokens)")
         if self.brain.live:
             raise Violation(f"{self.brain.live} requests live after the last client has gone")
+        self.copies.check_end()
         ledger = self.brain.ledger
         if ledger.held() or ledger.retiring:
             raise Violation(f"{ledger.held()} pages held, {ledger.retiring} leases at the end")

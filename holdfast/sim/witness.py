@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from holdfast.api.generation import TIMEOUT_MIN_S
 from holdfast.config import Limits
 from holdfast.core.request import Request
-from holdfast.sim.checkers import Violation
 from holdfast.sim.oracle import ClientView
+from holdfast.sim.violation import Violation
 from holdfast.sim.world import Job
 from holdfast.wire.messages import (
     Accepted,

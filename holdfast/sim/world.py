@@ -45,7 +45,26 @@ class Rates:
     stop_string: float = 0.0  # per request: it has stop strings
     slow_reader: float = 0.0  # per request: its client is slow to read
     short_deadline: float = 0.0  # per request
+    # Of tiers: per copy or move.
+    copy_late: float = 0.0
+    copy_failed: float = 0.0
+    ack_withheld: float = 0.0  # the acknowledgement of a copy never comes
+    disk_late: float = 0.0
+    disk_error: float = 0.0
+    host_corrupt: float = 0.0  # per step: a cell of a held slot changes
+    disk_corrupt: float = 0.0
     poison: float = 0.0  # per request: the worker dies whenever it computes a certain token of it
+
+
+TIER_RATES = (
+    "copy_late",
+    "copy_failed",
+    "ack_withheld",
+    "disk_late",
+    "disk_error",
+    "host_corrupt",
+    "disk_corrupt",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +121,8 @@ class World:
     buffer_tokens: int = 1024  # unread tokens of a choice
     write_timeout: int = 30 * SECOND
     resume_timeout: int = 60 * SECOND
+    copy_time: int = 1  # bounds of each half of a copy and of a move
+    disk_time: int = 1
 
 
 PROFILES = {
@@ -110,6 +131,7 @@ PROFILES = {
     "faults": (24, 0.7, 0.3),
     "pressure": (40, 0.15, 1.0),
     "calm": (30, 0.0, 0.4),
+    "tiers": (24, 0.3, 1.0),
 }
 
 
@@ -123,6 +145,9 @@ def draw(seed: int, profile: str = "short") -> World:
     span = rng.choice([5, 50, 400]) * step_time
     jobs = _draw_jobs(rng, limits, rates, rng.randint(1, requests_max), span, step_time)
     rates, jobs = _draw_poison(Random(seed * 0xC2B2_AE35 + 3), rates, jobs, fault_chance)
+    limits, rates, copy_time, disk_time = _draw_tiers(seed, profile, limits, rates, step_time)
+    if profile == "tiers":
+        jobs = _long_prompts(seed, limits, jobs)
     return World(
         seed=seed,
         limits=limits,
@@ -136,7 +161,65 @@ def draw(seed: int, profile: str = "short") -> World:
         buffer_tokens=rng.choice([2, 8, 1024]),
         write_timeout=rng.choice([30 * SECOND, 40 * step_time]),
         resume_timeout=rng.choice([60 * SECOND, 60 * SECOND, 60 * step_time]),
+        copy_time=copy_time,
+        disk_time=disk_time,
     )
+
+
+def _draw_tiers(
+    seed: int, profile: str, limits: Limits, rates: Rates, step_time: int
+) -> tuple[Limits, Rates, int, int]:
+    """Tiers, their faults and their times, from a Random of their own: worlds without tiers are
+    what they would be if there were none."""
+    rng = Random(seed * 0xB529_7A4D + 5)
+    on = profile == "tiers" or rng.random() < 0.2
+    host_pages = rng.choice([1, 2, 5, 16, 100])
+    disk_pages = rng.choice([0, 0, 1, 20, 200, 200])
+    if disk_pages > 1:
+        host_pages = min(host_pages, 16)  # or nothing would ever be spilled
+    copy_time = rng.choice([1, step_time // 4, 3 * step_time])
+    disk_time = copy_time * rng.choice([1, 5])
+    slowest = max(step_time, disk_time)
+    if on:
+        limits = replace(
+            limits,
+            windows=(0,),  # the tiers hold pages of group 0 alone
+            window_pages=0,
+            queue_requests=64,
+            live_tokens=100 * limits.context_tokens,
+            host_pages=host_pages,
+            disk_pages=disk_pages,
+            copies_max=rng.choice([2, 3, 64]),
+            copy_timeout_s=rng.choice([10, 40]) * slowest * 1e-6,
+        )
+    drawn = {}
+    for name in TIER_RATES:
+        struck, exponent = rng.random() < PROFILES[profile][1], rng.uniform(-2.5, -0.7)
+        drawn[name] = 10.0**exponent if struck and on else 0.0
+    drawn["ack_withheld"] /= 4
+    if drawn["disk_late"]:
+        drawn["disk_late"] = max(drawn["disk_late"], 0.1)  # moves are few
+    if on:
+        # Orders of an older core are rare without it.
+        drawn["core_death"] = max(rates.core_death, rng.choice([0.0, 0.01]) * (rates.crash > 0))
+    return limits, replace(rates, **drawn), copy_time, disk_time
+
+
+def _long_prompts(seed: int, limits: Limits, jobs: tuple[Job, ...]) -> tuple[Job, ...]:
+    """The jobs with long beginnings in common and short outputs: what was evicted comes again."""
+    rng = Random(seed * 0xD6E8_FEB8 + 3)
+    context = limits.context_tokens
+    stems = [[rng.randrange(VOCAB) for _ in range(context)] for _ in range(rng.randint(1, 6))]
+    changed = []
+    for job in jobs:
+        stem, kept = list(rng.choice(stems)), rng.random() < 0.2
+        cut, output = rng.randint(context // 2, context - 8), rng.randint(1, 8)
+        if rng.random() < 0.3:
+            stem[rng.randrange(cut)] = rng.randrange(VOCAB)
+        least = min(job.min_tokens, output)
+        long = replace(job, prompt=tuple(stem[:cut]), max_tokens=output, min_tokens=least)
+        changed.append(job if kept else long)
+    return tuple(changed)
 
 
 def _draw_limits(rng: Random, shortage: float) -> Limits:
@@ -175,7 +258,8 @@ def _draw_limits(rng: Random, shortage: float) -> Limits:
 
 def _draw_rates(rng: Random, fault_chance: float) -> Rates:
     drawn = {}
-    for rate in fields(Rates)[:-1]:  # all but `poison`
+    drawn_later = (*TIER_RATES, "poison")  # each with a Random of its own
+    for rate in (rate for rate in fields(Rates) if rate.name not in drawn_later):
         # Every rate is drawn, used or not, so that one coin does not shift all the others.
         on, exponent = rng.random() < fault_chance, rng.uniform(-2.5, -0.7)
         drawn[rate.name] = 10.0**exponent if on else 0.0

@@ -33,6 +33,8 @@ class Kind(enum.IntEnum):
     MESSAGE = 3  # wire.messages, msgpack
     TOKENS = 4  # wire.messages.TokenBatch
     CONTROL = 5  # supervisor <-> child, msgpack
+    COPIES = 6  # wire.copies.CopyAcks
+    MOVES = 7  # wire.copies.MoveOrders
 
 
 Frame = tuple[int, bytes]

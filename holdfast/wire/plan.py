@@ -7,6 +7,8 @@ plan is fixed:
 
     1. clears, admits, page writes   row table deltas (wire.rows.apply)
     2. digest                        of the rows the step uses (wire.rows.digest)
+    -  copies                        begin now and end whenever they do (wire.copies): no step has
+                                     touched or will touch their pages before the acknowledgement
     3. zeros, seals                  pages set to zero; pages checksummed (wire.checksum)
     4. forward                       for plan row i: query tokens rows.tokens[row, length ..
                                      length + query_lens[i]), their KV appended at those positions
@@ -32,6 +34,7 @@ from typing import NewType
 import numpy as np
 
 from holdfast.wire.arrays import ArrayLayout, nothing
+from holdfast.wire.copies import COPY
 
 Epoch = NewType("Epoch", int)
 StepId = NewType("StepId", int)
@@ -125,6 +128,7 @@ _PLAN = ArrayLayout(
         ("page_writes", PAGE_WRITE),
         ("seals", np.dtype(np.uint64)),
         ("zeros", np.dtype(np.uint64)),
+        ("copies", COPY),
     ),
 )
 
@@ -134,7 +138,7 @@ _PLAN_NAMES = [name for name, _ in _PLAN.arrays]
 # One empty array of each dtype for all plans and results; none of them is ever written.
 _NONE = {
     dtype: nothing(dtype)
-    for dtype in (np.int32, np.uint8, np.float32, np.uint64, ADMIT, PAGE_WRITE)
+    for dtype in (np.int32, np.uint8, np.float32, np.uint64, ADMIT, PAGE_WRITE, COPY)
 }
 
 
@@ -152,6 +156,7 @@ class StepPlan:
     page_writes: PAGE_WRITE[w].
     seals: uint64[s] handles whose tokens were all committed by results <= step - 1.
     zeros: uint64[z] handles whose bytes are set to zero before the pages may be free.
+    copies: COPY[k], acknowledged in frames of their own.
     """
 
     epoch: int
@@ -169,6 +174,7 @@ class StepPlan:
     page_writes: np.ndarray = field(default_factory=lambda: _NONE[PAGE_WRITE])
     seals: np.ndarray = field(default_factory=lambda: _NONE[np.uint64])
     zeros: np.ndarray = field(default_factory=lambda: _NONE[np.uint64])
+    copies: np.ndarray = field(default_factory=lambda: _NONE[COPY])
 
     @property
     def slots(self) -> int:

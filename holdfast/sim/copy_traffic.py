@@ -1,0 +1,171 @@
+"""The tiers' part of a simulation: copies of workers and moves of the mover, in virtual time.
+
+Every copy reads at one event and writes at a later one; its acknowledgement is a third. A killed
+worker's copies go on until its fence. All choices come from a Random of their own, so that a world
+without tiers runs as if this were not there.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import TYPE_CHECKING
+
+from holdfast.sim.copy_watch import CopyWatch
+from holdfast.sim.fake_mover import FakeMover, TierMemory, Transfer
+from holdfast.sim.violation import Violation
+from holdfast.wire.copies import COPY_FAILED, COPY_OK, CopyAcks, MoveOrders
+from holdfast.wire.link import Kind
+from holdfast.wire.plan import StepPlan
+
+if TYPE_CHECKING:
+    from holdfast.sim.simulator import Simulation
+
+# A late copy or move takes so many times as long; most of them then pass their deadline.
+LATE_TIMES = 60
+
+
+class CopyTraffic:
+    def __init__(self, sim: Simulation) -> None:
+        self.sim = sim
+        self.rng = Random(sim.world.seed * 0xC2B2_AE35 + 11)
+        self.memory = TierMemory(sim.limits, sim.memory)
+        self.mover = FakeMover(self.memory)
+        self.watch = CopyWatch()
+        self.fences: dict[int, int] = {}  # epoch -> when nothing of it writes any more
+
+    # --- copies of the worker ---
+
+    def launch(self, plan: StepPlan) -> None:
+        """A plan leaves the core. Corruption strikes here, at the pace of steps."""
+        if not self.sim.limits.host_pages:
+            return
+        sim, page_watch = self.sim, self.sim.watch
+        for handles, writes in ((plan.zeros, True), (plan.seals, False)):
+            for page in (handles & 0xFF_FFFF).tolist():
+                self.watch.step_touches(plan.step, page, writes=writes)
+        for page in self.watch.launch(plan, sim.now, page_watch.tenants):
+            page_watch.copy_writes(page)
+        for rate, slots, cells in (
+            ("host_corrupt", sim.brain.tiers.host, self.memory.host),
+            ("disk_corrupt", sim.brain.tiers.disk, self.memory.disk),
+        ):
+            held = [at for at, state in enumerate(slots.state) if state.name == "HELD"]
+            if held and sim.chance(rate, self.rng):
+                cells[self.rng.choice(held), 0] ^= 1
+
+    def worker_receives(self, plan: StepPlan) -> None:
+        for transfer in self.memory.copies_of(plan):
+            self._run(transfer, self.sim.world.copy_time, "copy", "copy_late", "copy_failed")
+
+    def kill(self, epoch: int, fenced_at: int) -> None:
+        self.fences[epoch] = fenced_at
+
+    def _alive(self, transfer: Transfer, kind: str) -> bool:
+        return kind != "copy" or self.sim.now < self.fences.get(transfer.epoch, self.sim.now + 1)
+
+    def _run(self, transfer: Transfer, time: int, kind: str, late: str, failed: str) -> None:
+        """Schedule both halves and the end of a transfer."""
+        if self.sim.chance(late, self.rng):
+            time *= LATE_TIMES
+        fails = self.sim.chance(failed, self.rng)
+        name = f"{kind} {transfer.epoch}:{transfer.ticket}"
+        read_after, write_after = self.rng.randint(0, time), self.rng.randint(1, time)
+
+        def read() -> None:
+            if self._alive(transfer, kind):
+                transfer.read()
+                self.sim.after(write_after, write, f"{name} writes")
+
+        def write() -> None:
+            if not self._alive(transfer, kind):
+                return
+            if fails:
+                transfer.fail()
+            else:
+                transfer.write()
+            self._over(transfer, kind, transfer.ack(COPY_FAILED if fails else COPY_OK))
+
+        self.sim.after(read_after, read, f"{name} reads")
+
+    def _over(self, transfer: Transfer, kind: str, acks: CopyAcks) -> None:
+        answered = self.mover.over(transfer) if kind == "move" else []
+        if kind == "move" or not self.sim.chance("ack_withheld", self.rng):
+            self._send(kind, acks)
+        for reset in answered:
+            self._send("move", reset)
+
+    def _send(self, kind: str, acks: CopyAcks) -> None:
+        frame, epoch = acks.encode(), acks.epoch
+        what = f"core receives {kind} {epoch}:{int(acks.tickets[0])}"
+        arrive = self._copied if kind == "copy" else self._moved
+        self.sim.after(self.sim.world.channel_time, lambda: arrive(frame, epoch), what)
+
+    def _copied(self, frame: bytes, epoch: int) -> None:
+        self.sim.core_link.deliver(epoch, Kind.COPIES, frame)
+        self.sim.tick()
+
+    def acknowledge(self, payload: bytes) -> None:
+        """An acknowledgement of this epoch has come through the core's link."""
+        acks = CopyAcks.decode(payload)
+        for ticket in acks.tickets.tolist():
+            self.watch.close("worker", acks.epoch, ticket)
+            self.sim.order.copied(ticket)
+        self.sim.brain.copied(acks, self.sim.now_s)
+
+    # --- the mover ---
+
+    def pump(self) -> None:
+        """The core's orders for the mover leave."""
+        orders = self.sim.brain.take_moves(self.sim.now_s)
+        if orders is None:
+            return
+        self.watch.order(orders, self.sim.now)
+        self.sim.order.order(orders)
+        frame = orders.encode()
+        self.sim.after(self.sim.world.channel_time, lambda: self._mover_receives(frame), "orders")
+
+    def _mover_receives(self, frame: bytes) -> None:
+        for transfer in self.mover.begin(MoveOrders.decode(frame)):
+            self._run(transfer, self.sim.world.disk_time, "move", "disk_late", "disk_error")
+        for reset in self.mover.over():
+            self._send("move", reset)
+
+    def _moved(self, frame: bytes, life: int) -> None:
+        acks = CopyAcks.decode(frame)
+        for ticket in acks.tickets.tolist():
+            self.watch.close("mover", life, ticket)
+            if life == self.sim.core_life:
+                self.sim.order.moved(ticket)
+        ready = self.sim.brain.tiers.ready
+        self.sim.brain.moved(acks, self.sim.now_s)
+        if self.sim.brain.tiers.ready and not ready:
+            # Whether the mover really has nothing older, it says itself.
+            if life != self.sim.core_life:
+                raise Violation(f"core {self.sim.core_life} took an answer to core {life}")
+            self.watch.reset(life)
+        self.sim.tick()
+
+    # --- checks ---
+
+    def check(self) -> None:
+        """No copy is older than its bound."""
+        sim = self.sim
+        oldest = self.watch.oldest(sim.epoch)
+        if oldest is None or sim.brain.suspended:
+            return
+        if sim.now > oldest + sim.limits.copy_timeout_s * 1e6 + 10:
+            raise Violation(f"a copy of epoch {sim.epoch} is open since {oldest}")
+
+    def check_given_up(self) -> None:
+        """The core gives a worker up for a late copy: one that the core was told of is not."""
+        if not {"copy_late", "ack_withheld"} & set(self.sim.faults):
+            raise Violation("a worker was given up for a late copy, and none was late")
+
+    def check_end(self) -> None:
+        """Everything was acknowledged or fenced, so nothing may wait for it."""
+        tiers = self.sim.brain.tiers
+        if tiers is None:
+            return
+        for name, slots in (("host", tiers.host), ("disk", tiers.disk)):
+            if slots.free + slots.held != slots.count or any(slots.leases):
+                raise Violation(f"{name} slots in motion at the end: {slots.counts()}")
