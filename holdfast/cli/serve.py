@@ -20,8 +20,8 @@ from holdfast.cli.show import err
 from holdfast.sizing import show_bytes
 
 if TYPE_CHECKING:
-    from holdfast.proc.options import ServeOptions
     from holdfast.proc.lifecycle.actions import Notice
+    from holdfast.proc.options import ServeOptions
 
 
 @grouped
