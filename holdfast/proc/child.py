@@ -33,11 +33,11 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     supervisor  core   end_all            end (wire.messages.End), message: end what is live
     supervisor  core   worker             epoch, fd: link to the worker of that epoch
     supervisor  core   worker_lost        epoch, detail: it is over and fenced
-    supervisor  core   api                index, fresh (a new process), fd: link to it
+    supervisor  core   api                index, process, fresh (a new one), fd: link to it
     supervisor  core   api_lost           index
     core        super  drained            nothing is live any more (after drain)
     core        super  worker_fault       epoch, detail: that epoch must end
-    core        super  api_fault          index, detail: that api process must be replaced
+    core        super  api_fault          process, detail: that api process must be replaced
     supervisor  keeper weights_sum        process, sum, loaded: what a worker found in the slab
     keeper      super  weights            process, ok: whether they are the bytes that were loaded
     supervisor  keeper weights_forget     they will be loaded anew

@@ -37,12 +37,10 @@ from holdfast.proc.lifecycle.actions import (
     Spawn,
     Tell,
 )
-from holdfast.proc.lifecycle.machine import EXIT_FAULT, Lifecycle
+from holdfast.proc.lifecycle.machine import Lifecycle
 from holdfast.proc.lifecycle.policy import FENCE_S, Policy
 from holdfast.proc.lifecycle.states import Event, Phase, Role, Standby, State
 from holdfast.proc.options import ServeOptions
-
-__all__ = ["EXIT_FAULT", "Notice", "ServeOptions", "Supervisor"]
 
 _SLEEP_S_MAX = 1.0
 
@@ -222,8 +220,7 @@ class Supervisor:
             accused = self.lifecycle.worker_of(message["epoch"])
             happened = accused and Happened(Event.ACCUSED, accused, message["detail"])
         elif kind == "api_fault" and role is Role.CORE:
-            accused = self.lifecycle.apis[message["index"]].process
-            happened = accused and Happened(Event.ACCUSED, accused, message["detail"])
+            happened = Happened(Event.ACCUSED, message["process"], message["detail"])
         else:
             raise LinkError(f"unknown message {kind!r}")
         if happened:
@@ -265,7 +262,7 @@ class Supervisor:
                 ours = {"type": "worker", "epoch": epoch}
                 return self._link(process, {"type": "promote", "epoch": epoch}, core, ours)
             case Introduce(process, index, core, fresh):
-                ours = {"type": "api", "index": index, "fresh": fresh}
+                ours = {"type": "api", "index": index, "process": process, "fresh": fresh}
                 return self._link(process, {"type": "core"}, core, ours)
             case ClosePort():
                 self._estate.stop_listening()
@@ -305,7 +302,8 @@ class Supervisor:
             if failed is not None or not action.linked:
                 return failed
             core = self.lifecycle.core.process or 0
-            message = {"type": "api", "index": action.index, "fresh": action.fresh}
+            facts = {"process": action.process, "fresh": action.fresh}
+            message = {"type": "api", "index": action.index, **facts}
             return self._say(core, message, [ours.fileno()])
 
     def _start(self, action: Spawn, config: dict[str, Any], fds: dict[str, int]) -> Happened | None:

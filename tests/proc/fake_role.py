@@ -77,8 +77,11 @@ def main() -> int:
                 return 70
             for message, fds in messages:
                 held += fds
-                log("message", message=message, fds=len(fds))
                 kind = message["type"]
+                if kind == "promote":
+                    role = "worker"
+                    setproctitle.setproctitle(title("worker", start.index))
+                log("message", message=message, fds=len(fds))
                 if kind == "stop":
                     return 0
                 if kind == "weights_sum":
@@ -87,9 +90,6 @@ def main() -> int:
                     control.send({"type": "weights", **verdict})
                 if kind == "verify" and act != "stuck":
                     control.send({"type": "weights_sum", "sum": weights_sum()})
-                if kind == "promote":
-                    role = "worker"
-                    setproctitle.setproctitle(title("worker", start.index))
                 if kind == "worker" and start.role == "core":
                     socket.socket(fileno=os.dup(fds[0])).send(b"hello")
                 if kind == "drain" and start.role == "core" and act != "busy":

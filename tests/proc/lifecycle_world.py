@@ -10,10 +10,10 @@ process comes with and without a history that reaches the limit of restarts.
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from typing import Any
 
 from holdfast.errors import HoldfastError
@@ -30,13 +30,14 @@ from holdfast.proc.lifecycle.actions import (
 from holdfast.proc.lifecycle.machine import Lifecycle
 from holdfast.proc.lifecycle.policy import Policy
 from holdfast.proc.lifecycle.slot import Slot
-from holdfast.proc.lifecycle.states import EVENTS, Event, Phase, Role, State
+from holdfast.proc.lifecycle.states import DYING, EVENTS, LIVE, Event, Phase, Role, State
 from holdfast.proc.lifecycle.table import RESTS, TABLE, WAITS_FOR
 
 NOW_S = 1000.0
 WORKERS = (Role.WORKER, Role.STANDBY)
-# Ends in the last minute: none that counts, one, or so many that the next is one too many.
-HISTORIES = {"fresh": (), "paced": (NOW_S,) * 2, "limit": (NOW_S,) * 5}
+# Ends in the last minute, set before a move and forgotten after it: none, one (so that the next
+# costs a pause), or so many that the next is one too many.
+HISTORIES = {"fresh": (), "paced": (NOW_S,), "limit": (NOW_S,) * 5}
 
 
 class Violation(AssertionError):
@@ -61,48 +62,53 @@ class Move:
 
 @dataclass(slots=True)
 class Process:
-    """What is true of a process that runs. asked: a sum. loaded: it writes no weights."""
+    """What is true of a process that runs. loaded: it writes no weights. asked: a sum.
+    core: whose link it has. Of one
+    that ends only loaded and epoch are kept: any word of it may still come."""
 
     role: Role
     loaded: bool = False
     ready: bool = False
     epoch: int = 0
     asked: bool = False
-    eof: bool = False
-    killed: bool = False
     verified: bool = False
+    core: int = 0
+
+
+_truths = attrgetter(*(field.name for field in fields(Process)))
 
 
 @dataclass(slots=True)
 class World:
-    """The machine and the truth. judging: whose sum the keeper has been given and not judged."""
+    """The machine and the truth. judging: whose sum the keeper has been given and not judged.
+    sound: roles that do nothing but what they should, unless they are told to end."""
 
     machine: Lifecycle
+    sound: tuple[Role, ...] = ()
     processes: dict[int, Process] = field(default_factory=dict)
     judging: int | None = None
     epoch: int = 0
     drained: bool = False
     drain_told: bool = False
+    blameless: bool = False
     actions: list[Action] = field(default_factory=list)
 
     def copy(self) -> World:
-        processes = {number: copy.copy(process) for number, process in self.processes.items()}
+        processes = {number: Process(*_truths(one)) for number, one in self.processes.items()}
         return replace(self, machine=self.machine.copy(), processes=processes, actions=[])
 
     def key(self) -> tuple[Any, ...]:
         """Equal for worlds that go on alike: numbers of processes and of epochs do not matter."""
         machine = self.machine
-        slots = []
+        slots: list[Any] = []
         for slot in machine.slots:
+            slots += (slot.state, slot.deadline_s is None)
             truth = self.processes.get(slot.process or 0)
-            known = (slot.state, slot.deadline_s is None, slot.blameless, slot.fresh, slot.operator)
             if truth is not None:
-                flags = (truth.loaded, truth.ready, truth.epoch > 0, truth.asked)
-                known += (*flags, truth.eof, truth.killed, truth.verified, slot.loaded)
-            slots.append((*known, slot.process == self.judging and slot.process is not None))
-        loose = tuple(sorted(self.processes.keys() - {s.process for s in machine.slots}))
+                slots += (truth.ready, truth.epoch > 0, truth.asked, truth.verified)
+                slots += (slot.fresh, slot.operator, slot.blameless, truth.loaded, slot.loaded)
         flags = (machine.weights_held, machine.core_was_ready, machine.deadline_s is None)
-        truth = (len(loose), self.judging is None, self.drained, self.drain_told)
+        truth = (self.judging is None, self.drained, self.drain_told)
         return (machine.phase, *flags, *truth, *slots)
 
     # --- what can happen ---
@@ -113,7 +119,9 @@ class World:
         if machine.phase is Phase.OVER:
             return
         for slot in machine.slots:
-            yield from self._moves_of(slot)
+            for move in self._moves_of(slot):
+                if not move.fault or slot.role not in self.sound:
+                    yield move
         if machine.deadline_s is not None:
             yield Move("time up", fault=False)
         yield Move("signal")
@@ -127,36 +135,37 @@ class World:
         if slot.process is None:
             return
         truth = self.processes[slot.process]
-        if not truth.eof:
-            for event in self._words(slot, truth):
-                usual = event in (Event.READY, Event.SUM) and not truth.killed
-                yield Move(event, role, index, event, fault=not usual)
-            yield Move(Event.EOF, role, index, Event.EOF)
-        if role is Role.WORKER and self.judging == slot.process:
-            keeper = self.processes.get(self.machine.keeper.process or 0)
-            if keeper is not None and not keeper.eof:
-                yield Move(Event.GOOD, role, index, Event.GOOD, fault=False)
-                yield Move(Event.BAD, role, index, Event.BAD)
-        core = self.processes.get(machine_core(self.machine))
+        dying = slot.state in DYING
+        for event in self._words(slot, truth, dying):
+            usual = event in (Event.READY, Event.SUM) and not dying
+            yield Move(event, role, index, event, fault=not usual)
+        for history in ("fresh", "paced") if role is Role.WORKER and not dying else ("fresh",):
+            yield Move(Event.EOF, role, index, Event.EOF, history)
+        asked = role is Role.WORKER and (dying or self.judging == slot.process)
+        if asked and self.machine.keeper.process is not None:
+            yield Move(Event.GOOD, role, index, Event.GOOD, fault=dying)
+            yield Move(Event.BAD, role, index, Event.BAD)
         accused = (role is Role.WORKER and truth.epoch) or role is Role.API
-        if accused and core is not None and not core.eof:
+        if accused and self.machine.core.process is not None:
             yield Move(Event.ACCUSED, role, index, Event.ACCUSED)
-        ends = slot.state in (State.ENDING, State.KILLED)
-        for history in HISTORIES:
-            usual = ends and history == "fresh"
+        counted = role not in (Role.KEEPER, Role.STANDBY)
+        for history in ("fresh", "limit") if counted else ("fresh",):
+            usual = dying and history == "fresh"
             yield Move(Event.EXITED, role, index, Event.EXITED, history, fault=not usual)
-        if slot.state is State.STARTING and not (truth.ready or truth.eof):
+        if slot.state is State.STARTING:
             yield Move(Event.UNSTARTED, role, index, Event.UNSTARTED)
 
-    def _words(self, slot: Slot, truth: Process) -> Iterator[Event]:
-        if not truth.ready:
+    def _words(self, slot: Slot, truth: Process, dying: bool) -> Iterator[Event]:
+        if dying or not truth.ready:
             yield Event.READY
         yield Event.PROGRESS
         yield Event.FAULT
         yield Event.BROKEN
-        if truth.asked:
+        if slot.role in WORKERS and (dying or truth.asked):
             yield Event.SUM
-        if slot.role is Role.CORE and truth.ready and self.drain_told and not self.drained:
+        if slot.role is Role.CORE and (
+            dying or (truth.ready and self.drain_told and not self.drained)
+        ):
             yield Event.DRAINED
 
     # --- one step ---
@@ -164,6 +173,7 @@ class World:
     def step(self, move: Move) -> None:
         """Do the move to the machine, the machine's actions to the world, and check both."""
         machine = self.machine
+        live = machine.phase in LIVE
         if move.role is None:
             if move.name == "signal":
                 self._apply(machine.signal(15, "SIGTERM", NOW_S))
@@ -171,23 +181,41 @@ class World:
                 self._apply(machine.time_up(NOW_S))
         else:
             slot = self._slot(move)
+            self.blameless = slot.blameless
             self._truth(slot, move)
             if move.event is None:
                 self._apply(machine.elapse(slot, NOW_S))
             else:
-                slot.ends = HISTORIES[move.history] if move.event is Event.EXITED else slot.ends
+                slot.ends = HISTORIES[move.history]
                 happened = Happened(move.event, slot.process or 0, "told so", code=1)
                 self._apply(machine.handle(happened, NOW_S))
+        if live and move.event is Event.EXITED:
+            self._check_restart(move)
         self._check()
+        self._forget()
 
     def begin(self) -> None:
         self._apply(self.machine.begin(NOW_S))
         self._check()
 
+    def _forget(self) -> None:
+        """What does not matter any more, so that few states are different ones."""
+        machine = self.machine
+        for slot in machine.slots:
+            slot.ends = ()
+            if slot.role is not Role.WORKER:
+                slot.blameless = False  # Only the pace of restarts asks, and time is abstract.
+            if machine.phase is not Phase.STARTING:
+                slot.operator = False
+            truth = self.processes.get(slot.process or 0)
+            if truth is not None and slot.state in DYING:
+                truth.ready = truth.asked = truth.verified = slot.fresh = False
+                truth.loaded = truth.loaded or slot.state is State.READY
+                if self.judging == slot.process:
+                    self.judging = None
+
     def _slot(self, move: Move) -> Slot:
-        return next(
-            s for s in self.machine.slots if s.role is move.role and s.index == move.index
-        )
+        return next(s for s in self.machine.slots if s.role is move.role and s.index == move.index)
 
     def _truth(self, slot: Slot, move: Move) -> None:
         """What the event means before the machine hears of it."""
@@ -199,13 +227,10 @@ class World:
             case Event.SUM:
                 truth.asked = False
             case Event.GOOD | Event.BAD:
+                truth.verified = move.event is Event.GOOD and self.judging == number
                 self.judging = None
-                self.processes[number].verified = move.event is Event.GOOD
             case Event.DRAINED:
                 self.drained = True
-            case Event.EOF | Event.BROKEN:
-                # After nonsense nothing more is read.
-                truth.eof = True
             case Event.EXITED | Event.UNSTARTED:
                 del self.processes[number]
                 if self.judging == number:
@@ -222,7 +247,7 @@ class World:
                 case Spawn():
                     self._spawn(action)
                 case Kill(process):
-                    self._running(process, action).killed = True
+                    self._running(process, action)
                 case Tell(process, message):
                     self._told(process, dict(message), action)
                 case Promote(process, epoch, core):
@@ -279,6 +304,7 @@ class World:
         if not self._running(core, action).ready:
             raise Violation("a worker for a core that is not there")
         truth.epoch = self.epoch = epoch
+        truth.core = core
 
     def _check(self) -> None:
         """What holds between events."""
@@ -292,10 +318,20 @@ class World:
             return
         for slot in machine.slots:
             self._check_wait(slot)
+        worker = self.processes.get(machine.worker.process or 0)
+        if machine.worker.alive and worker and worker.epoch and worker.core not in self.processes:
+            raise Violation("a worker is kept whose core is gone")
         if machine.phase in (Phase.DRAINING, Phase.ENDING) and machine.deadline_s is None:
             raise Violation(f"{machine.phase} without a deadline")
         if machine.phase is Phase.STOPPING and not here:
             raise Violation("stopping, and nobody is left")
+
+    def _check_restart(self, move: Move) -> None:
+        """After an end, the next process comes after a pause, and not at all beyond the limit."""
+        if any(isinstance(action, Spawn) and action.role is move.role for action in self.actions):
+            raise Violation(f"a {move.role} is started again without a pause")
+        if move.history == "limit" and self.machine.phase in LIVE and not self.blameless:
+            raise Violation(f"a {move.role} is replaced beyond the limit of restarts")
 
     def _check_wait(self, slot: Slot) -> None:
         """A state has a deadline, or rests, or waits for a process that has one or rests."""
@@ -303,7 +339,7 @@ class World:
         if slot.deadline_s is not None or slot.state in RESTS[slot.role]:
             return
         if slot.state is State.GONE:
-            live = machine.phase in (Phase.STARTING, Phase.SERVING, Phase.DRAINING)
+            live = machine.phase in LIVE
             if slot.role in (Role.CORE, Role.API) and live:
                 raise Violation(f"no {slot.role}, and none is planned")
             if slot.role is Role.WORKER and live:
@@ -327,23 +363,18 @@ class World:
         )
 
 
-def machine_core(machine: Lifecycle) -> int:
-    return machine.core.process or 0
-
-
 @dataclass
 class Walk:
-    """What was visited. cells: (role, state, event) that happened. edges: by state, the states
-    that follow when faults have stopped."""
+    """How much was visited. cells: (role, state, event) that happened."""
 
     states: int = 0
     moves: int = 0
     cells: set[tuple[Role, State, Event]] = field(default_factory=set)
 
 
-def walk(policy: Policy, **tables: Any) -> Walk:
+def walk(policy: Policy, *, sound: tuple[Role, ...] = (), **tables: Any) -> Walk:
     """Visit every state breadth first. Raises Violation with the way to the first bad one."""
-    world = World(Lifecycle(policy, **tables))
+    world = World(Lifecycle(policy, **tables), sound)
     _guard(world, None, lambda: "the start")
     keys = {world.key(): 0}
     worlds = [world]
@@ -368,7 +399,10 @@ def walk(policy: Policy, **tables: Any) -> Walk:
             if move.role is not None:
                 slot = world._slot(move)
                 clock = Event.DUE if slot.state is State.PAUSED else Event.DEADLINE
-                result.cells.add((slot.role, slot.state, move.event or clock))
+                cell = (slot.role, slot.state, move.event or clock)
+                if cell in result.cells and _does_nothing(world.machine, cell):
+                    continue  # Done once, and the machine was at rest.
+                result.cells.add(cell)
             after = world.copy()
             _guard(after, move, lambda at=at, move=move: path(at, move))
             key = after.key()
@@ -390,6 +424,11 @@ def walk(policy: Policy, **tables: Any) -> Walk:
         way = path(*origin) if origin else "the start"
         raise Violation(f"{_seen(world)} never heals, after: {way}")
     return result
+
+
+def _does_nothing(machine: Lifecycle, cell: tuple[Role, State, Event]) -> bool:
+    rule = machine._table.get(cell)
+    return rule is not None and rule.then is None and not rule.do and not rule.never
 
 
 def _guard(world: World, move: Move | None, way: Any) -> None:

@@ -56,8 +56,10 @@ def stream(
     act: Callable[[], None] = lambda: None,
     *,
     tokens: int = TOKENS,
+    then: Callable[[], None] = lambda: None,
 ) -> str:
-    """The text of one stream; `act` is called once after so many chunks of it."""
+    """The text of one stream; `act` is called once after so many chunks of it, `then` at each
+    later one."""
     body = {**BODY, "max_tokens": tokens}
     texts: list[str] = []
     usage: dict[str, Any] = {}
@@ -69,6 +71,8 @@ def stream(
             texts += [choice["text"] for choice in event["choices"]]
             if len(texts) == after_chunks:
                 act()
+            elif after_chunks and len(texts) > after_chunks:
+                then()
     assert usage["completion_tokens"] == tokens
     return "".join(texts)
 
@@ -103,6 +107,20 @@ def test_the_real_worker_resumes_with_the_tokens_it_would_have_drawn(serve: Serv
     server.process.send_signal(signal.SIGTERM)
     assert server.wait_exit() == 0
     assert server.stderr() == ""
+
+
+def test_a_dead_api_process_is_replaced_once_though_its_core_complains_of_it_late(
+    server: Server,
+) -> None:
+    """The core sees the link's end as the supervisor sees the process's; by then another is up."""
+    for restarts in (1, 2):
+        pid = server.pids()["holdfast api 0"]
+        os.kill(pid, signal.SIGKILL)
+        until("answers", lambda p=pid: server.pids()["holdfast api 0"] not in (p, None))
+        until("ready", lambda: server.status()["ready"])
+        until("served", lambda: httpx.get(url(server) + "/health").status_code == 200)
+        api = next(p for p in server.status()["processes"] if "api" in p["title"])
+        assert (api["restarts"], api["last_end"]) == (restarts, "killed by SIGKILL")
 
 
 def test_ready_follows_the_worker_and_health_the_process(server: Server) -> None:

@@ -4,7 +4,8 @@ who fills it. Owned by machine.Lifecycle; no rule lives here."""
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 from holdfast.proc.lifecycle.policy import RESTART_WINDOW_S
 from holdfast.proc.lifecycle.states import ALIVE, Role, State
@@ -37,6 +38,10 @@ class Slot:
     restarts: int = 0
     detail: str = ""
     ends: tuple[float, ...] = ()
+
+    def copy(self) -> Slot:
+        """An equal one of its own."""
+        return Slot(*_values(self))
 
     @property
     def title(self) -> str:
@@ -79,6 +84,9 @@ class Slot:
     def recent(self, now_s: float) -> tuple[float, ...]:
         """The ends that count at this time."""
         return tuple(at for at in self.ends if now_s - at <= RESTART_WINDOW_S)
+
+
+_values = attrgetter(*(field.name for field in fields(Slot)))
 
 
 def title(role: str, index: int) -> str:

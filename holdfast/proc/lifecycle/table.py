@@ -1,15 +1,13 @@
 """The state table of the server's processes, as data: what must happen on each event.
 
-Three tables. ROWS: one process, its state and an event. JOINTS: what two or more processes allow
-together, tried in order after every event until none applies. TURNS: the phases of the server.
-`machine.Lifecycle` interprets them, docs/processes.md shows them (`document`), and
-tests/proc/test_lifecycle.py walks every state that can be reached. A combination that cannot be is
-listed, with the reason.
+One of three tables. ROWS: one process, its state and an event. `joints`: what several processes
+allow together. `turns`: the phases of the server. `machine.Lifecycle` interprets them,
+docs/processes.md shows them (`document`), and tests/proc/test_lifecycle.py walks every state that
+can be reached. A combination that cannot be is listed, with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -18,13 +16,10 @@ from holdfast.proc.lifecycle.states import (
     DYING,
     EMPTY,
     EVENTS,
-    LIVE,
     STATES,
     Event,
-    Phase,
     Role,
     State,
-    Turn,
     Wait,
 )
 
@@ -33,7 +28,7 @@ _ALL = tuple(Role)
 
 
 class Step(StrEnum):
-    """What is done besides entering a state; a method of machine.Lifecycle each."""
+    """What is done besides entering a state; a method of steps.Steps each."""
 
     COME_UP = "come up"
     EXTEND = "extend the deadline"
@@ -271,223 +266,6 @@ ROWS: tuple[Row, ...] = (
     ),
 )
 
-
-class Fact(StrEnum):
-    """What a joint rule may ask besides states; a method of machine.Lifecycle each."""
-
-    HELD = "the weights are held"
-    UNHELD = "the weights are not held"
-    MAY_START = "the weights are held, or no standby maps them"
-    WARM = "--standby warm"
-    WANTED = "--standby is not none"
-    AT_ONCE = "the worker's end will cost no pause"
-    ALL_READY = "all but the standby are ready"
-    NO_API = "no api process is left"
-    EMPTY = "no process is left"
-
-
-@dataclass(frozen=True, slots=True)
-class Joint:
-    """For each seat of `roles` in `states`, while `also` and `facts` hold: do it.
-
-    then, within, reason: as in Rule. turn: told to the server instead, once.
-    """
-
-    name: str
-    phases: tuple[Phase, ...]
-    roles: tuple[Role, ...] = ()
-    states: tuple[State, ...] = ()
-    also: Mapping[Role, tuple[State, ...]] = ()  # type: ignore[assignment]
-    facts: tuple[Fact, ...] = ()
-    then: State | None = None
-    within: Wait | None = None
-    do: tuple[Step, ...] = ()
-    reason: str = ""
-    turn: Turn | None = None
-    why: str = ""
-
-
-JOINTS: tuple[Joint, ...] = (
-    Joint("start the keeper", (Phase.STARTING,), (_KEEPER,), (_S.GONE,), do=(Step.START,)),
-    Joint("start a process", LIVE, (_CORE, _API), (_S.GONE,), do=(Step.START,)),
-    Joint(
-        "take the place",
-        LIVE,
-        (_STANDBY,),
-        (_S.STARTING, _S.PREPARED),
-        {_WORKER: EMPTY},
-        (Fact.HELD,),
-        do=(Step.TAKE,),
-        why="the worker's place is empty: its epoch is fenced",
-    ),
-    Joint(
-        "start a worker",
-        LIVE,
-        (_WORKER,),
-        (_S.GONE,),
-        {_KEEPER: (_S.READY,)},
-        (Fact.MAY_START,),
-        do=(Step.START,),
-        why="one that loads weights is alone with them",
-    ),
-    Joint(
-        "clear the standby",
-        LIVE,
-        (_STANDBY,),
-        (_S.STARTING, _S.PREPARED),
-        facts=(Fact.UNHELD,),
-        then=_S.KILLED,
-        within=Wait.FENCE,
-        do=(Step.KILL,),
-        reason="the weights are loaded anew",
-        why="it was prepared over bytes that are no weights",
-    ),
-    Joint(
-        "verify",
-        LIVE,
-        (_WORKER,),
-        (_S.PREPARED,),
-        {_KEEPER: (_S.READY,)},
-        then=_S.VERIFYING,
-        within=Wait.VERIFY,
-        do=(Step.VERIFY,),
-        why="after the fence: a sum taken before it would not cover what the old epoch wrote last",
-    ),
-    Joint(
-        "promote",
-        LIVE,
-        (_WORKER,),
-        (_S.VERIFIED,),
-        {_CORE: (_S.READY,)},
-        then=_S.READY,
-        do=(Step.PROMOTE,),
-    ),
-    Joint(
-        "start a standby beside the fence",
-        LIVE,
-        (_STANDBY,),
-        EMPTY,
-        {_WORKER: DYING},
-        (Fact.HELD, Fact.WANTED, Fact.AT_ONCE),
-        do=(Step.START,),
-        why="it imports while the old worker is fenced",
-    ),
-    Joint(
-        "plan a standby",
-        (Phase.STARTING, Phase.SERVING),
-        (_STANDBY,),
-        (_S.GONE,),
-        {_WORKER: (_S.READY,)},
-        (Fact.WARM,),
-        then=_S.PAUSED,
-        do=(Step.PLAN,),
-        why="after a pause, so that it takes nothing from a recovery, nor a crash loop all",
-    ),
-    Joint(
-        "plan no standby",
-        LIVE,
-        (_STANDBY,),
-        (_S.PAUSED,),
-        {_WORKER: tuple(state for state in _S if state is not _S.READY)},
-        then=_S.GONE,
-        why="the worker is lost first",
-    ),
-    Joint(
-        "start nothing more",
-        (Phase.ENDING, Phase.STOPPING),
-        _ALL,
-        (_S.PAUSED,),
-        then=_S.GONE,
-    ),
-    Joint("all up", (Phase.STARTING,), facts=(Fact.ALL_READY,), turn=Turn.UP),
-    Joint(
-        "nobody to end the streams",
-        (Phase.ENDING,),
-        (_CORE,),
-        (*EMPTY, *DYING),
-        turn=Turn.NO_CORE,
-    ),
-    Joint(
-        "stop api",
-        (Phase.STOPPING,),
-        (_API,),
-        ALIVE,
-        then=_S.ENDING,
-        within=Wait.API_STOP,
-        do=(Step.STOP,),
-        why="they still send what was computed",
-    ),
-    Joint(
-        "stop the others",
-        (Phase.STOPPING,),
-        (_CORE, _WORKER, _STANDBY, _KEEPER),
-        ALIVE,
-        facts=(Fact.NO_API,),
-        then=_S.ENDING,
-        within=Wait.STOP,
-        do=(Step.STOP,),
-        why="nobody is left whom they could serve",
-    ),
-    Joint("all gone", (Phase.STOPPING,), facts=(Fact.EMPTY,), turn=Turn.EMPTY),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """then: the phase entered, None to stay; within, do, why, never: as in Rule."""
-
-    then: Phase | None = None
-    within: Wait | None = None
-    do: tuple[Step, ...] = ()
-    why: str = ""
-    never: bool = False
-
-
-def _cannot_be(why: str) -> Change:
-    return Change(never=True, why=why)
-
-
-_P = Phase
-_OVER = Change(_P.OVER, do=(Step.EXIT_SIGNAL,))
-_END = Change(_P.ENDING, Wait.END, (Step.FAIL, Step.REFUSE, Step.END_FAULT))
-_STOP = Change(_P.STOPPING, do=(Step.CLOSE_PORT,))
-_AGAIN = Change(why="it is ending already")
-_ONCE = _cannot_be("it is asked while starting")
-_STREAMS = _cannot_be("streams are being ended only then")
-_NO_CLOCK = _cannot_be("the phase has no deadline")
-_NOT_STOPPING = _cannot_be("it is asked while stopping")
-
-TURNS: dict[tuple[Phase, Turn], Change] = {
-    (_P.STARTING, Turn.UP): Change(_P.SERVING, do=(Step.ANNOUNCE,)),
-    **{(phase, Turn.UP): _ONCE for phase in Phase if phase is not _P.STARTING},
-    (_P.STARTING, Turn.SIGNAL): _OVER,
-    (_P.SERVING, Turn.SIGNAL): Change(_P.DRAINING, Wait.DRAIN, (Step.DRAIN,)),
-    **{(p, Turn.SIGNAL): _OVER for p in (_P.DRAINING, _P.ENDING, _P.STOPPING)},
-    (_P.STARTING, Turn.OPERATOR): Change(_P.OVER, do=(Step.FAIL_OPERATOR,)),
-    **{(phase, Turn.OPERATOR): _ONCE for phase in Phase if phase is not _P.STARTING},
-    (_P.STARTING, Turn.CANNOT): Change(_P.OVER, do=(Step.FAIL,)),
-    (_P.SERVING, Turn.CANNOT): _END,
-    (_P.DRAINING, Turn.CANNOT): _END,
-    (_P.ENDING, Turn.CANNOT): _AGAIN,
-    (_P.STOPPING, Turn.CANNOT): _AGAIN,
-    **{(p, Turn.UNFENCED): Change(_P.OVER, do=(Step.FAIL,)) for p in Phase if p is not _P.OVER},
-    **{(p, Turn.DRAINED): Change(do=(Step.OUT_OF_TURN,)) for p in (_P.STARTING, _P.SERVING)},
-    (_P.DRAINING, Turn.DRAINED): _STOP,
-    (_P.ENDING, Turn.DRAINED): _STOP,
-    (_P.STOPPING, Turn.DRAINED): _AGAIN,
-    **{(p, Turn.TIME_UP): _NO_CLOCK for p in (_P.STARTING, _P.SERVING, _P.STOPPING)},
-    (_P.DRAINING, Turn.TIME_UP): Change(_P.ENDING, Wait.END, (Step.END_SHUTDOWN,)),
-    (_P.ENDING, Turn.TIME_UP): _STOP,
-    (_P.ENDING, Turn.NO_CORE): _STOP,
-    **{(phase, Turn.NO_CORE): _STREAMS for phase in Phase if phase is not _P.ENDING},
-    (_P.STOPPING, Turn.EMPTY): Change(_P.OVER),
-    **{(phase, Turn.EMPTY): _NOT_STOPPING for phase in Phase if phase is not _P.STOPPING},
-    **{
-        (_P.OVER, turn): _cannot_be("the machine listens to nothing any more")
-        for turn in Turn
-        if turn not in (Turn.UP, Turn.OPERATOR, Turn.NO_CORE, Turn.EMPTY)
-    },
-}
 
 # States without a deadline of their own, and whose next step they wait for; a rest waits for none.
 RESTS: dict[Role, tuple[State, ...]] = {
