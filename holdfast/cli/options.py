@@ -180,7 +180,7 @@ class ServerOptions:
         Standby,
         _option(
             PROCESS_PANEL,
-            "The next worker: warm waits prepared (some 250 MB), cold starts when one is lost, "
+            "The next worker: warm waits prepared (CPU: 150 MB), cold starts when one is lost, "
             "none when that one is gone",
         ),
     ] = Standby.WARM
