@@ -63,6 +63,7 @@ def main() -> int:
         if name in start.fds:
             watched[start.fds[name]] = name
     held: list[int] = []
+    introduced: dict[int, int] = {}
     while True:
         readable, _, _ = select.select(list(watched), [], [], 60)
         for fd in readable:
@@ -92,6 +93,13 @@ def main() -> int:
                     control.send({"type": "weights_sum", "sum": weights_sum()})
                 if kind == "worker" and start.role == "core":
                     socket.socket(fileno=os.dup(fds[0])).send(b"hello")
+                if kind == "api" and act == "accuse":
+                    # Of whoever was there before, when the next one is there already.
+                    before = introduced.get(message["index"])
+                    introduced[message["index"]] = message["process"]
+                    if before is not None:
+                        accused = {"index": message["index"], "process": before}
+                        control.send({"type": "api_fault", **accused, "detail": "late"})
                 if kind == "drain" and start.role == "core" and act != "busy":
                     control.send({"type": "drained"})
                 if kind == "end_all":

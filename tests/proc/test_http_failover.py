@@ -109,20 +109,6 @@ def test_the_real_worker_resumes_with_the_tokens_it_would_have_drawn(serve: Serv
     assert server.stderr() == ""
 
 
-def test_a_dead_api_process_is_replaced_once_though_its_core_complains_of_it_late(
-    server: Server,
-) -> None:
-    """The core sees the link's end as the supervisor sees the process's; by then another is up."""
-    for restarts in (1, 2):
-        pid = server.pids()["holdfast api 0"]
-        os.kill(pid, signal.SIGKILL)
-        until("answers", lambda p=pid: server.pids()["holdfast api 0"] not in (p, None))
-        until("ready", lambda: server.status()["ready"])
-        until("served", lambda: httpx.get(url(server) + "/health").status_code == 200)
-        api = next(p for p in server.status()["processes"] if "api" in p["title"])
-        assert api["restarts"] == restarts, api["last_end"]
-
-
 def test_ready_follows_the_worker_and_health_the_process(server: Server) -> None:
     assert httpx.get(url(server) + "/ready").status_code == 200
     pid = server.pids()["holdfast worker 0"]

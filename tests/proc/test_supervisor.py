@@ -90,6 +90,15 @@ def test_a_dead_api_process_is_replaced_and_its_port_never_closes(serve: Serve) 
     assert [m["message"]["fresh"] for m in server.messages("core", "api")] == [True, True]
 
 
+def test_a_late_accusation_of_a_dead_api_process_does_not_hit_the_next_one(serve: Serve) -> None:
+    """The core sees a link's end on its own clock; by then another process is up."""
+    server = serve(api_processes=1, act={"core": "accuse"}).wait_ready()
+    os.kill(server.pids()["holdfast api 0"], signal.SIGKILL)
+    until("restarted", lambda: server.event("restarted", "api"))
+    lost = [event[2] for event in server.events() if event[0] == "lost"]
+    assert len(lost) == 1 and "late" not in lost[0]
+
+
 def test_without_the_keeper_streams_end_with_an_engine_fault_and_the_exit_code_is_70(
     serve: Serve,
 ) -> None:
