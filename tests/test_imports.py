@@ -24,20 +24,22 @@ ALLOWED: dict[str, set[str]] = {
     "core": BASE | {"wire", "kv"},
     "local": BRAIN,
     "api": BRAIN,
-    "sim": BRAIN | {"api"},
+    # The simulator drives the very state machine that the supervisor does.
+    "sim": BRAIN | {"api", "proc.lifecycle"},
     "ops": BASE,
     # ops/checksum and ops/sampler are twins of wire's definitions and take their constants there.
     "model": BASE | {"ops"},
     "device": BASE | {"ops", "model", "wire"},
-    "proc": BASE | {"wire", "sizing", "core"},
+    "proc": BASE | {"wire", "sizing", "core", "proc.lifecycle"},
+    "proc.lifecycle": BASE | {"wire"},
     "proc.keeper": BASE | {"wire", "proc"},
     "proc.core": BRAIN | {"proc"},
     "proc.api": BRAIN | {"api", "proc"},
-    "proc.worker": BASE | {"ops", "model", "device", "wire", "proc"},
+    "proc.worker": BASE | {"ops", "model", "device", "wire", "proc", "proc.lifecycle"},
 }
 # These files of proc are processes of their own, each in its own wing; the rest of proc is plumbing
-# that all of them share, so it must not reach a wing's inside.
-ROLES = {"keeper", "core", "api", "worker", "supervisor"}
+# that all of them share, so it must not reach a wing's inside. The lifecycle is pure: no plumbing.
+ROLES = {"keeper", "core", "api", "worker", "supervisor", "lifecycle"}
 ROOF = {"__init__", "__main__", "cli", "llm", "bench", "drill", "proc.supervisor"}
 # model/spec reads config.json and nothing else; it is torch-free so that `plan` starts at once.
 TORCH_FREE_EXCEPTIONS = {"holdfast.model.spec"}

@@ -52,6 +52,12 @@ class JournalSync(enum.StrEnum):
     STEP = "step"
 
 
+class Standby(enum.StrEnum):
+    WARM = "warm"
+    COLD = "cold"
+    NONE = "none"
+
+
 class LogLevel(enum.StrEnum):
     DEBUG = "debug"
     INFO = "info"
@@ -170,6 +176,14 @@ class ServerOptions:
     api_processes: Annotated[
         int | None, _option(PROCESS_PANEL, "HTTP processes", "1", min=1, max=64)
     ] = None
+    standby: Annotated[
+        Standby,
+        _option(
+            PROCESS_PANEL,
+            "The next worker: warm waits prepared (CPU: 150 MB), cold starts when one is lost, "
+            "none when that one is gone",
+        ),
+    ] = Standby.WARM
     journal_dir: Annotated[
         Path | None,
         _option(PROCESS_PANEL, "Keep a copy of the journal here; it holds prompts (mode 0600)"),

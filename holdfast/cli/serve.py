@@ -20,8 +20,8 @@ from holdfast.cli.show import err
 from holdfast.sizing import show_bytes
 
 if TYPE_CHECKING:
+    from holdfast.proc.lifecycle.actions import Notice
     from holdfast.proc.options import ServeOptions
-    from holdfast.proc.supervisor import Event
 
 
 @grouped
@@ -67,6 +67,7 @@ def serve_options(model: str | None, server: ServerOptions, engine: EngineOption
         dtype=prepared.sizing.dtype,
         pool_dtype=prepared.sizing.dtype,
         threads=engine.threads or os.cpu_count() or 1,
+        standby=server.standby.value,
         drain_timeout_s=server.drain_timeout_s,
         write_timeout_s=server.write_timeout_s,
         keepalive_s=server.keepalive_s,
@@ -85,7 +86,7 @@ class Screen:
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
 
-    def event(self, event: Event) -> None:
+    def event(self, event: Notice) -> None:
         if event.kind == "progress":
             self._load(event)
             return
@@ -93,9 +94,12 @@ class Screen:
             self.close()
             self._ready(event.facts["host"], event.facts["port"])
             return
+        if event.kind in ("lost", "restarted"):
+            self.close()  # A bar of a worker that was being prepared.
         bad = event.kind in ("lost", "failed", "warning")
         quiet = self._level in (LogLevel.WARNING, LogLevel.ERROR)
-        if (quiet and not bad) or (event.kind == "starting" and self._level is not LogLevel.DEBUG):
+        usual = event.kind in ("starting", "prepared") and self._level is not LogLevel.DEBUG
+        if usual or (quiet and not bad):
             return
         line = f"{event.title}: {event.kind}"
         if event.message and event.message != event.kind:
@@ -107,7 +111,7 @@ class Screen:
             self._progress.stop()
             self._progress = self._bar = None
 
-    def _load(self, event: Event) -> None:
+    def _load(self, event: Notice) -> None:
         if not err.is_terminal:
             return
         if self._progress is None:

@@ -80,10 +80,12 @@ class ControlLike(Protocol):
 
 @dataclass(slots=True)
 class _Peer:
-    """A link under the selector. `inbox`: frames read and not yet handled (api links only)."""
+    """A link under the selector. `inbox`: frames read and not yet handled (api links only).
+    process: the supervisor's number of an api process, so that a fault is not laid to the next."""
 
     link: Link
     key: tuple[str, int]
+    process: int = 0
     writing: bool = False
     inbox: deque[Frame] = field(default_factory=deque)
 
@@ -223,7 +225,8 @@ class CoreLoop:
         peer = self._apis.pop(index)
         self._unwatch(peer)
         self.brain.drop_api(index, self._clock())
-        self._report({"type": "api_fault", "index": index, "detail": detail})
+        fault = {"type": "api_fault", "index": index, "process": peer.process, "detail": detail}
+        self._report(fault)
 
     def _send_output(self) -> None:
         for index, kind, payload in self.brain.take_output():
@@ -269,7 +272,7 @@ class CoreLoop:
             self._worker_detail = f"the worker is being replaced: {message['detail']}"
             self._implicates = _implicates(message)
         elif kind == "api":
-            self._new_api(message["index"], fresh=message["fresh"], fds=fds)
+            self._new_api(message["index"], message["process"], fresh=message["fresh"], fds=fds)
         elif kind == "api_lost":
             if message["index"] in self._apis:
                 self._lose_api(message["index"], "the process ended")
@@ -294,13 +297,14 @@ class CoreLoop:
         self._worker = self._register(link, ("worker", 0))
         self._step_s = self._clock()
 
-    def _new_api(self, index: int, *, fresh: bool, fds: list[int]) -> None:
+    def _new_api(self, index: int, process: int, *, fresh: bool, fds: list[int]) -> None:
         if index in self._apis:
             self._unwatch(self._apis.pop(index))
         if fresh:
             # Nobody reads what an earlier process of this index asked for.
             self.brain.drop_api(index, self._clock())
         self._apis[index] = self._register(Link(_socket_of(fds)), ("api", index))
+        self._apis[index].process = process
         self._send(index, Kind.MESSAGE, encode(self._state))
 
     def _report(self, message: dict[str, Any]) -> None:

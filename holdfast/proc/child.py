@@ -10,17 +10,20 @@ What each role is given (all also have `control`, a proc.control.Control; link =
 
     role    descriptors                       config
     keeper                                    weights_bytes, pool_bytes
-    worker  core (link, epoch), weights,      limits, epoch, model, device, dtype, pool_dtype,
-            pool (memfds of the keeper)       load, seed, threads, loaded (the slab holds the
-                                              weights already: do not load, only checksum)
+    worker, weights, pool (memfds of the      limits, model, device, dtype, pool_dtype, load,
+    standby keeper)                           seed, threads, loaded (the slab holds the weights
+                                              already: do not load)
     core    journal, metrics (memfds)         limits, epoch, tag, recover
     api     core (link, epoch 0), metrics     limits, model, served_name, api_keys, cors_origins,
             (memfd, slot 2 + index), listen   write_timeout_s, keepalive_s, body_bytes_max,
             (a listening socket)              drain_timeout_s, log_level
 
     from        to     message            carries
-    child       super  ready              facts; worker: weights_sum (uint64), keeper: 2 fds
+    child       super  ready              facts; keeper: 2 fds; worker: it is prepared
     child       super  progress           what, done, total (bytes)
+    supervisor  worker verify             sum the weights
+    worker      super  weights_sum        sum (uint64)
+    supervisor  worker promote            epoch, fd: its link to the core; it may write from now on
     child       super  fault              operator (bool), message; the child then exits
     supervisor  any    stop               finish what is being written and exit 0
     supervisor  api    drain              refuse new requests with 503, keep streams going
@@ -30,13 +33,13 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     supervisor  core   end_all            end (wire.messages.End), message: end what is live
     supervisor  core   worker             epoch, fd: link to the worker of that epoch
     supervisor  core   worker_lost        epoch, detail: it is over and fenced
-    supervisor  core   api                index, fresh (a new process), fd: link to it
+    supervisor  core   api                index, process, fresh (a new one), fd: link to it
     supervisor  core   api_lost           index
     core        super  drained            nothing is live any more (after drain)
     core        super  worker_fault       epoch, detail: that epoch must end
-    core        super  api_fault          index, detail: that api process must be replaced
-    supervisor  keeper weights_sum        epoch, sum, loaded: what a worker found in the slab
-    keeper      super  weights            epoch, ok: whether they are the bytes that were loaded
+    core        super  api_fault          process, detail: that api process must be replaced
+    supervisor  keeper weights_sum        process, sum, loaded: what a worker found in the slab
+    keeper      super  weights            process, ok: whether they are the bytes that were loaded
     supervisor  keeper weights_forget     they will be loaded anew
 
 Exit codes of children: 0 after stop, 70 after a fault of our own, 2 after an operator's.
@@ -64,6 +67,7 @@ import setproctitle
 from holdfast.config import Limits
 from holdfast.errors import require
 from holdfast.proc.control import Control
+from holdfast.proc.lifecycle.slot import title
 
 BOOT_FD = "HOLDFAST_BOOT_FD"
 EXIT_OPERATOR = 2
@@ -139,10 +143,6 @@ class Child:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
-
-
-def title(role: str, index: int) -> str:
-    return "holdfast core" if role == "core" else f"holdfast {role} {index}"
 
 
 def spawn(

@@ -51,7 +51,8 @@ class Keeper:
     def _obey(self, message: Message) -> None:
         if message["type"] == "weights_sum":
             held = self.hold(message["sum"], loaded=message["loaded"])
-            self._control.send({"type": "weights", "epoch": message["epoch"], "ok": held})
+            verdict = {"process": message["process"], "ok": held}
+            self._control.send({"type": "weights", **verdict})
         elif message["type"] == "weights_forget":
             self._weights_sum = None
         else:

@@ -1,16 +1,18 @@
 """The worker: the one process that launches kernels. Disposable; nothing it holds is worth saving.
 
-It maps the keeper's memory, loads the weights when the slab is empty, sums what it found there,
-warms up, and then answers plans with results until it is told to stop or loses its core. Whether
-the sum is right is the keeper's to say (the supervisor asks it); a worker of wrong weights is ended
-before the core ever hears of it. Any error in a step ends the process: an epoch is never continued
-after a fault, it is replaced.
+It maps the keeper's memory, loads the weights when the slab is empty, warms up, and waits without
+an epoch: a standby waits long, a first worker not at all. Told to verify, it sums the weights;
+whether the sum is right is the keeper's to say (the supervisor asks it). Promoted, it has an epoch
+and the core's link, and answers plans with results until it is told to stop or loses its core. Any
+error in a step ends the process: an epoch is never continued after a fault, it is replaced.
 
-Started by the supervisor through proc.child. It must not know requests, texts, or other workers.
-Torch is imported after `boot`, so that the process is tied to its parent's life from the start.
+Invariant: without an epoch it writes no page but the trash page, and no weights unless it was told
+to load them. Started by the supervisor through proc.child. It must not know requests, texts, or
+other workers. Torch is imported after `boot`, so that the process is tied to its parent's life from
+the start.
 
-    boot -> import -> map -> load | sum -> warm -> ready -> (plan -> result)* -> stop, core gone: 0
-                                                                              -> fault: 70
+    boot -> import -> map -> load -> warm -> ready -> verify -> promote -> (plan -> result)*
+                                                          -> stop, core gone: 0; fault: 70
 """
 
 from __future__ import annotations
@@ -18,14 +20,18 @@ from __future__ import annotations
 import contextlib
 import gc
 import select
+import socket
 import sys
 import time
 import traceback
 from typing import TYPE_CHECKING, Any
 
+import setproctitle
+
 from holdfast.errors import LinkClosed, LinkError, OperatorError, OptionError
 from holdfast.proc.child import EXIT_FAULT, EXIT_OPERATOR, Boot, boot
-from holdfast.proc.control import Control
+from holdfast.proc.control import Control, Message
+from holdfast.proc.lifecycle.slot import title
 from holdfast.wire.link import Kind, Link
 from holdfast.wire.plan import StepPlan
 
@@ -105,9 +111,35 @@ class Worker:
 def obey(control: Control) -> None:
     """Take what the supervisor has said. Raises Stopped, or LinkError when it makes no sense."""
     for message, _ in control.receive():
-        if message["type"] == "stop":
-            raise Stopped
-        raise LinkError(f"control message {message['type']!r} from the supervisor")
+        raise _stop(message)
+
+
+def _stop(message: Message) -> Exception:
+    if message["type"] == "stop":
+        return Stopped()
+    return LinkError(f"control message {message['type']!r} from the supervisor")
+
+
+def wait_for_epoch(memory: DeviceMemory, control: Control) -> tuple[int, Link]:
+    """Sum the weights whenever asked, until promoted: the epoch, and the link to its core.
+
+    Raises Stopped when told to, LinkClosed when the supervisor is gone.
+    """
+    from holdfast.ops.checksum import slab_sum
+
+    while True:
+        control.flush()
+        received = control.wait(WAIT_S)
+        if received is None:
+            continue
+        message, fds = received
+        if message["type"] == "verify":
+            weights_sum = slab_sum(memory.weights, Progress(control, "weights check"))
+            control.send({"type": "weights_sum", "sum": weights_sum})
+        elif message["type"] == "promote" and len(fds) == 1:
+            return message["epoch"], Link(socket.socket(fileno=fds[0]), epoch=message["epoch"])
+        else:
+            raise _stop(message)
 
 
 def main() -> int:
@@ -141,12 +173,14 @@ def _work(start: Boot, control: Control) -> int:
     import torch
 
     torch.set_num_threads(config["threads"])
-    link = Link(start.socket("core"), epoch=config["epoch"])
     runner, facts = prepare(start, spec, control)
     # What is alive now stays alive; collections in the loop then have little to walk.
     gc.collect()
     gc.freeze()
     control.ready(torch=str(torch.__version__), threads=torch.get_num_threads(), **facts)
+    epoch, link = wait_for_epoch(runner.memory, control)
+    runner.reset(epoch)
+    setproctitle.setproctitle(title("worker", start.index))
     worker = Worker(runner, control, link)
     try:
         worker.run()
@@ -163,7 +197,6 @@ def prepare(start: Boot, spec: ModelSpec, control: Control) -> tuple[Runner, dic
     from holdfast.device.runner import Runner
     from holdfast.model.decoder import Decoder
     from holdfast.model.weights import WeightsLayout
-    from holdfast.ops.checksum import slab_sum
 
     config = start.config
     memory = DeviceMemory.attach(
@@ -179,17 +212,13 @@ def prepare(start: Boot, spec: ModelSpec, control: Control) -> tuple[Runner, dic
     if not config["loaded"]:
         load(spec, layout, memory, config, control)
     loaded_s = time.monotonic()
-    weights_sum = slab_sum(memory.weights, Progress(control, "weights check"))
-    summed_s = time.monotonic()
     decoder = Decoder(spec, layout.views(memory.weights))
-    runner = Runner(start.limits, decoder, memory, epoch=config["epoch"])
+    runner = Runner(start.limits, decoder, memory, epoch=0)
     runner.warm_up()
     facts = {
-        "weights_sum": weights_sum,
         "weights_bytes": memory.weights.numel(),
         "load_s": loaded_s - started_s,
-        "sum_s": summed_s - loaded_s,
-        "warm_s": time.monotonic() - summed_s,
+        "warm_s": time.monotonic() - loaded_s,
     }
     return runner, facts
 

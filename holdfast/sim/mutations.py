@@ -56,8 +56,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "reuse-at-abort",
         "pages of an aborted request wait for the step in flight",
         _S + "Scheduler.drop_row",
-        "self.ledger.release(self.running.leave(row), self.step)",
-        "self.ledger.release(self.running.leave(row), 0)",
+        "self.ledger.release(handles, self.step, group)",
+        "self.ledger.release(handles, 0, group)",
     ),
     Mutation(
         "lost-acknowledgement",
@@ -77,7 +77,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "index-before-seal",
         "only sealed pages are indexed",
         _S + "Scheduler.want_seals",
-        "self.seals.append(SealBatch(handles, tokens, chains))",
+        "self.seals.append(SealBatch(0, handles, column, tokens, chains))",
         "self.ledger.index.insert(-1, tokens[:4 * page_tokens], int(handles[0]),"
         " int(handles[0]) & 0xFFFFFF)",
     ),
@@ -164,10 +164,10 @@ MUTATIONS: tuple[Mutation, ...] = (
         "leak-on-abort-mid-prefill",
         "a request that ends in the middle of its prompt gives its pages back",
         _S + "Scheduler.drop_row",
-        "self.ledger.release(self.running.leave(row), self.step)",
+        "for group, handles in enumerate(self.running.leave(row)):",
         "half = self.running.total[row] - self.running.planned[row] > 1\n"
-        "    pages = self.running.leave(row)\n"
-        "    self.ledger.release(pages[:0] if half else pages, self.step)",
+        "    left = self.running.leave(row)\n"
+        "    for group, handles in enumerate([one[:0] if half else one for one in left]):",
     ),
     Mutation(
         "prefix-without-parent",
@@ -278,7 +278,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "hit-without-lease",
         "a row leases the pages it shares",
         _S + "Scheduler._admit",
-        "self.ledger.acquire(hits)",
+        "self.ledger.acquire(mine, group)",
         "pass",
     ),
     Mutation(

@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from holdfast.proc import status
 
 KEY = "sk-a-secret-of-this-test"
 START_TIMEOUT_S = 60
@@ -64,6 +67,7 @@ def server() -> Iterator[Server]:
         said = [line_within(process)]
         assert said[0].startswith("holdfast serves tiny on http://127.0.0.1:"), said
         said += [line_within(process) for _ in range(3)]
+        wait_for_standby(process.pid)
         yield Server(process, said[0].split()[-1], said)
     finally:
         if process.poll() is None:
@@ -89,6 +93,17 @@ def line_within(process: subprocess.Popen[str]) -> str:
     return line.rstrip("\n")
 
 
+def wait_for_standby(pid: int) -> None:
+    """The last process to come; a second after the others."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        facts = status.read(pid)
+        assert facts is not None and time.monotonic() < deadline, facts
+        if [p["state"] for p in facts["processes"] if "standby" in p["title"]] == ["prepared"]:
+            return
+        time.sleep(0.05)
+
+
 def test_the_curl_line_it_prints_is_a_request_that_works_and_holds_no_key(server: Server) -> None:
     assert KEY not in server.said[3]
     # As a shell reads it; urllib sends it, since a bare machine may have no curl.
@@ -106,7 +121,7 @@ def test_the_curl_line_it_prints_is_a_request_that_works_and_holds_no_key(server
 
 def test_no_command_line_shows_the_key_once_it_serves(server: Server) -> None:
     pids = [server.process.pid, *server.children()]
-    assert len(pids) == 5  # supervisor, keeper, core, api, worker
+    assert len(pids) == 6  # supervisor, keeper, core, api, worker, standby
     for pid in pids:
         shown = Path(f"/proc/{pid}/cmdline").read_bytes()
         assert KEY.encode() not in shown, pid
@@ -119,7 +134,7 @@ def test_ps_shows_every_process_and_its_state(server: Server) -> None:
     assert len(mine) == 1
     states = {process["title"]: process["state"] for process in mine[0]["processes"]}
     titles = ("holdfast api 0", "holdfast core", "holdfast worker 0", "holdfast keeper 0")
-    assert states == dict.fromkeys(titles, "ready")
+    assert states == dict.fromkeys(titles, "ready") | {"holdfast standby 0": "prepared"}
     shown = run("ps").stdout
     for title in titles:
         assert title in shown

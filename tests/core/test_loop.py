@@ -116,7 +116,8 @@ class Bench:
         return self.connect({"type": "worker", "epoch": epoch}, epoch)
 
     def api(self, index: int = 0, *, fresh: bool = True) -> Link:
-        return self.connect({"type": "api", "index": index, "fresh": fresh})
+        message = {"type": "api", "index": index, "process": 40 + index, "fresh": fresh}
+        return self.connect(message)
 
     def say(self, **message: Any) -> None:
         self.control.send(message)
@@ -300,7 +301,8 @@ def test_an_api_process_that_breaks_the_protocol_loses_its_own_link_only(
     bench.brain.calls.clear()
     bench.loop.tick(0)
     assert bench.brain.calls == [("drop_api", 0), ("receive", 1, Cancel((1,)))]
-    assert [(m["type"], m["index"]) for m in bench.heard()] == [("api_fault", 0)]
+    faults = [(m["type"], m["index"], m["process"]) for m in bench.heard()]
+    assert faults == [("api_fault", 0, 40)]
     bench.brain.output = [(0, Kind.TOKENS, b"lost"), (1, Kind.TOKENS, b"kept")]
     bench.loop.tick(0)
     states_and_tokens = []

@@ -27,14 +27,13 @@ class Process:
     """A worker process over memory of ours; also a runner, so that `Hand` can drive it."""
 
     def __init__(self, folder: Path, fds: dict[str, int], epoch: int = 1, **config: Any) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.epoch = epoch
         self.limits = LIMITS
         self.link = Link(ours, epoch=epoch)
         self.messages: list[dict[str, Any]] = []
         given = {
             "limits": limits_config(LIMITS),
-            "epoch": epoch,
             "model": str(folder),
             "device": "cpu",
             "dtype": "float32",
@@ -45,14 +44,7 @@ class Process:
             "loaded": False,
             **config,
         }
-        with theirs:
-            self.child: Child = spawn(
-                "worker",
-                0,
-                module="holdfast.proc.worker",
-                config=given,
-                fds={**fds, "core": theirs.fileno()},
-            )
+        self.child: Child = spawn("worker", 0, module="holdfast.proc.worker", config=given, fds=fds)
 
     def until(self, kind: str) -> dict[str, Any]:
         """The first message of a type; those before it are kept in `messages`."""
@@ -64,6 +56,16 @@ class Process:
                 if received[0]["type"] == kind:
                     return received[0]
         raise AssertionError(f"no {kind} in {DEADLINE_S} s; got {self.messages}")
+
+    def promote(self) -> int:
+        """From ready to serving, as the supervisor does it; the sum of the weights it found."""
+        self.until("ready")
+        self.child.control.send({"type": "verify"})
+        weights_sum = self.until("weights_sum")["sum"]
+        message = {"type": "promote", "epoch": self.epoch}
+        self.child.control.send(message, [self._theirs.fileno()])
+        self._theirs.close()
+        return weights_sum
 
     def run(self, plan: StepPlan) -> StepResult:
         self.link.send(Kind.PLAN, plan.encode())
@@ -80,6 +82,7 @@ class Process:
         self.child.wait(DEADLINE_S)
         self.child.close()
         self.link.close()
+        self._theirs.close()
 
 
 @pytest.fixture
@@ -112,10 +115,10 @@ def test_a_worker_loads_serves_stops_and_the_next_one_finds_its_weights(
 
     first = Process(checkpoint[0], slabs)
     processes.append(first)
-    ready = first.until("ready")
+    first_sum = first.promote()
     weights = os.pread(slabs["weights"], spec.weights_bytes("float32"), 0)
-    assert ready["weights_sum"] == checksum.bytes_sum(weights)
-    assert ready["threads"] == 1
+    assert first_sum == checksum.bytes_sum(weights)
+    assert next(m for m in first.messages if m["type"] == "ready")["threads"] == 1
     progress = [message for message in first.messages if message["type"] == "progress"]
     assert progress[-1]["done"] == progress[-1]["total"] == len(weights)
     assert {message["what"] for message in progress} == {"weights", "weights check"}
@@ -126,7 +129,7 @@ def test_a_worker_loads_serves_stops_and_the_next_one_finds_its_weights(
     # The slab holds the weights now; a plan of the old epoch is dropped, not run.
     second = Process(checkpoint[0], slabs, epoch=2, loaded=True)
     processes.append(second)
-    assert second.until("ready")["weights_sum"] == ready["weights_sum"]
+    assert second.promote() == first_sum
     assert {message.get("what") for message in second.messages} <= {"weights check", None}
     second.link.epoch = 1
     second.link.send(Kind.PLAN, StepPlan(epoch=1, step=1).encode())
@@ -139,7 +142,7 @@ def test_a_worker_loads_serves_stops_and_the_next_one_finds_its_weights(
 def test_an_unfit_plan_is_reported_and_ends_the_process(checkpoint, slabs, processes):
     process = Process(checkpoint[0], slabs, load="dummy", seed=3)
     processes.append(process)
-    process.until("ready")
+    process.promote()
     process.link.send(Kind.PLAN, StepPlan(epoch=1, step=7).encode())
     fault = process.until("fault")
     assert (fault["kind"], fault["operator"]) == ("WorkerFault", False)

@@ -87,6 +87,7 @@ class Server:
         self.log_path.touch()
         act = options.pop("act", {})
         options.setdefault("port", 0)
+        options.setdefault("standby", "none")
         options["extra"] = {"log": str(self.log_path), "act": act, **options.pop("extra", {})}
         self.out_path = folder / "out"
         with self.out_path.open("wb") as out:

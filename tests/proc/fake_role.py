@@ -13,23 +13,35 @@ import socket
 import sys
 import time
 
+import setproctitle
+
 from holdfast.errors import LinkClosed, ModelError
 from holdfast.proc import memfd
 from holdfast.proc.child import boot
+from holdfast.proc.lifecycle.slot import title
 
 start = boot()
 control = start.control()
 act = start.config.get("act", {}).get(start.role, "")
+# A standby is a worker from its promotion on.
+role = start.role
 
 
 def log(event: str, **facts: object) -> None:
-    line = {"role": start.role, "index": start.index, "pid": os.getpid(), "event": event, **facts}
+    line = {"role": role, "index": start.index, "pid": os.getpid(), "event": event, **facts}
     fd = os.open(start.config["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.write(fd, json.dumps(line).encode() + b"\n")
     os.close(fd)
 
 
+def weights_sum() -> int:
+    # A worker that did not load finds other bytes when it is told to.
+    damaged = start.config.get("act", {}).get("worker", "") == "damaged"
+    return (1 << 63) + (damaged and start.config["loaded"])
+
+
 def main() -> int:
+    global role
     config = {k: v for k, v in start.config.items() if k in ("epoch", "recover", "loaded")}
     log("boot", fds=sorted(start.fds), **config)
     if act == "operator":
@@ -42,18 +54,16 @@ def main() -> int:
     if start.role == "keeper":
         fds = [memfd.make(n, 4096, option="x") for n in ("weights", "pool")]
         control.send({"type": "ready"}, fds)
-    elif start.role == "worker":
-        control.progress("weights", 1, 2)
-        # A worker of a later epoch finds other bytes when it is told to.
-        damaged = act == "damaged" and start.config["loaded"]
-        control.ready(weights_sum=(1 << 63) + damaged)
     else:
+        if start.role == "worker":
+            control.progress("weights", 1, 2)
         control.ready()
     watched = {control.fileno(): "control"}
     for name in ("core",):
         if name in start.fds:
             watched[start.fds[name]] = name
     held: list[int] = []
+    introduced: dict[int, int] = {}
     while True:
         readable, _, _ = select.select(list(watched), [], [], 60)
         for fd in readable:
@@ -68,15 +78,28 @@ def main() -> int:
                 return 70
             for message, fds in messages:
                 held += fds
-                log("message", message=message, fds=len(fds))
                 kind = message["type"]
+                if kind == "promote":
+                    role = "worker"
+                    setproctitle.setproctitle(title("worker", start.index))
+                log("message", message=message, fds=len(fds))
                 if kind == "stop":
                     return 0
                 if kind == "weights_sum":
                     ok = message["sum"] == 1 << 63 or not message["loaded"]
-                    control.send({"type": "weights", "epoch": message["epoch"], "ok": ok})
+                    verdict = {"process": message["process"], "ok": ok}
+                    control.send({"type": "weights", **verdict})
+                if kind == "verify" and act != "stuck":
+                    control.send({"type": "weights_sum", "sum": weights_sum()})
                 if kind == "worker" and start.role == "core":
                     socket.socket(fileno=os.dup(fds[0])).send(b"hello")
+                if kind == "api" and act == "accuse":
+                    # Of whoever was there before, when the next one is there already.
+                    before = introduced.get(message["index"])
+                    introduced[message["index"]] = message["process"]
+                    if before is not None:
+                        accused = {"index": message["index"], "process": before}
+                        control.send({"type": "api_fault", **accused, "detail": "late"})
                 if kind == "drain" and start.role == "core" and act != "busy":
                     control.send({"type": "drained"})
                 if kind == "end_all":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
 
@@ -15,11 +16,27 @@ start = boot()
 control = start.control()
 
 
+def promoted() -> tuple[int, Link] | None:
+    """The epoch and the link that the supervisor gives; None: stop."""
+    while True:
+        received = control.wait(60)
+        assert received is not None
+        message, fds = received
+        if message["type"] == "stop":
+            return None
+        if message["type"] == "promote":
+            return message["epoch"], Link(socket.socket(fileno=fds[0]), epoch=message["epoch"])
+        assert message["type"] == "verify"
+        control.send({"type": "weights_sum", "sum": 11})
+
+
 def main() -> int:
-    epoch = start.config["epoch"]
+    control.ready()
+    given = promoted()
+    if given is None:
+        return 0
+    epoch, link = given
     worker = FakeWorker(start.limits, epoch)
-    link = Link(start.socket("core"), epoch=epoch)
-    control.ready(weights_sum=11)
     while True:
         try:
             frame = link.receive(0.02)

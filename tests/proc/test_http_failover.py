@@ -56,8 +56,10 @@ def stream(
     act: Callable[[], None] = lambda: None,
     *,
     tokens: int = TOKENS,
+    then: Callable[[], None] = lambda: None,
 ) -> str:
-    """The text of one stream; `act` is called once after so many chunks of it."""
+    """The text of one stream; `act` is called once after so many chunks of it, `then` at each
+    later one."""
     body = {**BODY, "max_tokens": tokens}
     texts: list[str] = []
     usage: dict[str, Any] = {}
@@ -69,6 +71,8 @@ def stream(
             texts += [choice["text"] for choice in event["choices"]]
             if len(texts) == after_chunks:
                 act()
+            elif after_chunks and len(texts) > after_chunks:
+                then()
     assert usage["completion_tokens"] == tokens
     return "".join(texts)
 

@@ -29,11 +29,11 @@ def keeper():
         child.close()
 
 
-def ask(child: Child, epoch: int, weights_sum: int, *, loaded: bool) -> bool:
-    fields = {"epoch": epoch, "sum": weights_sum, "loaded": loaded}
+def ask(child: Child, process: int, weights_sum: int, *, loaded: bool) -> bool:
+    fields = {"process": process, "sum": weights_sum, "loaded": loaded}
     child.control.send({"type": "weights_sum", **fields})
     message, _ = child.control.wait(10)
-    assert (message["type"], message["epoch"]) == ("weights", epoch)
+    assert (message["type"], message["process"]) == ("weights", process)
     return message["ok"]
 
 
