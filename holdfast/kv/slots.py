@@ -18,7 +18,7 @@ import enum
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from holdfast.errors import require
+from holdfast.errors import InvariantError, require
 
 Key = tuple[int, bytes]
 
@@ -133,27 +133,23 @@ class Slots:
         self._move(slot, before, _FREE)
 
     def counts(self) -> dict[SlotState, int]:
-        found = dict.fromkeys(SlotState, 0)
-        for state in self.state:
-            found[state] += 1
-        return found
+        return {state: self.state.count(state) for state in SlotState}
 
     def verify(self) -> None:
         """Recount everything. Raises InvariantError naming what does not add up."""
         counts = self.counts()
-        require(counts[_FREE] == len(self._free), f"{len(self._free)} listed free, {counts}")
-        require(len(set(self._free)) == len(self._free), "a slot is twice in the free list")
-        require(counts[_LEAVING] == self.leaving, f"{self.leaving} leaving, {counts}")
-        require(counts[_HELD] == self.held, f"{self.held} held, {counts}")
         known = counts[_FILLING] + counts[_HELD]
-        require(known == len(self._slots), f"{len(self._slots)} slots by key, {counts}")
+        told = (len(self._free), self.leaving, self.held, len(self._slots))
+        if told != (counts[_FREE], counts[_LEAVING], counts[_HELD], known):
+            raise InvariantError(f"(free, leaving, held, by key) are said to be {told}: {counts}")
+        require(len(set(self._free)) == len(self._free), "a slot is twice in the free list")
         for key, slot in self._slots.items():
-            require(self.entry(slot).key == key, f"slot {slot} is under another key")
+            if self.entry(slot).key != key:
+                raise InvariantError(f"slot {slot} is under another key")
         for slot, state in enumerate(self.state):
-            leases = self.leases[slot]
-            require(leases == 0 or state is _HELD, f"slot {slot}: {leases} leases, {state.name}")
-            empty = self._entries[slot] is None
-            require(empty == (state is _FREE), f"slot {slot}: {state.name}, empty {empty}")
+            leased, empty = self.leases[slot] != 0, self._entries[slot] is None
+            if (leased and state is not _HELD) or empty != (state is _FREE):
+                raise InvariantError(f"slot {slot}: {state.name}, leased {leased}, empty {empty}")
 
     def _expect(self, slot: int, state: SlotState) -> None:
         found = self.state[slot]

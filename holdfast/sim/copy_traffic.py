@@ -10,6 +10,7 @@ from __future__ import annotations
 from random import Random
 from typing import TYPE_CHECKING
 
+from holdfast.kv.slots import SlotState
 from holdfast.sim.copy_watch import CopyWatch
 from holdfast.sim.fake_mover import FakeMover, TierMemory, Transfer
 from holdfast.sim.violation import Violation
@@ -49,7 +50,7 @@ class CopyTraffic:
             ("host_corrupt", sim.brain.tiers.host, self.memory.host),
             ("disk_corrupt", sim.brain.tiers.disk, self.memory.disk),
         ):
-            held = [at for at, state in enumerate(slots.state) if state.name == "HELD"]
+            held = [at for at, state in enumerate(slots.state) if state is SlotState.HELD]
             if held and sim.chance(rate, self.rng):
                 cells[self.rng.choice(held), 0] ^= 1
 

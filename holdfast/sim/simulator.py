@@ -36,8 +36,8 @@ from holdfast.wire.plan import StepPlan, StepResult
 
 # An event is handled in no virtual time, so a livelock would spin: this many events end the run.
 EVENTS_MAX = 200_000
-# Sealed pages are read again every so many events.
-SCRUB_EVENTS = 20
+# Sealed pages are read again every so many checks.
+SCRUB_EVERY = 10
 # A result that is not back after so many step times means that the worker hangs.
 HANG_STEPS = 300
 
@@ -67,6 +67,8 @@ class Simulation:
         self._serial = 0
         self._trace = trace
         self.handled = 0
+        self.checks = 0
+        self.touched = False  # whether the event at hand reached the core
         self.steps = 0
         self.faults: dict[str, int] = {}
         self.witness = Witness(self.limits, world.channel_time)
@@ -186,6 +188,7 @@ class Simulation:
 
     def tick(self) -> None:
         """What core.loop does after any input: results, deadlines, plans, output."""
+        self.touched = True
         if self.chance("api_death"):
             self._api_dies(self.rng.randrange(self.limits.api_processes))
         for kind, payload in self.core_link.drain():
@@ -432,6 +435,7 @@ class Simulation:
         """
         if self.worker is None:
             return
+        self.touched = True
         self.say(f"worker {self.epoch} lost: {why}")
         self.implicates = implicates
         if implicates:
@@ -504,8 +508,12 @@ class Simulation:
     # --- checks ---
 
     def _check(self) -> None:
+        if not self.touched:
+            return  # Nothing but the virtual time has changed for the core.
+        self.touched = False
         self.brain.verify()
-        if self.handled % SCRUB_EVENTS == 0:
+        self.checks += 1
+        if self.checks % SCRUB_EVERY == 0:
             check_sums(self.brain.ledger, self.memory, self.limits)
         self.copies.check()
         admission = self.brain.admission
