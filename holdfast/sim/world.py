@@ -141,7 +141,7 @@ def _draw_tiers(
     host_pages = rng.choice([1, 2, 5, 16, 100])
     disk_pages = rng.choice([0, 0, 1, 20, 200, 200])
     if disk_pages > 1:
-        host_pages = min(host_pages, 16)  # or nothing would ever be spilled
+        host_pages = rng.choice([1, 4, 8, 12])  # or nothing would ever be spilled
     copy_time = rng.choice([1, step_time // 4, 3 * step_time])
     disk_time = copy_time * rng.choice([1, 5])
     slowest = max(step_time, disk_time)
@@ -161,10 +161,9 @@ def _draw_tiers(
         drawn[name] = 10.0**exponent if struck and on else 0.0
     drawn["ack_withheld"] /= 4
     if drawn["disk_late"]:
-        drawn["disk_late"] = max(drawn["disk_late"], 0.1)  # moves are few
-    if on:
-        # Orders of an older core are rare without it.
-        drawn["core_death"] = max(rates.core_death, rng.choice([0.0, 0.01]) * (rates.crash > 0))
+        # Moves are few, and those of an older core fewer.
+        drawn["disk_late"] = max(drawn["disk_late"], 0.2)
+        drawn["core_death"] = max(rates.core_death, rng.choice([0.0, 0.01, 0.03]))
     return limits, replace(rates, **drawn), copy_time, disk_time
 
 
