@@ -156,10 +156,12 @@ def _draw_tiers(
             copy_timeout_s=rng.choice([10, 40]) * slowest * 1e-6,
         )
     drawn = {}
+    chance = 0.5 if profile == "tiers" else PROFILES[profile][1]
     for name in TIER_RATES:
-        struck, exponent = rng.random() < PROFILES[profile][1], rng.uniform(-2.5, -0.7)
+        struck, exponent = rng.random() < chance, rng.uniform(-2.5, -0.7)
         drawn[name] = 10.0**exponent if struck and on else 0.0
-    drawn["ack_withheld"] /= 4
+    for costly in ("copy_late", "ack_withheld"):  # an epoch each
+        drawn[costly] /= 3
     if drawn["disk_late"]:
         # Moves are few, and those of an older core fewer.
         drawn["disk_late"] = max(drawn["disk_late"], 0.2)
