@@ -22,11 +22,6 @@ from holdfast.errors import InvariantError, require
 CHAIN_KEY_BYTES = 16
 
 
-def chain_key(parent: bytes, content: bytes) -> bytes:
-    """The chain key of `content`, a page's tokens behind `parent` or a tag behind nothing."""
-    return hashlib.blake2b(content, digest_size=CHAIN_KEY_BYTES, key=parent).digest()
-
-
 class PrefixIndex:
     """The trie over one pool of `pages` pages. `chained`: keep the chain key of every page, for the
     tiers below the device to go on from."""
@@ -50,8 +45,12 @@ class PrefixIndex:
         """The parent of first pages under `tag`: a negative number, so it is never a handle."""
         root = self._roots.setdefault(tag, -1 - len(self._roots))
         if self.chains is not None and root not in self.chains:
-            self.chains[root] = chain_key(b"", tag)
+            self.chains[root] = self.chain_key(b"", tag)
         return root
+
+    def chain_key(self, parent: bytes, content: bytes) -> bytes:
+        """The key of `content`: a page's tokens behind `parent`, or a tag behind nothing."""
+        return hashlib.blake2b(content, digest_size=CHAIN_KEY_BYTES, key=parent).digest()
 
     def walk(self, root: int, tokens: np.ndarray, page_tokens: int, pages_max: int) -> list[int]:
         """Handles of the longest indexed prefix of `tokens` int32[k], at most `pages_max` pages."""
@@ -83,7 +82,7 @@ class PrefixIndex:
         self._keys[handle] = key
         self.indexed[page] = True
         if self.chains is not None:
-            self.chains[handle] = chain_key(self.chains[parent], tokens)
+            self.chains[handle] = self.chain_key(self.chains[parent], tokens)
         if parent >= 0:
             self.children[parent & 0xFF_FFFF] += 1
         return handle

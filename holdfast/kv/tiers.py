@@ -28,7 +28,6 @@ from holdfast.config import Limits
 from holdfast.errors import require
 from holdfast.kv.ledger import Ledger
 from holdfast.kv.pages import PageState
-from holdfast.kv.prefix import chain_key
 from holdfast.kv.slots import Entry, Key, Slots, SlotState
 from holdfast.wire.copies import COPY, COPY_OK, FETCH, LOAD, MOVE, RESET, SPILL, STORE, CopyAcks
 
@@ -200,7 +199,7 @@ class Tiers:
         found: list[tuple[Entry, int | None, int | None]] = []
         for at in range(0, len(data) - size + 1, size):
             tokens = data[at : at + size]
-            chain = chain_key(chain, tokens)
+            chain = self.ledger.index.chain_key(chain, tokens)
             key = (_GROUP, chain)
             job = self._arriving.get(key)
             if job is not None:

@@ -21,8 +21,8 @@ from holdfast.wire.plan import StepPlan
 if TYPE_CHECKING:
     from holdfast.sim.simulator import Simulation
 
-# A late copy or move takes so many times as long; most of them then pass their deadline.
-LATE_TIMES = 60
+# How late is late, in time-outs: in time after all, or not.
+LATE_TIMEOUTS = (0.5, 1.2, 3.0)
 
 
 class CopyTraffic:
@@ -66,11 +66,13 @@ class CopyTraffic:
 
     def _run(self, transfer: Transfer, time: int, kind: str, late: str, failed: str) -> None:
         """Schedule both halves and the end of a transfer."""
-        if self.sim.chance(late, self.rng):
-            time *= LATE_TIMES
         fails = self.sim.chance(failed, self.rng)
         name = f"{kind} {transfer.epoch}:{transfer.ticket}"
         read_after, write_after = self.rng.randint(0, time), self.rng.randint(1, time)
+        if self.sim.chance(late, self.rng):
+            write_after += int(
+                self.rng.choice(LATE_TIMEOUTS) * 1e6 * self.sim.limits.copy_timeout_s
+            )
 
         def read() -> None:
             if self._alive(transfer, kind):

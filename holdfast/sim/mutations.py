@@ -729,7 +729,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "chain-without-parent",
         "a page in a tier is known by all that came before it",
-        _P + "chain_key",
+        _P + "PrefixIndex.chain_key",
         "key=parent",
         'key=b""',
     ),

@@ -176,7 +176,7 @@ def _draw_tiers(
     host_pages = rng.choice([1, 2, 5, 16, 100])
     disk_pages = rng.choice([0, 0, 1, 20, 200, 200])
     if disk_pages > 1:
-        host_pages = min(host_pages, 16)  # or nothing would ever be spilled
+        host_pages = rng.choice([1, 4, 8, 12])  # or nothing would ever be spilled
     copy_time = rng.choice([1, step_time // 4, 3 * step_time])
     disk_time = copy_time * rng.choice([1, 5])
     slowest = max(step_time, disk_time)
@@ -193,15 +193,16 @@ def _draw_tiers(
             copy_timeout_s=rng.choice([10, 40]) * slowest * 1e-6,
         )
     drawn = {}
+    chance = 0.5 if profile == "tiers" else PROFILES[profile][1]
     for name in TIER_RATES:
-        struck, exponent = rng.random() < PROFILES[profile][1], rng.uniform(-2.5, -0.7)
+        struck, exponent = rng.random() < chance, rng.uniform(-2.5, -0.7)
         drawn[name] = 10.0**exponent if struck and on else 0.0
-    drawn["ack_withheld"] /= 4
+    for costly in ("copy_late", "ack_withheld"):  # an epoch each
+        drawn[costly] /= 3
     if drawn["disk_late"]:
-        drawn["disk_late"] = max(drawn["disk_late"], 0.1)  # moves are few
-    if on:
-        # Orders of an older core are rare without it.
-        drawn["core_death"] = max(rates.core_death, rng.choice([0.0, 0.01]) * (rates.crash > 0))
+        # Moves are few, and those of an older core fewer.
+        drawn["disk_late"] = max(drawn["disk_late"], 0.2)
+        drawn["core_death"] = max(rates.core_death, rng.choice([0.0, 0.01, 0.03]))
     return limits, replace(rates, **drawn), copy_time, disk_time
 
 

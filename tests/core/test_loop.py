@@ -14,6 +14,7 @@ from holdfast.core import loop as loop_module
 from holdfast.core.loop import CoreLoop
 from holdfast.errors import LinkClosed, WorkerFault
 from holdfast.proc.control import Control
+from holdfast.wire.copies import CopyAcks
 from holdfast.wire.link import Kind, Link
 from holdfast.wire.messages import Cancel, End, State, decode_to_api, encode
 from holdfast.wire.plan import StepPlan, StepResult
@@ -34,6 +35,7 @@ class ScriptedBrain:
         self.live = 0
         self.next_deadline_s: float | None = None
         self.fault: Exception | None = None
+        self.late: Exception | None = None  # raised by the next `expire` that is due
         self.on_commit: Callable[[int], None] = lambda step: None
 
     @property
@@ -58,6 +60,10 @@ class ScriptedBrain:
         assert self.steps.pop(0) == result.step
         self.calls.append(("commit", result.step))
         self.on_commit(result.step)
+
+    def copied(self, acks: CopyAcks, now_s: float) -> None:
+        self.calls.append(("copied", acks.tickets.tolist()))
+        self.wants += 1
 
     def take_output(self) -> list[tuple[int, int, bytes]]:
         output, self.output = self.output, []
@@ -85,6 +91,8 @@ class ScriptedBrain:
         if self.next_deadline_s is not None and self.next_deadline_s <= now_s:
             self.calls.append(("expire",))
             self.next_deadline_s = None
+            if self.late:
+                raise self.late
 
     def end_all(self, end: End, message: str, now_s: float) -> None:
         self.calls.append(("end_all", end, message))
@@ -267,6 +275,30 @@ def test_what_was_in_flight_is_suspect_when_the_worker_ended_by_its_own_fault(
     bench.loop.tick(0)
     bench.worker(3)
     assert bench.brain.implicated is False, "what was said of one worker is said of no other"
+
+
+def test_acknowledgements_of_copies_are_taken_with_no_step_in_flight(bench: Bench) -> None:
+    worker = bench.worker()
+    acks = CopyAcks(
+        epoch=1,
+        tickets=np.array([4, 5], np.uint64),
+        status=np.zeros(2, np.uint8),
+        sums=np.zeros(2, np.uint64),
+    )
+    worker.send(Kind.COPIES, acks.encode())
+    bench.loop.tick(0)
+    assert ("copied", [4, 5]) in bench.brain.calls
+    assert plans(worker) == [1], "what waited for the copies goes on at once"
+
+
+def test_a_worker_whose_copy_is_late_loses_its_epoch(bench: Bench) -> None:
+    worker = bench.worker()
+    bench.brain.late, bench.brain.next_deadline_s = WorkerFault("copy 7 is late"), 0.0
+    bench.loop.tick(0)
+    assert bench.brain.suspended
+    assert bench.heard()[0]["detail"] == "copy 7 is late"
+    with pytest.raises(LinkClosed):
+        worker.receive(0)
 
 
 @pytest.mark.parametrize("how", ["fault", "kind", "bytes", "future epoch"])

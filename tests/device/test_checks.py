@@ -10,6 +10,7 @@ import pytest
 from devicekit import LIMITS, VOCAB, Hand, Request, handles
 
 from holdfast.errors import WorkerFault
+from holdfast.wire.copies import COPY
 from holdfast.wire.plan import PAGE_WRITE, StepPlan, handles_of
 
 Change = Callable[[StepPlan], None]
@@ -194,6 +195,10 @@ def test_arrays_of_differing_length_are_refused(hand, name):
     hand.admit(1, Request([1, 2, 3], {4: 1.0}, [5]), [1])
     plan = hand.plan([(1, 3, 1)])
     refused(hand, dataclasses.replace(plan, **{name: getattr(plan, name)[:0]}), "refused")
+
+
+def test_a_device_without_other_tiers_refuses_to_copy(hand):
+    refused(hand, dataclasses.replace(hand.plan(), copies=np.zeros(1, COPY)), "no other tier")
 
 
 def test_handles_carry_the_generation_beside_the_page():

@@ -13,7 +13,7 @@ from holdfast.sim import oracle
 from holdfast.sim.mutations import MUTATIONS, Mutation, MutationStale, applied, hunt
 from holdfast.sim.shrink import describe, shrink, signature
 from holdfast.sim.simulator import simulate
-from holdfast.sim.world import PROFILES, draw
+from holdfast.sim.world import PROFILES, TIER_RATES, draw
 
 CLEAN_SEEDS = 60
 HUNT_SEEDS = 150
@@ -129,7 +129,8 @@ def test_every_kind_of_fault_strikes_somewhere():
     struck: set[str] = set()
     for seed in range(60):
         struck.update(simulate(draw(seed, "faults")).faults)
-    assert struck == {
+    # Those of tiers: test_copy_traffic.
+    assert struck - set(TIER_RATES) == {
         "crash",
         "crash_after",
         "hang",
