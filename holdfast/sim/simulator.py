@@ -270,7 +270,7 @@ class Simulation:
                 self._check_message(payload)
             if kind == Kind.TOKENS:
                 batch = TokenBatch.decode(payload)
-                self.witness.tokens(api, batch, self.now)
+                self.witness.tokens(life, api, batch, self.now)
                 # Not an end, nor an answer to a Resume: what follows shows that it is missing.
                 plain = batch.step and not batch.ends.any() and self.core_life == 1
                 if plain and self.chance("output_lost"):

@@ -20,6 +20,7 @@ from holdfast.wire.messages import (
     Cancel,
     Finish,
     Refused,
+    Resume,
     Submit,
     ToApi,
     ToCore,
@@ -39,6 +40,7 @@ class Witness:
         self.faulted: set[int] = set()  # requests that a core which died had ended by a fault
         self.gapped: set[int] = set()  # requests of which the world lost a token
         self._deadlines: dict[int, int] = {}
+        self._asked: set[tuple[int, int]] = set()  # (life of core, request submitted or resumed)
         self._admitted: set[int] = set()
         self._over: set[int] = set()  # the core was told that nobody wants them
         self._told: set[tuple[int, int, int]] = set()  # (life of core, life of api, request)
@@ -64,8 +66,10 @@ class Witness:
         lives: of that core, and of the api process that sent it.
         """
         if isinstance(message, Submit):
+            self._asked.update((lives[0], request) for request in message.ids)
             self._submit(message, list(live), active)
-            return
+        elif isinstance(message, Resume):
+            self._asked.update((lives[0], request) for request, _ in message.pairs)
         over = message.ids if isinstance(message, Cancel) else ()
         over = (message.id,) if isinstance(message, Finish) else over
         for request in over:
@@ -97,11 +101,14 @@ class Witness:
                 if request in self._admitted and request not in self._over:
                     raise Violation(f"request {request:#x} was admitted and then forgotten")
 
-    def tokens(self, api: int, batch: TokenBatch, now: int) -> None:
-        """The core sends tokens: none after it was told to stop, none to another, none too late."""
+    def tokens(self, life: int, api: int, batch: TokenBatch, now: int) -> None:
+        """The core of this life sends tokens: none unasked, none after it was told to stop, none to
+        another api process, none too late."""
         for request, index in zip(batch.requests.tolist(), batch.indexes.tolist(), strict=True):
             if request in self._over:
                 raise Violation(f"request {request:#x}: a token after its cancel or finish")
+            if (life, request) not in self._asked:
+                raise Violation(f"request {request:#x}: its client has not asked this core yet")
             if request >> 48 != api:
                 raise Violation(f"request {request:#x}: its token goes to api process {api}")
             # Step 0: made earlier, and sent to a client that resumes.
