@@ -127,7 +127,7 @@ class World:
 
 PROFILES = {
     # name: (requests at most, fault kinds on with this chance, shortage of pages)
-    "short": (10, 0.35, 0.5),
+    "short": (5, 0.35, 0.5),
     "faults": (24, 0.7, 0.3),
     "pressure": (40, 0.15, 1.0),
     "calm": (30, 0.0, 0.4),

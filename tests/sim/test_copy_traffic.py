@@ -10,6 +10,7 @@ from holdfast.core.request import Phase, Request
 from holdfast.sim.checkers import PageWatch
 from holdfast.sim.copy_watch import CopyWatch
 from holdfast.sim.fake_mover import FakeMover, TierMemory
+from holdfast.sim.page_order import PageOrder
 from holdfast.sim.simulator import Simulation
 from holdfast.sim.violation import Violation
 from holdfast.sim.world import TIER_RATES, draw
@@ -39,7 +40,7 @@ def test_the_tiers_profile_stresses_every_road_and_every_fault(monkeypatch):
     monkeypatch.setattr(Request, "finish", watched)
     struck: dict[str, int] = {}
     stored = loaded = spilled = fetched = full = 0
-    for seed in range(45):
+    for seed in range(60):
         simulation = Simulation(draw(seed, "tiers"))
         outcome = simulation.run()
         assert outcome.violation is None, f"holdfast simulate --seed {seed} --profile tiers"
@@ -117,12 +118,12 @@ def test_a_step_may_read_a_page_that_is_being_stored():
 
 
 def test_a_copy_into_a_page_that_a_launched_step_may_touch_is_a_violation():
-    watch = PageWatch(LIMITS, CopyWatch())
-    watch.touched[5] = {1: 3}
-    watch.acknowledge(2)
+    watch = PageWatch(LIMITS, CopyWatch(), PageOrder(LIMITS))
+    watch.touched[0, 5] = {1: 3}
+    watch.acknowledged = 2
     with pytest.raises(Violation, match="step 3"):
         watch.copy_writes(5)
-    watch.acknowledge(3)
+    watch.acknowledged = 3
     watch.copy_writes(5)
 
 
