@@ -28,12 +28,13 @@ from holdfast.core.admission import Admission as AdmissionControl
 from holdfast.core.admission import WaitingQueue
 from holdfast.core.commit import Commit, Output
 from holdfast.core.ended import EndedRequests
+from holdfast.core.flight import Flight
 from holdfast.core.journal import Admission, Journal, JournalledRequest
 from holdfast.core.metrics import Metrics
 from holdfast.core.quarantine import Quarantine
 from holdfast.core.request import Phase, Request
 from holdfast.core.running import RunningRows
-from holdfast.core.scheduler import Flight, Scheduler
+from holdfast.core.scheduler import Scheduler
 from holdfast.errors import WorkerFault, require
 from holdfast.kv.ledger import Ledger
 from holdfast.kv.tiers import Tiers

@@ -17,10 +17,11 @@ from collections.abc import Callable
 import numpy as np
 
 from holdfast.config import Limits
+from holdfast.core.flight import Flight, SealBatch
 from holdfast.core.journal import Journal
 from holdfast.core.request import Request
 from holdfast.core.running import Chain
-from holdfast.core.scheduler import Flight, Scheduler, SealBatch
+from holdfast.core.scheduler import Scheduler
 from holdfast.errors import WorkerFault
 from holdfast.kv.ledger import Ledger
 from holdfast.wire.link import Kind

@@ -16,20 +16,21 @@ Owns nothing: reads and writes core.running's planned view, the ledger and the w
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from holdfast.config import Limits
 from holdfast.core.admission import WaitingQueue
 from holdfast.core.draft import DraftPolicy
+from holdfast.core.flight import Flight, PlanParts, SealBatch, concat, spread
 from holdfast.core.request import Phase, Request
 from holdfast.core.running import Chain, RunningRows
+from holdfast.core.windows import WindowDrops
 from holdfast.errors import require
 from holdfast.kv.ledger import Ledger
 from holdfast.kv.tiers import Tiers
-from holdfast.wire.plan import ADMIT, PAGE_WRITE, TRASH_PAGE, StepPlan, handle_pages
-from holdfast.wire.rows import RowTable, first_column
+from holdfast.wire.plan import StepPlan
+from holdfast.wire.rows import RowTable
 
 # A row gets its next page up to so many tokens before it needs it, together with a row that needs
 # one now: page events then come every few steps for many rows, instead of every step for a few
@@ -39,58 +40,6 @@ PAGE_AHEAD_TOKENS = 4
 # A request waits so often for pages of slower tiers before it computes what is missing: from disk
 # to host, from host to device, and as often again because they were evicted on the way.
 LOADS_MAX = 4
-
-
-@dataclass(slots=True)
-class SealBatch:
-    """Full pages whose checksums the device is asked for; each holds a lease of its own.
-
-    handles: uint64[k], columns: int[k] of their rows; tokens: the pages' ids, one page after the
-    other (group 0 only); chains: k rows' chains.
-    """
-
-    group: int
-    handles: np.ndarray
-    columns: np.ndarray
-    tokens: bytes
-    chains: list[Chain | None]
-
-
-@dataclass(slots=True)
-class Flight:
-    """A launched plan and what its result will be matched with.
-
-    life: int64[n], ids: uint64[n], of plan.rows. zeros: how many of plan.zeros hold a lease until
-    then.
-    """
-
-    plan: StepPlan
-    life: np.ndarray
-    ids: np.ndarray
-    seals: list[SealBatch]
-    zeros: int
-    launched_s: float
-
-
-@dataclass(slots=True)
-class _Draft:
-    """The parts of a plan while it is put together."""
-
-    rows: list[np.ndarray] = field(default_factory=list)
-    query_lens: list[np.ndarray] = field(default_factory=list)
-    drafts: np.ndarray | None = None  # of the decode rows, which come first
-    writes: list[np.ndarray] = field(default_factory=list)
-    fresh: list[np.ndarray] = field(default_factory=list)
-    admits: list[tuple] = field(default_factory=list)
-    tokens: list[np.ndarray] = field(default_factory=list)
-    bias: list[tuple[int, float]] = field(default_factory=list)
-    stop_ids: list[int] = field(default_factory=list)
-    admit_tokens: int = 0
-
-    def add(self, rows: np.ndarray, query_lens: np.ndarray) -> None:
-        if rows.size:
-            self.rows.append(rows)
-            self.query_lens.append(query_lens)
 
 
 class Scheduler:
@@ -123,57 +72,57 @@ class Scheduler:
         self.clears: list[int] = []
         self.seals: list[SealBatch] = []
         self.zeros: list[np.ndarray] = []
-        self.drops: list[tuple[np.ndarray, np.ndarray]] = []  # lives of the rows, PAGE_WRITEs
+        self._windows = WindowDrops(limits, ledger) if limits.groups > 1 else None
 
     # --- the plan ---
 
     def plan(self, epoch: int, in_flight: int, now_s: float) -> Flight | None:
         """The next plan, or None when nothing can be launched now."""
-        if self.limits.groups > 1:
-            self._drop_unseen()
-        draft = self._fill()
-        while not draft.rows and in_flight == 0 and not self._pending() and self._unblock():
-            draft = self._fill()
-        if not draft.rows and (in_flight or not self._pending()):
+        if self._windows is not None:
+            self._windows.drop_unseen(self.running, self.mirror, self.step)
+        parts = self._fill()
+        while not parts.rows and in_flight == 0 and not self._pending() and self._unblock():
+            parts = self._fill()
+        if not parts.rows and (in_flight or not self._pending()):
             return None
-        return self._launch(draft, epoch, now_s)
+        return self._launch(parts, epoch, now_s)
 
     def _pending(self) -> bool:
         """Whether a plan without rows has something to do: leases come back with its result."""
         return bool(self.seals or self.zeros or (self.tiers and self.tiers.pending))
 
-    def _fill(self) -> _Draft:
-        draft = _Draft()
-        rows = self._decode(draft)
+    def _fill(self) -> PlanParts:
+        parts = PlanParts()
+        rows = self._decode(parts)
         if rows == self.running.active and self.waiting.empty:
-            return draft
-        decode = rows if draft.drafts is None else rows + int(draft.drafts.sum())
+            return parts
+        decode = rows if parts.drafts is None else rows + int(parts.drafts.sum())
         budget = max(self.limits.prefill_tokens - decode, self.limits.page_tokens)
-        budget -= self._continue_prompts(draft, budget)
+        budget -= self._continue_prompts(parts, budget)
         if budget > 0:
-            self._admit(draft, budget)
-        return draft
+            self._admit(parts, budget)
+        return parts
 
-    def _launch(self, draft: _Draft, epoch: int, now_s: float) -> Flight:
+    def _launch(self, parts: PlanParts, epoch: int, now_s: float) -> Flight:
         run = self.running
         self.step += 1
-        rows = _concat(draft.rows, np.int32)
-        query_lens = _concat(draft.query_lens, np.int32)
+        rows = concat(parts.rows, np.int32)
+        query_lens = concat(parts.query_lens, np.int32)
         planned = run.planned[rows] + query_lens
         run.planned[rows] = planned
         total = run.total[rows]
         drafts = None
-        if draft.drafts is not None:
+        if parts.drafts is not None:
             # As if all were right: an upper bound, which the result corrects (core.commit).
             drafts = np.zeros(rows.size, np.uint8)
-            drafts[: draft.drafts.size] = draft.drafts
+            drafts[: parts.drafts.size] = parts.drafts
             total += drafts
         samples = planned == total
         run.total[rows] = total + samples
         seals, self.seals = self.seals, []
         zeros, self.zeros = self.zeros, []
         leased = sum(handles.size for handles in zeros)
-        for handles in draft.fresh:
+        for handles in parts.fresh:
             self.ledger.launch(handles)
             if (soiled := self.ledger.soiled(handles)).size:
                 zeros.append(soiled)
@@ -189,61 +138,20 @@ class Scheduler:
             plan.drafts = drafts
         if clears:
             plan.clears = np.array(clears, np.int32)
-        if self.drops:
-            draft.writes.extend(self._drops_of_the_living())
-        if draft.writes:
-            plan.page_writes = _concat(draft.writes, PAGE_WRITE)
+        if self._windows is not None:
+            parts.writes.extend(self._windows.take(run))
+        parts.put_into(plan)
         if seals:
-            plan.seals = _concat([batch.handles for batch in seals], np.uint64)
+            plan.seals = concat([batch.handles for batch in seals], np.uint64)
         if zeros:
-            plan.zeros = _concat(zeros, np.uint64)
+            plan.zeros = concat(zeros, np.uint64)
         if self.tiers is not None and self.tiers.pending:
             plan.copies = self.tiers.take_copies(now_s)
-        if draft.admits:
-            plan.admits = np.array(draft.admits, ADMIT)
-            plan.admit_tokens = _concat(draft.tokens, np.int32)
-            plan.bias_ids = np.array([entry[0] for entry in draft.bias], np.int32)
-            plan.bias_values = np.array([entry[1] for entry in draft.bias], np.float32)
-            plan.stop_ids = np.array(draft.stop_ids, np.int32)
         return Flight(plan, run.life[rows], run.ids[rows], seals, leased, now_s)
-
-    # --- windows ---
-
-    def _drop_unseen(self) -> None:
-        """Give up the pages of window groups that no token to come can see.
-
-        What is committed is the least that a row has reached, whatever became of its drafts. Steps
-        in flight may still have the pages in their tables, so they retire like all others; the next
-        plan takes them out of the device's tables.
-        """
-        run = self.running
-        rows = run.rows()
-        length = self.mirror.length[rows]
-        for group in range(1, self.limits.groups):
-            seen = first_column(length, self.limits.windows[group], self.limits.page_tokens)
-            first = run.dropped[group, rows]
-            late = seen > first
-            # A row that has just been admitted is not in the mirror yet.
-            late &= self.mirror.records["owner"][rows] == run.life[rows]
-            if np.count_nonzero(late) == 0:
-                continue
-            row, column = _spread(rows[late], first[late], seen[late])
-            self.ledger.release(run.handles[group, row, column], self.step, group)
-            run.dropped[group, rows[late]] = seen[late]
-            writes = np.zeros(row.size, PAGE_WRITE)
-            writes["group"], writes["row"], writes["column"] = group, row, column
-            writes["page"] = TRASH_PAGE
-            self.drops.append((run.life[row], writes))
-
-    def _drops_of_the_living(self) -> list[np.ndarray]:
-        """Page writes for the drops since the last plan. A row that was left meanwhile has none: it
-        is cleared, and may belong to somebody else already."""
-        drops, self.drops = self.drops, []
-        return [writes[self.running.life[writes["row"]] == life] for life, writes in drops]
 
     # --- decode ---
 
-    def _decode(self, draft: _Draft) -> int:
+    def _decode(self, parts: PlanParts) -> int:
         """Rows whose last known token is all that is left to compute; returns how many go."""
         run = self.running
         while True:
@@ -269,17 +177,17 @@ class Scheduler:
                 stalled = needy[keep[self.ledger.available() :]]
                 needy = np.sort(needy[keep[: self.ledger.available()]])
                 rows = rows[~np.isin(rows, stalled)]
-            self._give_pages(draft, needy)
+            self._give_pages(parts, needy)
         query_lens = self._ones[: rows.size]
         if self.drafts is not None and rows.size:
-            depths = self._draft_depths(draft, rows)
+            depths = self._draft_depths(parts, rows)
             if np.count_nonzero(depths):
-                draft.drafts = depths.astype(np.uint8)
+                parts.drafts = depths.astype(np.uint8)
                 query_lens = query_lens + depths
-        draft.add(rows, query_lens)
+        parts.compute(rows, query_lens)
         return rows.size
 
-    def _draft_depths(self, draft: _Draft, rows: np.ndarray) -> np.ndarray:
+    def _draft_depths(self, parts: PlanParts, rows: np.ndarray) -> np.ndarray:
         """int32[k]: drafts of these decode rows, with pages reserved as if all were right.
 
         Nobody is preempted or left out for a draft: where pages are short, only those held count.
@@ -296,29 +204,21 @@ class Scheduler:
             return depths
         if int(wanted[needy].sum()) + run.active > self.ledger.available():
             return np.minimum(depths, room)
-        self._give_pages(draft, np.repeat(rows[needy], wanted[needy]))
+        self._give_pages(parts, np.repeat(rows[needy], wanted[needy]))
         return depths
 
-    def _give_pages(self, draft: _Draft, rows: np.ndarray) -> None:
+    def _give_pages(self, parts: PlanParts, rows: np.ndarray) -> None:
         """One page for each of these rows, equal ones side by side; the caller knows that there are
         as many."""
         if rows.size == 0:
             return
         handles = self.ledger.reserve(rows.size)
         require(handles is not None, f"{rows.size} pages promised and not there")
-        columns = self.running.append_pages(rows, handles)
-        for group, mine in enumerate(handles):
-            writes = np.zeros(rows.size, PAGE_WRITE)
-            writes["group"] = group
-            writes["row"] = rows
-            writes["column"] = columns
-            writes["page"] = handle_pages(mine)
-            draft.writes.append(writes)
-        draft.fresh.append(handles)
+        parts.own(rows, self.running.append_pages(rows, handles), handles)
 
     # --- prompts ---
 
-    def _continue_prompts(self, draft: _Draft, budget: int) -> int:
+    def _continue_prompts(self, parts: PlanParts, budget: int) -> int:
         """Next chunks of prompts under way, oldest first; returns the tokens they take."""
         run = self.running
         rows = (run.total - run.planned > 1).nonzero()[0]
@@ -326,10 +226,10 @@ class Scheduler:
         for row in rows[np.argsort(run.order[rows])].tolist():
             if taken >= budget:
                 break
-            taken += self._chunk(draft, row, budget - taken)
+            taken += self._chunk(parts, row, budget - taken)
         return taken
 
-    def _chunk(self, draft: _Draft, row: int, budget: int) -> int:
+    def _chunk(self, parts: PlanParts, row: int, budget: int) -> int:
         """One chunk of one row, as long as budget and pages allow; returns its tokens (maybe 0)."""
         run, page_tokens = self.running, self.limits.page_tokens
         planned, held = int(run.planned[row]), int(run.pages_len[row])
@@ -344,20 +244,18 @@ class Scheduler:
             run.handles[:, row, held : held + pages] = handles
             run.pages_len[row] = held + pages
             run.capacity[row] = (held + pages) * page_tokens
-            for group, mine in enumerate(handles):
-                draft.writes.append(_row_writes(group, row, held, mine))
-            draft.fresh.append(handles)
-        draft.add(np.array([row], np.int32), np.array([count], np.int32))
+            parts.own(row, np.arange(held, held + pages), handles)
+        parts.compute(np.array([row], np.int32), np.array([count], np.int32))
         return count
 
-    def _admit(self, draft: _Draft, budget: int) -> None:
+    def _admit(self, parts: PlanParts, budget: int) -> None:
         """New rows from the waiting queue while rows, pages and budget last."""
         while budget > 0 and self.running.rows_free:
             request = self.waiting.peek() if self.alone is None else self._alone()
             if request is None:
                 return
             tokens = request.tokens
-            if draft.admits and draft.admit_tokens + tokens.size > self.limits.plan_tokens:
+            if parts.admits and parts.admit_tokens + tokens.size > self.limits.plan_tokens:
                 return
             root = self.ledger.index.root(_tag(self.tag, request.admission.tenant))
             # At least one token is computed, for there must be logits to draw from.
@@ -383,10 +281,10 @@ class Scheduler:
             row = self.running.enter(request, hits, chain)
             if self.drafts is not None:
                 self.drafts.enter(row)
-            self._admit_record(draft, row, request, hits)
+            parts.admit(int(self.running.life[row]), request, hits, self.limits.page_tokens)
             if chain.pages >= chain.waits:
                 self.release_followers(request)
-            count = self._chunk(draft, row, budget)
+            count = self._chunk(parts, row, budget)
             require(count > 0, f"row {row} was admitted without a token to compute")
             budget -= count
 
@@ -440,41 +338,6 @@ class Scheduler:
                 self.waiting.push_front(request)
         self.zeros += self.tiers.spoiled
         self.tiers.spoiled.clear()
-
-    def _admit_record(
-        self, draft: _Draft, row: int, request: Request, hits: list[np.ndarray]
-    ) -> None:
-        admission, sampling = request.admission, request.admission.sampling
-        draft.admits.append(
-            (
-                int(self.running.life[row]),
-                admission.seed,
-                row,
-                hits[0].size * self.limits.page_tokens,
-                request.tokens.size,
-                request.prompt_len,
-                sampling.temperature,
-                sampling.top_p,
-                sampling.min_p,
-                sampling.repetition_penalty,
-                sampling.presence_penalty,
-                sampling.frequency_penalty,
-                sampling.top_k,
-                request.prompt_len + sampling.min_tokens,
-                sampling.top_logprobs,
-                len(sampling.bias),
-                len(sampling.stop_ids),
-                0,
-            )
-        )
-        draft.tokens.append(request.tokens)
-        draft.admit_tokens += request.tokens.size
-        draft.bias.extend(sampling.bias)
-        draft.stop_ids.extend(sampling.stop_ids)
-        for group, handles in enumerate(hits):
-            if handles.size:
-                first = hits[0].size - handles.size
-                draft.writes.append(_row_writes(group, row, first, handles))
 
     # --- shortage ---
 
@@ -542,7 +405,7 @@ class Scheduler:
         """
         run, page_tokens = self.running, self.limits.page_tokens
         first = run.sealed_to[rows]
-        row, column = _spread(rows, first, complete)
+        row, column = spread(rows, first, complete)
         handles = run.handles[0, row, column]
         self.ledger.acquire(handles)
         at = column[:, None] * page_tokens + self._page_range
@@ -551,7 +414,7 @@ class Scheduler:
         self.seals.append(SealBatch(0, handles, column, tokens, chains))
         for group in range(1, self.limits.groups):
             held = np.maximum(first, run.dropped[group, rows])
-            row, column = _spread(rows, held, np.maximum(held, complete))
+            row, column = spread(rows, held, np.maximum(held, complete))
             handles = run.handles[group, row, column]
             self.ledger.acquire(handles, group)
             chains = [run.chains[row_id] for row_id in row.tolist()]
@@ -563,35 +426,12 @@ class Scheduler:
         """A new epoch: nothing that was asked of the old device counts. Steps number from 1."""
         self.running, self.mirror = running, mirror
         self.step = 0
-        self.clears, self.seals, self.zeros, self.drops = [], [], [], []
+        self.clears, self.seals, self.zeros = [], [], []
+        if self._windows is not None:
+            self._windows.forget()
         self.alone = None
-
-
-def _row_writes(group: int, row: int, column: int, handles: np.ndarray) -> np.ndarray:
-    writes = np.zeros(handles.size, PAGE_WRITE)
-    writes["group"] = group
-    writes["row"] = row
-    writes["column"] = np.arange(column, column + handles.size)
-    writes["page"] = handle_pages(handles)
-    return writes
-
-
-def _spread(rows: np.ndarray, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(row, column) of the columns first .. last of each row, one row after the other."""
-    counts = last - first
-    if np.count_nonzero(counts == 1) == counts.size:
-        return rows, first
-    row = np.repeat(rows, counts)
-    within = np.arange(row.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    return row, np.repeat(first, counts) + within
 
 
 def _tag(tag: bytes, tenant: str) -> bytes:
     """Pages are shared within a tenant only: a prefix hit must not tell one key of another's."""
     return tag + b"\0" + tenant.encode()
-
-
-def _concat(parts: list[np.ndarray], dtype: np.dtype | type) -> np.ndarray:
-    if len(parts) == 1:
-        return parts[0].astype(dtype, copy=False)
-    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.empty(0, dtype)

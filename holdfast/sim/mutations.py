@@ -347,22 +347,22 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "window-follows-drafts",
         "a window moves with committed tokens only",
-        _S + "Scheduler._drop_unseen",
-        "length = self.mirror.length[rows]",
+        "holdfast.core.windows:WindowDrops.drop_unseen",
+        "length = mirror.length[rows]",
         "length = run.planned[rows]",
     ),
     Mutation(
         "drop-from-the-next-owner",
         "a dropped page leaves the table of the row that dropped it",
-        _S + "Scheduler._drops_of_the_living",
-        'writes[self.running.life[writes["row"]] == life]',
+        "holdfast.core.windows:WindowDrops.take",
+        'writes[run.life[writes["row"]] == life]',
         "writes",
     ),
     Mutation(
         "drop-forgotten",
         "a page that a window has left comes back",
-        _S + "Scheduler._drop_unseen",
-        "self.ledger.release(run.handles[group, row, column], self.step, group)",
+        "holdfast.core.windows:WindowDrops.drop_unseen",
+        "self.ledger.release(run.handles[group, row, column], step, group)",
         "pass",
     ),
     Mutation(
