@@ -26,12 +26,14 @@ import numpy as np
 from holdfast.config import ENDED_SHARES, Limits
 from holdfast.core.admission import Admission as AdmissionControl
 from holdfast.core.admission import WaitingQueue
-from holdfast.core.commit import Commit, Output
+from holdfast.core.commit import Commit
 from holdfast.core.ended import EndedRequests
 from holdfast.core.flight import Flight
+from holdfast.core.gauges import Gauges
 from holdfast.core.journal import Admission, Journal, JournalledRequest
 from holdfast.core.metrics import Metrics
 from holdfast.core.quarantine import Quarantine
+from holdfast.core.replies import Output, Replies
 from holdfast.core.request import Phase, Request
 from holdfast.core.running import RunningRows
 from holdfast.core.scheduler import Scheduler
@@ -39,7 +41,6 @@ from holdfast.errors import WorkerFault, require
 from holdfast.kv.ledger import Ledger
 from holdfast.kv.tiers import Tiers
 from holdfast.wire.copies import CopyAcks, MoveOrders
-from holdfast.wire.link import Kind
 from holdfast.wire.messages import (
     Accepted,
     Cancel,
@@ -49,10 +50,7 @@ from holdfast.wire.messages import (
     Refused,
     Resume,
     Submit,
-    ToApi,
     ToCore,
-    TokenBatch,
-    encode,
 )
 from holdfast.wire.plan import StepPlan, StepResult
 from holdfast.wire.rows import RowTable
@@ -63,18 +61,8 @@ POISON_MESSAGE = (
 # Gauges and sums are published every few steps, and whenever the pipe is empty.
 COUNT_EVERY_STEPS = 8
 
+
 # What kv.tiers counts, by the name of its metric.
-_TIER_COUNTERS = {
-    "stored": "pages_stored_total",
-    "loaded": "pages_loaded_total",
-    "spilled": "pages_spilled_total",
-    "fetched": "pages_fetched_total",
-    "failure": "tier_failures_total",
-    "skip": "tier_skips_total",
-    "stale": "stale_acks_total",
-}
-
-
 class Brain:
     """`tag` names everything a page's content depends on besides tokens and tenant: model,
     weights, layout, dtype. `epoch` numbers the workers this brain has had, from 1; `life` the cores
@@ -105,7 +93,7 @@ class Brain:
         self._deadlines: list[tuple[float, int]] = []
         self._flights: deque[Flight] = deque()
         self.quarantine = Quarantine()
-        self._output: list[Output] = []
+        self._replies = Replies()
         # For clients that have not read their end when the core dies: the last requests that ended
         # here, and those of a core before that no client has asked for since.
         self._ended = EndedRequests(limits, shares=1)
@@ -123,10 +111,10 @@ class Brain:
             self.scheduler,
             ended=self._end,
             compact=self._compact,
-            output=self._output,
+            output=self._replies.queue,
             wall_ns=wall_ns,
         )
-        self._counted = dict.fromkeys(("tokens", "evicted", "preempted", "proposed", "accepted"), 0)
+        self.gauges = Gauges(metrics, self.committer, self.scheduler)
 
     @property
     def in_flight(self) -> int:
@@ -149,9 +137,7 @@ class Brain:
 
     def take_output(self) -> list[Output]:
         """(api, link.Kind, payload) in order; whoever takes it sends it."""
-        output = self._output.copy()
-        self._output.clear()
-        return output
+        return self._replies.take()
 
     # --- messages ---
 
@@ -176,13 +162,13 @@ class Brain:
         if any(one in self.requests or one in self._unresumed for one in submit.ids):
             # Resent by an api process that missed the answer of the core before this one: admission
             # is idempotent, and it has no token of it yet.
-            self._send(api, Accepted(submit.ids))
+            self._replies.say(api, Accepted(submit.ids))
             self._resume(api, Resume(tuple((one, 0) for one in submit.ids)))
             return
         refusal = self.admission.judge(submit, self._queued(), self._step_seconds)
         if refusal is not None:
             self.metrics.add("requests_refused_total", labels=(refusal.code or "refused",))
-            self._send(
+            self._replies.say(
                 api,
                 Refused(
                     submit.ids,
@@ -221,7 +207,7 @@ class Brain:
             else:
                 self.waiting.push(request)
         self.metrics.add("requests_admitted_total", len(submit.ids))
-        self._send(api, Accepted(submit.ids))
+        self._replies.say(api, Accepted(submit.ids))
 
     def _take(self, request: Request) -> None:
         self.requests[request.id] = request
@@ -239,46 +225,18 @@ class Brain:
             request = self.requests.get(request_id)
             if request is not None:
                 tokens = self._tokens_of(request)[request.prompt_len :]
-                self._send_tokens(api, request_id, next_index, tokens, request.cached_tokens)
+                self._replies.say_tokens(api, request_id, next_index, tokens, request.cached_tokens)
             elif entry := self._unresumed.take(request_id) or self._ended.take(request_id):
                 record, tokens, end = entry
                 self._ended.add(*entry)
-                self._send_tokens(api, request_id, next_index, tokens, record.cached_tokens, end)
+                self._replies.say_tokens(
+                    api, request_id, next_index, tokens, record.cached_tokens, end
+                )
                 if next_index >= tokens.size or end not in (End.STOP, End.LENGTH):
                     ended = Ended(request_id, end, "", tokens.size, record.cached_tokens)
-                    self._send(api, ended)
+                    self._replies.say(api, ended)
             else:
-                self._send(api, Refused((request_id,), 0, "not known to this core"))
-
-    def _send_tokens(
-        self,
-        api: int,
-        request_id: int,
-        first: int,
-        tokens: np.ndarray,
-        cached_tokens: int,
-        end: int = 0,
-    ) -> None:
-        """Tokens int32[k] of a request from index `first` on, those before it being known.
-
-        end: how the request ended. STOP and LENGTH are said with the last token, as they are when
-        nothing went wrong: the text of a stop id is not the client's.
-        """
-        tokens = tokens[first:]
-        count = tokens.size
-        if count == 0:
-            return
-        batch = TokenBatch(
-            step=0,
-            requests=np.full(count, request_id, np.uint64),
-            indexes=np.arange(first, first + count, dtype=np.int32),
-            tokens=tokens,
-            ends=np.zeros(count, np.uint8),
-            cached=np.full(count, cached_tokens, np.int32),
-        )
-        if end in (End.STOP, End.LENGTH):
-            batch.ends[-1] = end
-        self._output.append((api, Kind.TOKENS, batch.encode()))
+                self._replies.say(api, Refused((request_id,), 0, "not known to this core"))
 
     def _tokens_of(self, request: Request) -> np.ndarray:
         """int32[prompt + emitted] of a live request, wherever its tokens are."""
@@ -288,9 +246,6 @@ class Brain:
             if known > request.tokens.size:
                 return self.scheduler.mirror.tokens[row, :known]
         return request.tokens
-
-    def _send(self, api: int, message: ToApi) -> None:
-        self._output.append((api, Kind.MESSAGE, encode(message)))
 
     # --- steps ---
 
@@ -357,36 +312,7 @@ class Brain:
         self._step_seconds += 0.05 * (seconds - self._step_seconds)
         self.metrics.observe("step_seconds", result.device_ns * 1e-9)
         if result.step % COUNT_EVERY_STEPS == 0 or not self._flights:
-            self._count()
-
-    def _count(self) -> None:
-        """Publish what the parts have counted since the last step."""
-        now = {
-            "tokens": self.committer.tokens_generated,
-            "evicted": self.ledger.evicted,
-            "preempted": self.scheduler.preempted,
-        }
-        if (drafts := self.scheduler.drafts) is not None:
-            now |= {"proposed": drafts.proposed, "accepted": drafts.accepted}
-        names = {
-            "tokens": "tokens_generated_total",
-            "evicted": "pages_evicted_total",
-            "preempted": "preemptions_total",
-            "proposed": "draft_tokens_total",
-            "accepted": "draft_tokens_accepted_total",
-        }
-        for key, value in now.items():
-            if value != self._counted[key]:
-                self.metrics.add(names[key], value - self._counted[key])
-        self._counted |= now
-        metrics, ledger = self.metrics, self.ledger
-        metrics.set("rows_running", self.scheduler.running.active)
-        metrics.set("requests_waiting", self._queued())
-        metrics.set("pages_free", ledger.pools[0].free)
-        metrics.set("pages_cached", ledger.cached)
-        metrics.set("pages_held", ledger.held())
-        if self.tiers is not None:
-            self._count_tiers(self.tiers)
+            self.gauges.publish(self._queued())
 
     # --- slower tiers ---
 
@@ -422,14 +348,6 @@ class Brain:
             self.suspended = True
             raise WorkerFault(f"copy {late} was not acknowledged in {self.limits.copy_timeout_s} s")
 
-    def _count_tiers(self, tiers: Tiers) -> None:
-        for (name, reason), count in tiers.counts.items():
-            labels = (reason,) if reason else ()
-            self.metrics.add(_TIER_COUNTERS[name], count, labels)
-        tiers.counts.clear()
-        self.metrics.set("host_slots_held", tiers.host.held)
-        self.metrics.set("disk_blocks_held", tiers.disk.held)
-
     # --- ends ---
 
     def _end(self, request: Request, end: End, message: str, tokens: int | None = None) -> None:
@@ -459,7 +377,7 @@ class Brain:
         self.committer.muted.discard(request.id)
         if end not in (End.STOP, End.CANCELLED) and not muted:
             ended = Ended(request.id, end, message, kept, request.cached_tokens)
-            self._send(request.admission.api, ended)
+            self._replies.say(request.admission.api, ended)
 
     def expire(self, now_s: float) -> None:
         """End every request whose deadline has passed.

@@ -19,6 +19,7 @@ import numpy as np
 from holdfast.config import Limits
 from holdfast.core.flight import Flight, SealBatch
 from holdfast.core.journal import Journal
+from holdfast.core.replies import Output
 from holdfast.core.request import Request
 from holdfast.core.running import Chain
 from holdfast.core.scheduler import Scheduler
@@ -28,8 +29,6 @@ from holdfast.wire.link import Kind
 from holdfast.wire.messages import End, TokenBatch
 from holdfast.wire.plan import ROW_OK, StepPlan, StepResult, handle_groups
 from holdfast.wire.rows import drawn_slots
-
-Output = tuple[int, int, bytes]
 
 # Decode pages are sealed this many together, or every so many steps, whichever comes first. What is
 # not sealed is recomputed after a fault, so the steps stay few.

@@ -141,14 +141,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "resume-from-start",
         "a resumed client gets what it has not seen",
-        _B + "Brain._send_tokens",
+        "holdfast.core.replies:Replies.say_tokens",
         "tokens = tokens[first:]",
         "pass",
     ),
     Mutation(
         "resume-at-cursor",
         "what was journalled and not sent is sent after a restart",
-        _B + "Brain._send_tokens",
+        "holdfast.core.replies:Replies.say_tokens",
         "tokens = tokens[first:]",
         "return",
     ),
@@ -467,7 +467,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "stop-id-shown-after-recovery",
         "a core that took over says which token ended the request",
-        _B + "Brain._send_tokens",
+        "holdfast.core.replies:Replies.say_tokens",
         "if end in (End.STOP, End.LENGTH):",
         "if False:",
     ),
