@@ -60,6 +60,7 @@ class SimApi:
         self.linked: int | None = None  # life of the core that there is a link to
         self.linked_at = 0
         self.lost_at = 0
+        self.outages: list[tuple[int, int]] = []  # without a core, from and to
         self.clients: list[_Client] = []
         self.sweeping = False
         self._begin()
@@ -105,6 +106,8 @@ class SimApi:
         """A link to the core of this life, unless that one has died meanwhile."""
         if life != self.sim.core_life:
             return
+        if self.linked is None:
+            self.outages.append((self.lost_at, self.sim.now))
         mine, self.linked, self.linked_at = self.life, life, self.sim.now
 
         def send(payload: bytes) -> None:
@@ -353,8 +356,11 @@ class _Client:
         if isinstance(error, InvalidField):
             return witness.never_fits(job)
         if isinstance(error, NotReady):
-            away = sim.now - self.api.lost_at
-            return self.api.linked is None and away >= sim.world.resume_timeout
+            # One that reads late hears of it late.
+            lost, now = self.api.outages, (self.api.lost_at, sim.now)
+            lost = [*lost, now] if self.api.linked is None else lost
+            patience = sim.world.resume_timeout
+            return any(b - max(a, self.started) >= patience for a, b in lost)
         if isinstance(error, EngineFault) and error.code == "not_finite":
             return any(request in witness.not_finite for request in requests)
         if isinstance(error, EngineFault) and error.code == "token_gap":

@@ -144,6 +144,7 @@ def draw(seed: int, profile: str = "short") -> World:
     step_time = rng.choice([200, 2 * MILLISECOND, 20 * MILLISECOND])
     span = rng.choice([5, 50, 400]) * step_time
     jobs = _draw_jobs(rng, limits, rates, rng.randint(1, requests_max), span, step_time)
+    rates = _draw_deaths(Random(seed * 0x27D4_EB2F + 9), rates)
     rates, jobs = _draw_poison(Random(seed * 0xC2B2_AE35 + 3), rates, jobs, fault_chance)
     limits, rates, copy_time, disk_time = _draw_tiers(seed, profile, limits, rates, step_time)
     if profile == "tiers":
@@ -325,6 +326,14 @@ def _draw_client(rng: Random, rates: Rates, span: int, step_time: int) -> Client
         retries=rng.choice([0, 2]),
         retry_after=rng.choice([1, 10]) * step_time,
     )
+
+
+def _draw_deaths(rng: Random, rates: Rates) -> Rates:
+    """In some worlds with core deaths there are many, among rows that are not finite: what a dead
+    core knew of its pages nobody knows any more. With a Random of its own."""
+    if not rates.core_death or rng.random() >= 0.3:
+        return rates
+    return replace(rates, core_death=0.03, nan_row=0.15)
 
 
 def _draw_poison(
