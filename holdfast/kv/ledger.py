@@ -442,6 +442,8 @@ class Ledger:
         require(dirty == self._dirty_pages, f"{self._dirty_pages} dirty pages, found {dirty}")
         handles = np.array(self.index.handles(), np.uint64)
         self.pools[0].pages_of(handles)  # raises on a stale one
+        late = [step for step in self._retired if step <= self._acknowledged]
+        require(not late, f"leases of steps {late} wait though {self._acknowledged} is over")
         for group, told in enumerate(self._retiring):
             retired = [entry for entries in self._retired.values() for entry in entries]
             waiting = sum(handles.size for of, handles in retired if of == group)
