@@ -32,11 +32,13 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     supervisor  core   drain              refuse new requests
     supervisor  core   end_all            end (wire.messages.End), message: end what is live
     supervisor  core   worker             epoch, fd: link to the worker of that epoch
-    supervisor  core   worker_lost        epoch, detail: it is over and fenced
+    supervisor  core   worker_lost        epoch, detail: it is over and fenced; implicates: it
+                                           ended by its own fault
     supervisor  core   api                index, process, fresh (a new one), fd: link to it
     supervisor  core   api_lost           index
     core        super  drained            nothing is live any more (after drain)
-    core        super  worker_fault       epoch, detail: that epoch must end
+    core        super  worker_fault       epoch, detail: that epoch must end; optional hung:
+                                           no result came in time
     core        super  api_fault          process, detail: that api process must be replaced
     supervisor  keeper weights_sum        process, sum, loaded: what a worker found in the slab
     keeper      super  weights            process, ok: whether they are the bytes that were loaded

@@ -218,7 +218,8 @@ class Supervisor:
             happened = Happened(Event.DRAINED, process)
         elif kind == "worker_fault" and role is Role.CORE:
             accused = self.lifecycle.worker_of(message["epoch"])
-            happened = accused and Happened(Event.ACCUSED, accused, message["detail"])
+            detail, hung = message["detail"], message.get("hung", False)
+            happened = accused and Happened(Event.ACCUSED, accused, detail, hung=hung)
         elif kind == "api_fault" and role is Role.CORE:
             happened = Happened(Event.ACCUSED, message["process"], message["detail"])
         else:

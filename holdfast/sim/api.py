@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 # What the session would log is a part of the trace, or a violation.
 _SILENT = logging.Logger("holdfast.sim", logging.CRITICAL + 1)
 
+# What the supervisor has the core say when it gives up (proc.lifecycle).
+_GIVEN_UP = "the server cannot go on"
+
 
 class _Read(Generation):
     """A Generation whose reader is a simulated client."""
@@ -57,16 +60,20 @@ class SimApi:
         self.sim = sim
         self.index = index
         self.life = 0
+        self.process: int | None = None  # None while the index has no process that runs
         self.linked: int | None = None  # life of the core that there is a link to
         self.linked_at = 0
         self.lost_at = 0
         self.outages: list[tuple[int, int]] = []  # without a core, from and to
         self.clients: list[_Client] = []
         self.sweeping = False
-        self._begin()
+        self._backlog: list[tuple[Job, int]] = []  # connected while no process was there
 
-    def _begin(self) -> None:
+    def begin(self, process: int, core: int) -> None:
+        """A process has started; core: life of the core that it has a link to, 0 = none."""
         self.life += 1
+        self.process, self.linked = process, None
+        self.lost_at, self.outages = self.sim.now, []
         world = self.sim.world
         self.session = Session(
             world.limits,
@@ -78,10 +85,29 @@ class SimApi:
             make=_Read,
             logger=_SILENT,
         )
-        self.clients = []
+        if core:
+            self.link_up(core)
+        backlog, self._backlog = self._backlog, []
+        for job, attempt in backlog:
+            self.arrive(job, attempt)
+
+    def obey(self, message: dict[str, Any]) -> None:
+        """A word of the supervisor."""
+        if message["type"] == "core":
+            self.link_up(message["life"])
+        elif message["type"] == "core_lost":
+            if self.linked is not None:
+                self.link_lost(self.linked)
+        else:
+            assert message["type"] == "drain"
+            self.session.drain()
 
     def arrive(self, job: Job, attempt: int = 0) -> None:
-        """A client connects and asks."""
+        """A client connects and asks. The port stays open without a process: it waits for one."""
+        if self.process is None:
+            if not self.sim.processes.gave_up:
+                self._backlog.append((job, attempt))
+            return
         client = _Client(self, job, attempt)
         client.start()
         if self.clients and not self.sweeping:
@@ -93,6 +119,9 @@ class SimApi:
         self.sim.after(period, self._sweep, f"api {self.index} sweeps")
 
     def _sweep(self) -> None:
+        if self.process is None:
+            self.sweeping = False
+            return
         self.session.sweep(self.sim.now_s)
         self._check_writes()
         # Beyond the horizon nothing waits for a timeout: what is open there never ends.
@@ -108,12 +137,13 @@ class SimApi:
             return
         if self.linked is None:
             self.outages.append((self.lost_at, self.sim.now))
-        mine, self.linked, self.linked_at = self.life, life, self.sim.now
+        mine, self.linked, self.linked_at = self.process, life, self.sim.now
+        assert mine is not None
 
         def send(payload: bytes) -> None:
             def arrives() -> None:
-                if self.life == mine:
-                    self.sim.core_receives(self.index, payload, life)
+                if self.process == mine:
+                    self.sim.core_receives(self.index, payload, life, mine)
 
             self.sim.after(
                 self.sim.world.channel_time, arrives, f"core receives from api {self.index}"
@@ -123,13 +153,13 @@ class SimApi:
 
     def link_lost(self, life: int) -> None:
         """The end of the link to a core that has died is noticed."""
-        if self.linked == life:
+        if self.process is not None and self.linked == life:
             self.linked, self.lost_at = None, self.sim.now
             self.session.link_lost("gone", self.sim.now_s)
 
-    def receive(self, kind: int, payload: bytes, life: int) -> None:
-        """A frame of the core of this life; nobody reads it once the link was given up."""
-        if self.linked != life:
+    def receive(self, kind: int, payload: bytes, link: tuple[int, int]) -> None:
+        """A frame over the link of (life of core, process); nobody reads it once that is over."""
+        if (self.linked, self.process) != link:
             return
         if kind == Kind.TOKENS and (batch := TokenBatch.decode(payload)).step:
             for client in self.clients:
@@ -144,15 +174,20 @@ class SimApi:
             if client.job.client.leaves_with_core:
                 client.leave()
 
-    def die(self) -> None:
+    def die(self, process: int) -> None:
         """Its connections are gone, and what it had sent is too; the next process starts afresh."""
-        linked = self.linked
+        if self.process != process:
+            return  # It had not started.
         for client in list(self.clients):
             client.end("api died", orphaned=True)
-        self._begin()
-        self.linked = None
-        if linked is not None:
-            self.link_up(linked)
+        self.process, life = None, self.linked
+        if life is not None:
+            self.linked = None
+            self.sim.after(
+                self.sim.world.channel_time,
+                lambda: self.sim.api_closed(self.index, process, life),
+                f"link of api {self.index} closes",
+            )
 
     # --- checks ---
 
@@ -216,7 +251,7 @@ class _Client:
             self._refused()
             return
         except NotReady:
-            if self.api.linked is not None:
+            if self.api.linked is not None and not self.sim.processes.gave_up:
                 raise self.wrong("refused although there is a core") from None
             self._refused()
             return
@@ -360,7 +395,8 @@ class _Client:
             lost, now = self.api.outages, (self.api.lost_at, sim.now)
             lost = [*lost, now] if self.api.linked is None else lost
             patience = sim.world.resume_timeout
-            return any(b - max(a, self.started) >= patience for a, b in lost)
+            silent = any(b - max(a, self.started) >= patience for a, b in lost)
+            return silent or sim.processes.gave_up
         if isinstance(error, EngineFault) and error.code == "not_finite":
             return any(request in witness.not_finite for request in requests)
         if isinstance(error, EngineFault) and error.code == "token_gap":
@@ -369,6 +405,8 @@ class _Client:
             return witness.never_fits(job)
         if not isinstance(error, EngineFault):
             return False
+        if str(error).startswith(_GIVEN_UP):
+            return sim.processes.gave_up
         # Whether such an end was its own doing, checkers.Suspects judges; one that is told late,
         # because a core died, comes without the words.
         if str(error) == POISON_MESSAGE or any(one in witness.faulted for one in requests):

@@ -104,8 +104,7 @@ class CopyTraffic:
         self.sim.after(self.sim.world.channel_time, lambda: arrive(frame, epoch), what)
 
     def _copied(self, frame: bytes, epoch: int) -> None:
-        self.sim.core_link.deliver(epoch, Kind.COPIES, frame)
-        self.sim.tick()
+        self.sim.worker_says(epoch, Kind.COPIES, frame)
 
     def acknowledge(self, payload: bytes) -> None:
         """An acknowledgement of this epoch has come through the core's link."""
@@ -134,6 +133,8 @@ class CopyTraffic:
             self._send("move", reset)
 
     def _moved(self, frame: bytes, life: int) -> None:
+        if not self.sim.core_up:
+            return
         acks = CopyAcks.decode(frame)
         for ticket in acks.tickets.tolist():
             self.watch.close("mover", life, ticket)

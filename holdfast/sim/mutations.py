@@ -42,6 +42,7 @@ _G, _N, _O = "holdfast.api.generation:", "holdfast.api.session:", "holdfast.api.
 _T = "holdfast.kv.tiers:"
 _L, _P, _R = "holdfast.kv.ledger:", "holdfast.kv.prefix:", "holdfast.wire.rows:"
 _Q = "holdfast.core.quarantine:"
+_M = "holdfast.proc.lifecycle."
 _E, _A = "holdfast.wire.envelope:", "holdfast.wire.staging:"
 
 MUTATIONS: tuple[Mutation, ...] = (
@@ -794,6 +795,62 @@ MUTATIONS: tuple[Mutation, ...] = (
         "whoever waits for a late move goes on without it",
         _T + "Tiers.expire",
         "waiters += self._part(move.job) if move.job else []",
+        "pass",
+    ),
+    Mutation(
+        "promoted-before-the-fence",
+        "a worker's place is taken once its pidfd has fired, not while it ends",
+        _M + "machine:Lifecycle._join",
+        "slot.state not in joint.also[slot.role]:",
+        "slot.state not in (*joint.also[slot.role], State.KILLED, State.ENDING):",
+    ),
+    Mutation(
+        "loss-untold",
+        "the core is told that the worker is lost, and how",
+        _M + "steps:Steps._lose_worker",
+        "if slot.epoch:",
+        "if False:",
+    ),
+    Mutation(
+        "epoch-reused",
+        "each promotion gives a new epoch",
+        _M + "steps:Steps._promote",
+        "self.epoch += 1",
+        "self.epoch += self.epoch == 0",
+    ),
+    Mutation(
+        "standby-twice",
+        "a standby that took the worker's place is no standby any more",
+        _M + "slot:Slot.move_from",
+        "other.process = None\n    other.enter(State.GONE, other.since_s, None)",
+        "pass",
+    ),
+    Mutation(
+        "worker-outlives-core",
+        "a worker whose core has died is ended",
+        _M + "steps:Steps._lose_core",
+        "if self.worker.state is State.READY:",
+        "if False:",
+    ),
+    Mutation(
+        "weights-still-held",
+        "weights that were found bad are loaded anew",
+        _M + "steps:Steps._forget",
+        "self.weights_held = False",
+        "pass",
+    ),
+    Mutation(
+        "hand-of-another",
+        "a worker that was killed from outside has not faulted",
+        _M + "slot:Slot.faulted",
+        "status not in (0, -signal.SIGKILL)",
+        "status != 0",
+    ),
+    Mutation(
+        "hang-forgiven",
+        "a worker that gave no result in time has faulted",
+        _M + "steps:Steps._keep_hung",
+        "slot.hung = happened.hung",
         "pass",
     ),
 )

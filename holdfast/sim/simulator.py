@@ -1,7 +1,7 @@
 """The simulator: the production api, brain, journal and rows under one seeded order of events.
 
-    clients, api (sim.api) -> channel -> core (Brain) -> channel -> worker (FakeWorker)
-                                   supervisor: notices, fences, replaces
+    clients, api (sim.api) -> channel -> core (Brain, here) -> channel -> worker (sim.worker)
+    supervisor (proc.lifecycle, sim.processes): notices, kills, fences, starts, promotes
 
 Time is virtual and integer; events are a heap of (time, serial number); every choice comes from one
 Random of the seed. No asyncio, no wall clock, no hash order: one seed, one trace, byte for byte.
@@ -15,20 +15,24 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 from holdfast.core.brain import POISON_MESSAGE, Brain
 from holdfast.core.journal import Journal, recover
 from holdfast.core.metrics import Metrics
-from holdfast.errors import HoldfastError, WorkerFault
+from holdfast.errors import WorkerFault
+from holdfast.proc.lifecycle.states import Event
 from holdfast.sim.api import SimApi
 from holdfast.sim.checkers import PageWatch, Suspects, check_bounds, check_sums
 from holdfast.sim.copy_traffic import CopyTraffic
 from holdfast.sim.fake_graphs import Capture
-from holdfast.sim.fake_worker import FakeWorker, memory_of
+from holdfast.sim.fake_worker import memory_of
 from holdfast.sim.oracle import Answer, answer_to
 from holdfast.sim.page_order import PageOrder
+from holdfast.sim.processes import Processes
 from holdfast.sim.violation import Violation
 from holdfast.sim.witness import Witness
+from holdfast.sim.worker import SimWorker
 from holdfast.sim.world import Job, World
 from holdfast.wire.link import Kind, MemoryLink
 from holdfast.wire.messages import End, Ended, TokenBatch, decode_to_api, decode_to_core
@@ -78,24 +82,24 @@ class Simulation:
         self.horizon = world.faults_until + 20_000 * world.step_time
         self.journal = memoryview(bytearray(Journal.size(self.limits)))
         self.metrics = Metrics(memoryview(bytearray(Metrics.size(1))), 0)
-        self.implicates = False  # the last worker ended by its own fault
         self.memory = memory_of(self.limits)
         self.captures: list[Capture] = []  # graphs of the worker before
-        self.copies = CopyTraffic(self)
-        self.epoch = 1
-        self.brain = self._new_brain()
-        self.worker: FakeWorker | None = None
-        self.worker_free = 0  # when the worker has done what it has
-        self.zombies: list[tuple[FakeWorker, list[StepPlan]]] = []
         self.old_results: list[tuple[int, bytes]] = []
-        self._start_worker()
+        self.copies = CopyTraffic(self)
+        self.core_life = 0
+        self.core_up = False
         self.apis = [SimApi(self, index) for index in range(self.limits.api_processes)]
-        for api in self.apis:
-            api.link_up(self.core_life)
+        self.processes = Processes(self)
+        self.processes.boot()
         for job in world.jobs:
             self.at(
                 job.at, lambda job=job: self.apis[job.api].arrive(job), f"client {job.number} asks"
             )
+
+    @property
+    def epoch(self) -> int:
+        """The core's."""
+        return self.brain.epoch
 
     # --- time ---
 
@@ -143,7 +147,12 @@ class Simulation:
         )
 
     def _run(self) -> None:
-        while self._events:
+        self.run_until(lambda: False)
+        self._check_end()
+
+    def run_until(self, over: Callable[[], bool]) -> None:
+        """Handle events until `over` or none is left."""
+        while self._events and not over():
             self.now, _, action, label = heapq.heappop(self._events)
             self.handled += 1
             if self.handled > EVENTS_MAX:
@@ -151,46 +160,157 @@ class Simulation:
             self.say(label)
             action()
             self._check()
-        self._check_end()
 
-    # --- the core ---
+    # --- the core: what core.loop does ---
 
-    def _new_brain(self) -> Brain:
+    def core_spawned(self, life: int, epoch: int) -> None:
+        """A core process begins; until it has started it reads nothing."""
+        self.core_life, self._spawned_epoch = life, epoch
+        self.peers: dict[int, int] = {}  # index -> number of the api process that it is linked to
+        self._known: set[int] = set()  # numbers of those that it has ever been linked to
+        self._unread: list[tuple[int, bytes, int]] = []  # of api processes that it will meet
+
+    def core_starts(self) -> None:
+        """It has read the journal, and listens."""
         journal = Journal(self.journal, self.limits)
-        self.core_life = getattr(self, "core_life", 0) + 1
-        brain = Brain(
+        self.brain = Brain(
             self.limits,
             journal,
             self.metrics,
-            epoch=self.epoch,
+            epoch=self._spawned_epoch,
             life=self.core_life,
             wall_ns=lambda: self.now * 1000,
         )
-        self.core_link, self.worker_link = MemoryLink.pair()
-        self.core_link.epoch = self.worker_link.epoch = self.epoch
+        self.core_link, _ = MemoryLink.pair()
+        self.core_link.epoch = self._spawned_epoch
         self.order = PageOrder(self.limits)
-        self.watch = PageWatch(self.limits, self.copies.watch, self.order)
-        self.launched: dict[int, int] = {}
+        self._new_watch()
         self.suspects = Suspects(self.limits, self.witness.poison)
-        self.flights: dict[int, list[tuple[int, int, int]]] = {}
-        return brain
-
-    def core_receives(self, api: int, frame: bytes, life: int) -> None:
-        """A frame of api process `api` arrives at the core that it was sent to."""
-        if life != self.core_life:
-            return  # sent to a core that has died
-        message = decode_to_core(frame)
-        running = self.brain.scheduler.running
-        lives = (life, self.apis[api].life)
-        self.witness.to_core(message, lives, self.brain.requests.values(), running.active)
-        self.brain.receive(api, message, self.now_s)
+        self.worker: SimWorker | None = None
+        self._implicates = self._draining = False
+        self.core_up = True
+        self.brain.suspend()
+        if self.core_life > 1:
+            recovered = recover(self.journal)
+            faulted = (one for one, entry in recovered.items() if entry.end == End.ENGINE_FAULT)
+            self.witness.faulted.update(faulted)
+            self.brain.restore(recovered, self.now_s)
         self.tick()
 
+    def core_died(self) -> None:
+        """Memory of the core is gone, and what it had not handed to a socket yet; what it had sent
+        is still in the sockets, and read unless the supervisor's word is quicker."""
+        self.core_up, gone = False, self.core_life
+        for api in self.apis:
+            api.core_died()
+            noticed = self.rng.choice([0, self.world.channel_time])
+            self.after(noticed, lambda api=api: api.link_lost(gone), f"api {api.index} lost it")
+
+    def core_obeys(self, message: dict[str, Any]) -> None:
+        """A word of the supervisor."""
+        kind = message["type"]
+        if kind == "worker":
+            self._new_worker(message["epoch"], message["worker"])
+        elif kind == "worker_lost":
+            if self.worker is not None and self.worker.epoch <= message["epoch"]:
+                self._lose_worker(message["detail"])
+            self._implicates = message["implicates"]
+        elif kind == "api":
+            self._new_api(message["index"], message["process"], fresh=message["fresh"])
+        elif kind == "api_lost":
+            self._lose_api(message["index"])
+        elif kind == "drain":
+            self._draining = True
+            self.brain.drain()
+        else:
+            assert kind == "end_all"
+            self.brain.end_all(End(message["end"]), message["message"], self.now_s)
+        self.tick()
+
+    def _new_worker(self, epoch: int, worker: SimWorker) -> None:
+        if self.worker is not None:
+            raise Violation(f"epoch {epoch} comes to a core that has epoch {self.worker.epoch}")
+        if self._implicates:
+            self._take_suspects()
+        self.worker = worker
+        self.core_link.epoch = epoch
+        self.copies.watch.fence(epoch)
+        self.order.fence()
+        self._new_watch()
+        self.brain.new_epoch(epoch, self.now_s, implicates=self._implicates)
+        self._implicates = False
+
+    def _new_watch(self) -> None:
+        self.watch = PageWatch(self.limits, self.copies.watch, self.order)
+        self.flights: dict[int, list[tuple[int, int, int]]] = {}
+
+    def _lose_worker(self, why: str, *, hung: bool = False) -> None:
+        """Nothing of this epoch counts any more."""
+        assert self.worker is not None
+        self.say(f"the core gives up epoch {self.worker.epoch}: {why}")
+        self.processes.accuse_worker(self.worker.epoch, why, hung=hung)
+        self.worker = None
+        self.touched = True
+        self.brain.suspend()
+
+    def worker_closed(self, worker: SimWorker) -> None:
+        """The end of a worker's link."""
+        if self.core_up and self.worker is worker:
+            self._lose_worker("peer closed the link")
+
+    def worker_says(self, epoch: int, kind: Kind, frame: bytes) -> None:
+        """A frame of the worker of an epoch, if its link leads to this core."""
+        if self.core_up and self.processes.core_of(epoch) == self.core_life:
+            self.core_link.deliver(epoch, kind, frame)
+            self.tick()
+
+    def _new_api(self, index: int, process: int, *, fresh: bool) -> None:
+        if fresh:
+            self._lose_api(index)
+        self.peers[index] = process
+        self._known.add(process)
+        unread = [one for one in self._unread if one[2] == process]
+        self._unread = [one for one in self._unread if one[2] != process]
+        for api, frame, _ in unread:
+            self._receive(api, frame)
+
+    def _lose_api(self, index: int) -> None:
+        self._flush()
+        self.peers.pop(index, None)
+        self.witness.dropped(one for one in self.brain.requests if one >> 48 == index)
+        self.brain.drop_api(index, self.now_s)
+
+    def api_closed(self, index: int, process: int, life: int) -> None:
+        """The end of an api process's link."""
+        if self.core_up and life == self.core_life and self.peers.get(index) == process:
+            self._lose_api(index)
+            self.processes.accuse_api(process, "peer closed the link")
+            self.tick()
+
+    def core_receives(self, api: int, frame: bytes, life: int, process: int) -> None:
+        """A frame of an api process arrives at the core that it was sent to."""
+        if life != self.core_life:
+            return  # sent to a core that has died
+        if process not in self._known:
+            self._unread.append((api, frame, process))
+        elif self.core_up and self.peers.get(api) == process:
+            self._receive(api, frame)
+            self.tick()
+
+    def _receive(self, api: int, frame: bytes) -> None:
+        message = decode_to_core(frame)
+        running = self.brain.scheduler.running
+        lives = (self.core_life, self.apis[api].life)
+        self.witness.to_core(message, lives, self.brain.requests.values(), running.active)
+        self.brain.receive(api, message, self.now_s)
+
     def tick(self) -> None:
-        """What core.loop does after any input: results, deadlines, plans, output."""
+        """What follows any input: results, deadlines, plans, output."""
+        if not self.core_up:
+            return
         self.touched = True
         if self.chance("api_death"):
-            self._api_dies(self.rng.randrange(self.limits.api_processes))
+            self.processes.kill_api(self.rng.randrange(self.limits.api_processes))
         for kind, payload in self.core_link.drain():
             if kind == Kind.COPIES:
                 self.copies.acknowledge(payload)
@@ -202,7 +322,8 @@ class Simulation:
                 self.brain.commit(result, self.now_s)
             except WorkerFault as fault:
                 self._flush()
-                self._lose_worker(f"refused: {fault}")
+                if self.worker is not None:
+                    self._lose_worker(f"refused: {fault}")
                 return
             if self.brain.in_flight < before:
                 self.watch.acknowledge(result)
@@ -211,20 +332,24 @@ class Simulation:
         except WorkerFault as fault:
             self._flush()
             self.copies.check_given_up()
-            self._lose_worker(f"given up: {fault}")
+            if self.worker is not None:
+                self._lose_worker(f"given up: {fault}")
         if self.chance("core_death"):
-            self._core_dies()
+            self.processes.kill_core()
             return
-        while (plan := self.brain.plan(self.now_s)) is not None:
+        while self.worker is not None and (plan := self.brain.plan(self.now_s)) is not None:
             self.steps += 1
             self.watch.launch(plan, self._tenant_of, self._handle_of)
             requests = self.brain.scheduler.running.ids[plan.rows].tolist()
             self.witness.plan((self.epoch, plan.step), requests, self.now, self._linked_since)
             self.flights[plan.step] = self._computes(plan)
             self.copies.launch(plan)
-            self._send_plan(plan)
+            self._send_plan(plan, self.worker)
         self.copies.pump()
         self._flush()
+        if self._draining and self.brain.live == 0:
+            self._draining = False
+            self.processes.core_says(Event.DRAINED)
         deadline = self.brain.next_deadline_s
         if deadline is not None and deadline < 1e5:
             self.at(max(self.now + 1, int(deadline * 1e6) + 1), self._wake, "core wakes")
@@ -238,7 +363,7 @@ class Simulation:
             for one, end, count in zip(ids, ends, plan.query_lens.tolist(), strict=True)
         ]
 
-    def _poisoned(self, step: int) -> int | None:
+    def poisoned(self, step: int) -> int | None:
         """The request whose poison this step computes."""
         for request, first, last in self.flights.get(step, ()) if self.witness.poison else ():
             if first <= self.witness.poison.get(request, -1) <= last:
@@ -278,11 +403,14 @@ class Simulation:
                     continue
             else:
                 self.witness.to_api(decode_to_api(payload))
+            if api not in self.peers:
+                continue
+            link = (life, self.peers[api])
             for _ in range(2 if self.chance("output_twice") else 1):
                 self.after(
                     self.world.channel_time,
-                    lambda api=api, kind=kind, payload=payload: self.apis[api].receive(
-                        kind, payload, life
+                    lambda api=api, kind=kind, payload=payload, link=link: self.apis[api].receive(
+                        kind, payload, link
                     ),
                     f"api {api} receives",
                 )
@@ -292,158 +420,22 @@ class Simulation:
         if isinstance(message, Ended) and message.message == POISON_MESSAGE:
             self.suspects.ended(message.id)
 
-    def _api_dies(self, api: int) -> None:
-        """Its connections are gone, and what it had sent is too; the next one starts afresh."""
-        self._flush()
-        self.apis[api].die()
-        self.witness.dropped(one for one in self.brain.requests if one >> 48 == api)
-        self.brain.drop_api(api, self.now_s)
-
-    def _core_dies(self) -> None:
-        """Memory of the core is gone, and what it had not handed to a socket yet."""
-        self.epoch += 1
-        self._kill_worker()
-        self.implicates = False
-        self.brain = self._new_brain()
-        self.brain.suspend()
-        recovered = recover(self.journal)
-        faulted = (one for one, entry in recovered.items() if entry.end == End.ENGINE_FAULT)
-        self.witness.faulted.update(faulted)
-        self.brain.restore(recovered, self.now_s)
-        # What it had sent is still in the sockets, and read unless the supervisor's word is
-        # quicker. Each api process gets its new link sooner or later.
-        life, gone = self.core_life, self.core_life - 1
-        for api in self.apis:
-            api.core_died()
-            noticed = self.rng.choice([0, self.world.channel_time])
-            self.after(noticed, lambda api=api: api.link_lost(gone), f"api {api.index} lost it")
-            delay = self.world.channel_time + 1
-            delay += self.rng.choice([0, 3, 100]) * self.world.step_time
-            self.after(delay, lambda api=api: api.link_up(life), f"api {api.index} has a link")
-        self._respawn(self.epoch)
-
-    # --- the worker ---
-
-    def _start_worker(self) -> None:
-        self.worker = FakeWorker(self.limits, self.epoch, self.memory, self.captures)
-        self.captures = list(self.worker.graphs.captures.values())
-        self.queue: list[StepPlan] = []
-        self.worker_busy = False
-
-    def _send_plan(self, plan: StepPlan) -> None:
-        frame, epoch = plan.encode(), self.epoch
-        self.launched[plan.step] = self.now
+    def _send_plan(self, plan: StepPlan, worker: SimWorker) -> None:
+        frame, key = plan.encode(), f"{plan.epoch}:{plan.step}"
         self.after(
             self.world.channel_time,
-            lambda: self._worker_receives(frame, epoch),
-            f"worker receives plan {epoch}:{plan.step}",
+            lambda: worker.receives(frame),
+            f"worker receives plan {key}",
         )
         self.after(
             HANG_STEPS * self.world.step_time + 100 * self.world.channel_time,
-            lambda step=plan.step: self._watchdog(epoch, step),
-            f"watchdog of plan {epoch}:{plan.step}",
+            lambda: self._watchdog(worker, plan.step),
+            f"watchdog of plan {key}",
         )
 
-    def _watchdog(self, epoch: int, step: int) -> None:
-        if epoch == self.epoch and self.worker is not None and step > self.watch.acknowledged:
-            self._lose_worker(f"no result of step {step} in time", implicates=True)
-
-    def _worker_receives(self, frame: bytes, epoch: int) -> None:
-        if epoch != self.epoch or self.worker is None:
-            return
-        self.queue.append(StepPlan.decode(frame))
-        self.copies.worker_receives(self.queue[-1])
-        self._worker_works()
-
-    def _worker_works(self) -> None:
-        if self.worker_busy or not self.queue or self.worker is None:
-            return
-        if self.chance("crash"):
-            self._lose_worker("crash", implicates=True)
-            return
-        self.worker_busy = True
-        if self.chance("hang"):
-            return
-        time = self.world.step_time
-        if self.chance("slow"):
-            time *= 100
-        epoch = self.epoch
-        self.after(time, lambda: self._worker_done(epoch), f"worker {epoch} ends a step")
-
-    def _worker_done(self, epoch: int) -> None:
-        if epoch != self.epoch or self.worker is None:
-            return
-        self.worker_busy = False
-        plan = self._tampered(self.queue.pop(0))
-        if (poisoned := self._poisoned(plan.step)) is not None:
-            self.faults["poison"] = self.faults.get("poison", 0) + 1
-            self._lose_worker(f"poison of request {poisoned:#x}", implicates=True)
-            self.suspects.killed_by(poisoned)
-            return
-        spoil = self.rng.randrange(plan.rows.size) if self._spoils(plan) else None
-        try:
-            result = self.worker.run(plan, spoil)
-            if spoil is not None:
-                self.witness.spoil((epoch, plan.step), spoil)
-        except (HoldfastError, IndexError) as fault:
-            self._lose_worker(f"worker fault: {fault}", implicates=True)
-            return
-        if self.chance("crash_after"):
-            self._lose_worker("crash after a step", implicates=True)
-            return
-        self._send_result(result.encode(), epoch)
-        self._worker_works()
-
-    def _spoils(self, plan: StepPlan) -> bool:
-        return bool(plan.rows.size) and self.chance("nan_row")
-
-    def _tampered(self, plan: StepPlan) -> StepPlan:
-        if plan.page_writes.size and self.chance("delta_lost"):
-            plan.page_writes = plan.page_writes[:0]
-        if plan.rows.size and self.chance("delta_twice"):
-            assert self.worker is not None
-            self.worker.rows.length[plan.rows[0]] += 1
-        return plan
-
-    def _send_result(self, frame: bytes, epoch: int) -> None:
-        if self.chance("result_lost"):
-            return
-        delay = self.world.channel_time
-        if self.chance("result_late"):
-            delay += 20 * self.world.step_time
-        # A stream socket keeps order: a late result holds back those behind it.
-        arrival = max(self.now + delay, getattr(self, "_last_arrival", 0))
-        self._last_arrival = arrival
-        copies = 2 if self.chance("result_twice") else 1
-        for _ in range(copies):
-            self.at(arrival, lambda: self._core_gets_result(frame, epoch), "core receives a result")
-        self.old_results.append((epoch, frame))
-        if self.chance("result_old_epoch"):
-            old_epoch, old = self.rng.choice(self.old_results)
-            self.at(arrival, lambda: self._core_gets_result(old, old_epoch), "an old result again")
-
-    def _core_gets_result(self, frame: bytes, epoch: int) -> None:
-        self.core_link.deliver(epoch, Kind.RESULT, frame)
-        self.tick()
-
-    # --- the supervisor ---
-
-    def _lose_worker(self, why: str, *, implicates: bool = False) -> None:
-        """Noticed: nothing of this epoch counts any more; fenced and replaced a while later.
-
-        implicates: it ended by its own fault, and not because we did not believe it.
-        """
-        if self.worker is None:
-            return
-        self.touched = True
-        self.say(f"worker {self.epoch} lost: {why}")
-        self.implicates = implicates
-        if implicates:
-            self._take_suspects()
-        self.brain.suspend()
-        self._kill_worker()
-        self.epoch += 1
-        self._respawn(self.epoch)
+    def _watchdog(self, worker: SimWorker, step: int) -> None:
+        if self.core_up and self.worker is worker and step > self.watch.acknowledged:
+            self._lose_worker(f"no result of step {step} in time", hung=True)
 
     def _take_suspects(self) -> None:
         in_flight = {
@@ -455,46 +447,6 @@ class Simulation:
         live = [self.brain.requests.get(one) for one in sorted(in_flight)]
         known = {one.id: int(self.brain._tokens_of(one).size) for one in live if one is not None}
         self.suspects.fault(in_flight, known)
-
-    def _kill_worker(self) -> None:
-        """The old process may go on writing until the fence: run what it had queued."""
-        if self.worker is None:
-            return
-        zombie, plans = self.worker, list(self.queue)
-        self.worker = None
-        fenced_at = self.now + self.world.fence_time
-        for number, plan in enumerate(plans):
-            late = min(fenced_at - 1, self.now + (number + 1) * self.world.step_time)
-            self.at(late, lambda plan=plan: self._zombie_writes(zombie, plan), "zombie writes")
-        self.fenced_at = fenced_at
-        self.copies.kill(zombie.epoch, fenced_at)
-
-    def _zombie_writes(self, zombie: FakeWorker, plan: StepPlan) -> None:
-        try:
-            result = zombie.run(plan)
-        except (HoldfastError, IndexError):
-            return
-        self._send_result(result.encode(), zombie.epoch)
-
-    def _respawn(self, epoch: int) -> None:
-        time = max(self.fenced_at, self.now) + self.world.respawn_time
-        self.at(time, lambda: self._promote(epoch), f"worker {epoch} is ready")
-
-    def _promote(self, epoch: int) -> None:
-        if epoch != self.epoch:
-            return
-        if self.chance("respawn_fault"):
-            self.epoch += 1
-            self._respawn(self.epoch)
-            return
-        self._start_worker()
-        self.core_link.epoch = self.worker_link.epoch = epoch
-        self.copies.watch.fence(epoch)
-        self.order.fence()
-        self.watch = PageWatch(self.limits, self.copies.watch, self.order)
-        self.flights = {}
-        self.brain.new_epoch(epoch, self.now_s, implicates=self.implicates)
-        self.tick()
 
     # --- for api ---
 
@@ -508,7 +460,7 @@ class Simulation:
     # --- checks ---
 
     def _check(self) -> None:
-        if not self.touched:
+        if not self.touched or not self.core_up:
             return  # Nothing but the virtual time has changed for the core.
         self.touched = False
         self.brain.verify()
@@ -526,6 +478,9 @@ class Simulation:
         for view in self.witness.views.values():
             if view.how is None:
                 raise view.wrong(f"never ended ({view.tokens} of {len(view.answer.tokens)} tokens)")
+        if self.processes.gave_up:
+            self.processes.check_over()
+            return
         if self.brain.live:
             raise Violation(f"{self.brain.live} requests live after the last client has gone")
         self.copies.check_end()

@@ -14,11 +14,14 @@ from random import Random
 import numpy as np
 
 from holdfast.config import Limits
+from holdfast.proc.lifecycle.policy import Policy
+from holdfast.proc.lifecycle.states import Standby
 from holdfast.sim.vocabulary import VOCAB, draw_stops
 
 MILLISECOND = 1000  # virtual time is integer microseconds
 SECOND = 1000 * MILLISECOND
 FOREVER = 10**12
+ENDLESS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class Rates:
     delta_twice: float = 0.0  # the device appends a plan's query tokens twice over
     core_death: float = 0.0
     api_death: float = 0.0
-    respawn_fault: float = 0.0  # per replacement: the new worker dies as well
+    respawn_fault: float = 0.0  # per start of any process: it dies meanwhile
     abort: float = 0.0  # per request: its client goes away at a random moment
     output_twice: float = 0.0  # per frame: the core says it to api once more
     output_lost: float = 0.0  # per frame of tokens
@@ -53,6 +56,13 @@ class Rates:
     disk_error: float = 0.0
     host_corrupt: float = 0.0  # per step: a cell of a held slot changes
     disk_corrupt: float = 0.0
+    # Of processes, each per chance to strike.
+    killed: float = 0.0  # per step: SIGKILL of the worker by nobody of ours
+    standby_death: float = 0.0  # while it waits
+    promote_fault: float = 0.0  # the worker dies about its verification
+    weights_bad: float = 0.0  # the slab's bytes have changed when a worker sums them
+    spawn_fails: float = 0.0  # no process can be made
+    never_ready: float = 0.0  # a process says nothing while it starts
     poison: float = 0.0  # per request: the worker dies whenever it computes a certain token of it
 
 
@@ -64,6 +74,14 @@ TIER_RATES = (
     "disk_error",
     "host_corrupt",
     "disk_corrupt",
+)
+PROCESS_RATES = (
+    "killed",
+    "standby_death",
+    "promote_fault",
+    "weights_bad",
+    "spawn_fails",
+    "never_ready",
 )
 
 
@@ -117,12 +135,19 @@ class World:
     channel_time: int
     fence_time: int  # from the kill to the proof that the old worker is gone
     respawn_time: int
+    policy: Policy
+    second: int  # of the supervisor's clock
     faults_until: int  # virtual time at which the liveness phase begins
     buffer_tokens: int = 1024  # unread tokens of a choice
     write_timeout: int = 30 * SECOND
     resume_timeout: int = 60 * SECOND
     copy_time: int = 1  # bounds of each half of a copy and of a move
     disk_time: int = 1
+
+    @property
+    def immortal(self) -> bool:
+        """Whether the server never has cause to give up."""
+        return self.policy.restarts_per_minute == ENDLESS
 
 
 PROFILES = {
@@ -149,19 +174,25 @@ def draw(seed: int, profile: str = "short") -> World:
     limits, rates, copy_time, disk_time = _draw_tiers(seed, profile, limits, rates, step_time)
     if profile == "tiers":
         jobs = _long_prompts(seed, limits, jobs)
+    channel_time = rng.choice([10, 100, step_time])
+    fence_time = rng.choice([1, 30]) * step_time
+    respawn_time = rng.choice([1, 10, 50]) * step_time
+    rates, policy, second = _draw_processes(seed, limits, rates, step_time, respawn_time)
     return World(
         seed=seed,
         limits=limits,
         rates=rates,
         jobs=jobs,
         step_time=step_time,
-        channel_time=rng.choice([10, 100, step_time]),
-        fence_time=rng.choice([1, 30]) * step_time,
-        respawn_time=rng.choice([1, 10, 50]) * step_time,
+        channel_time=channel_time,
+        fence_time=fence_time,
+        respawn_time=respawn_time,
         faults_until=span * 3 + 200 * step_time,
         buffer_tokens=rng.choice([2, 8, 1024]),
         write_timeout=rng.choice([30 * SECOND, 40 * step_time]),
         resume_timeout=rng.choice([60 * SECOND, 60 * SECOND, 60 * step_time]),
+        policy=policy,
+        second=second,
         copy_time=copy_time,
         disk_time=disk_time,
     )
@@ -205,6 +236,28 @@ def _draw_tiers(
         drawn["disk_late"] = max(drawn["disk_late"], 0.2)
         drawn["core_death"] = max(rates.core_death, rng.choice([0.0, 0.01, 0.03]))
     return limits, replace(rates, **drawn), copy_time, disk_time
+
+
+def _draw_processes(
+    seed: int, limits: Limits, rates: Rates, step_time: int, respawn_time: int
+) -> tuple[Rates, Policy, int]:
+    """Faults of recovery and what the operator chose, from a Random of their own. A second of the
+    supervisor is some steps, so that its waits and pauses meet everything else."""
+    rng = Random(seed * 0xA24B_AED5 + 9)
+    faulty = rates.crash or rates.crash_after or rates.hang or rates.core_death or rates.poison
+    drawn = {}
+    for name in PROCESS_RATES:
+        on, exponent = rng.random() < 0.4, rng.uniform(-1.3, -0.2)
+        drawn[name] = 10.0**exponent if on and faulty else 0.0
+    drawn["killed"] /= 20
+    second = rng.choice([2, 10, 50]) * step_time
+    policy = Policy(
+        apis=limits.api_processes,
+        standby=rng.choice(list(Standby)),
+        restarts_per_minute=rng.choice([0, 1, 3]) if rng.random() < 0.1 else ENDLESS,
+        start_timeout_s=(3 * respawn_time + 10 * step_time) / second,
+    )
+    return replace(rates, **drawn), policy, second
 
 
 def _long_prompts(seed: int, limits: Limits, jobs: tuple[Job, ...]) -> tuple[Job, ...]:
@@ -260,7 +313,7 @@ def _draw_limits(rng: Random, shortage: float) -> Limits:
 
 def _draw_rates(rng: Random, fault_chance: float) -> Rates:
     drawn = {}
-    drawn_later = (*TIER_RATES, "poison")  # each with a Random of its own
+    drawn_later = (*TIER_RATES, *PROCESS_RATES, "poison")  # each with a Random of its own
     for rate in (rate for rate in fields(Rates) if rate.name not in drawn_later):
         # Every rate is drawn, used or not, so that one coin does not shift all the others.
         on, exponent = rng.random() < fault_chance, rng.uniform(-2.5, -0.7)

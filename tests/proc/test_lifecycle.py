@@ -291,6 +291,48 @@ def test_ends_are_forgotten_after_a_minute() -> None:
     assert (script.machine.phase, script.machine.epoch) == (Phase.SERVING, 5)
 
 
+@pytest.mark.parametrize(
+    ("events", "code", "implicates"),
+    [
+        ([], -11, True),  # crashed
+        ([], 70, True),
+        ([(Event.FAULT, {"detail": "illegal access"})], -9, True),  # said so, and did not end
+        ([(Event.ACCUSED, {"detail": "no result", "hung": True})], -9, True),
+        ([(Event.ACCUSED, {"detail": "peer closed the link"})], -11, True),  # the core saw it first
+        ([], -9, False),  # killed from outside
+        ([(Event.ACCUSED, {"detail": "digest"})], -9, False),
+        ([(Event.ACCUSED, {"detail": "digest"})], 0, False),  # its link was closed
+        ([(Event.BROKEN, {"detail": "nonsense"})], -9, False),
+    ],
+)
+def test_the_core_is_told_whether_a_lost_worker_ended_by_its_own_fault(
+    events: list[tuple[Event, dict[str, Any]]], code: int, implicates: bool
+) -> None:
+    script = Script(standby=Standby.NONE).serving()
+    for event, facts in events:
+        script.happens(Role.WORKER, event, **facts)
+    script.happens(Role.WORKER, Event.EXITED, code=code)
+    lost = [tell.message for tell in script.kinds(Tell) if tell.message["type"] == "worker_lost"]
+    assert [(one["epoch"], one["implicates"]) for one in lost] == [(1, implicates)]
+    # What was said of one is said of no other.
+    script.wait(0)
+    script.happens(Role.WORKER, Event.READY)
+    script.promoted().happens(Role.WORKER, Event.EXITED, code=-9)
+    assert [
+        tell.message["implicates"] for tell in script.kinds(Tell) if "epoch" in tell.message
+    ] == [False]
+
+
+def test_a_worker_that_was_killed_with_its_core_is_not_blamed() -> None:
+    script = Script(standby=Standby.NONE).serving()
+    script.happens(Role.CORE, Event.EXITED, code=70)
+    script.wait(0)
+    script.happens(Role.CORE, Event.READY)
+    script.happens(Role.WORKER, Event.EXITED, code=-11)
+    lost = [tell.message for tell in script.kinds(Tell) if tell.message["type"] == "worker_lost"]
+    assert [one["implicates"] for one in lost] == [False]
+
+
 def test_a_stuck_keeper_is_found_by_its_deadline_and_not_taken_for_a_bad_worker() -> None:
     script = Script().serving()
     script.happens(Role.WORKER, Event.EXITED, code=-9)

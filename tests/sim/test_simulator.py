@@ -14,7 +14,7 @@ import pytest
 from holdfast.sim import oracle
 from holdfast.sim.mutations import MUTATIONS, Mutation, MutationStale, applied, hunt
 from holdfast.sim.shrink import describe, shrink, signature
-from holdfast.sim.simulator import simulate
+from holdfast.sim.simulator import Simulation, simulate
 from holdfast.sim.world import PROFILES, TIER_RATES, draw
 
 CLEAN_SEEDS = 60
@@ -150,9 +150,29 @@ def test_every_kind_of_fault_strikes_somewhere():
         "core_death",
         "respawn_fault",
         "poison",
+        "killed",
+        "standby_death",
+        "promote_fault",
+        "weights_bad",
+        "spawn_fails",
+        "never_ready",
         "output_twice",
         "output_lost",
     }
+
+
+def test_a_server_that_may_give_up_does_so_somewhere_and_every_client_is_told_why():
+    """Where it may not, sim.processes raises; where it does, nobody is left running."""
+    over, told = 0, 0
+    for seed in range(60):
+        simulation = Simulation(draw(seed, "faults"))
+        outcome = simulation.run()
+        assert outcome.violation is None
+        if simulation.processes.gave_up:
+            over += 1
+            told += "engine_fault" in outcome.ends
+            assert not simulation.world.immortal and not simulation.processes.running
+    assert over >= 2 and told
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)

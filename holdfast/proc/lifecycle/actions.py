@@ -17,13 +17,14 @@ from holdfast.proc.lifecycle.states import Event, Role
 class Happened:
     """An event of the process with this number. detail: in words. code: EXITED, the exit status,
     negative for a signal. operator: FAULT, the operator can mend it. weights_sum: SUM, uint64.
-    facts: READY, for the operator's eyes."""
+    hung: ACCUSED, no result came in time. facts: READY, for the operator's eyes."""
 
     event: Event
     process: int
     detail: str = ""
     code: int = 0
     operator: bool = False
+    hung: bool = False
     weights_sum: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
 

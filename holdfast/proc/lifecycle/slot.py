@@ -17,6 +17,7 @@ class Slot:
     or of PAUSED: is over. epoch (worker): 0 before its promotion. loaded: it found weights.
 
     reason: why we ended it. fault: its own last word. operator: which the operator can mend.
+    hung: the core's word, no result came in time.
     blameless: its end was our doing and does not count. fresh (api): no core that was ready has
     been told of it. detail: how the last one ended. ends: when those that count ended, oldest
     first, of the last minute.
@@ -33,6 +34,7 @@ class Slot:
     reason: str = ""
     fault: str = ""
     operator: bool = False
+    hung: bool = False
     blameless: bool = False
     fresh: bool = False
     restarts: int = 0
@@ -61,7 +63,7 @@ class Slot:
         """A new process is here."""
         self.process = process
         self.epoch = 0
-        self.loaded = self.operator = self.blameless = self.fresh = False
+        self.loaded = self.operator = self.hung = self.blameless = self.fresh = False
         self.reason = self.fault = ""
 
     def move_from(self, other: Slot) -> None:
@@ -80,6 +82,16 @@ class Slot:
         self.process = None
         if not self.blameless:
             self.ends = (*self.recent(now_s), now_s)
+
+    def faulted(self, status: int) -> bool:
+        """Whether the process that ended with this exit status did so by its own fault.
+
+        SIGKILL is somebody's hand: ours, because the core did not believe it, or another's; unless
+        it had said a fault, or hung. A worker whose link is closed exits with 0.
+        """
+        if self.blameless:
+            return False
+        return self.hung or bool(self.fault) or status not in (0, -signal.SIGKILL)
 
     def recent(self, now_s: float) -> tuple[float, ...]:
         """The ends that count at this time."""

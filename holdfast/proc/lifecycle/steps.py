@@ -157,6 +157,9 @@ class Steps:
     def _note(self, slot: Slot, happened: Happened) -> None:
         slot.fault, slot.operator = happened.detail, happened.operator
 
+    def _keep_hung(self, slot: Slot, happened: Happened) -> None:
+        slot.hung = happened.hung
+
     def _verify(self, slot: Slot, _: None) -> None:
         self._tell(slot, "verify")
 
@@ -217,9 +220,10 @@ class Steps:
             self.worker.blameless = True
             self._enter(self.worker, State.KILLED, Wait.FENCE, "its core ended")
 
-    def _lose_worker(self, slot: Slot, _: Happened) -> None:
+    def _lose_worker(self, slot: Slot, happened: Happened) -> None:
         if slot.epoch:
-            self._tell(self.core, "worker_lost", epoch=slot.epoch, detail=slot.detail)
+            lost = {"epoch": slot.epoch, "detail": slot.detail}
+            self._tell(self.core, "worker_lost", **lost, implicates=slot.faulted(happened.code))
 
     def _lose_api(self, slot: Slot, _: Happened) -> None:
         self._tell(self.core, "api_lost", index=slot.index)

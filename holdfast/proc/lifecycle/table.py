@@ -33,6 +33,7 @@ class Step(StrEnum):
     COME_UP = "come up"
     EXTEND = "extend the deadline"
     NOTE = "keep its last word"
+    KEEP_HUNG = "keep whether it hung"
     COMPARE = "keeper: compare the sum"
     HOLD = "the weights are held"
     FORGET = "the weights are not held"
@@ -44,7 +45,7 @@ class Step(StrEnum):
     LOSE_MEMORY = "server: cannot go on"
     LOSE_CORE = "api: core_lost; kill a worker that has an epoch"
     LOSE_API = "core: api_lost"
-    LOSE_WORKER = "core: worker_lost"
+    LOSE_WORKER = "core: worker_lost, and whether it faulted"
     REPLACE = "pause, or enough is enough"
     # Of JOINTS.
     START = "start"
@@ -154,7 +155,12 @@ ROWS: tuple[Row, ...] = (
         Event.ACCUSED,
         (_WORKER,),
         (_S.READY,),
-        Rule(_S.KILLED, Wait.FENCE, why="the core's word: a digest, a result or a link is wrong"),
+        Rule(
+            _S.KILLED,
+            Wait.FENCE,
+            (Step.KEEP_HUNG,),
+            why="the core's word: a digest, a result or a link is wrong",
+        ),
     ),
     Row(Event.ACCUSED, (_WORKER,), ALIVE[:-1], _never("the core does not know it")),
     Row(Event.ACCUSED, (_API,), ALIVE, Rule(_S.KILLED, Wait.FENCE, why="the core's word")),

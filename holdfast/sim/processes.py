@@ -1,0 +1,396 @@
+"""Processes: the world's side of proc.lifecycle. The production state machine decides, as it does
+in the supervisor; what it says is done here to simulated processes, on virtual time.
+
+Whatever happens to a process is told to the machine as the kernel or the process would: end of
+file, then the pidfd once the fence time is over; words over a channel. Faults strike while a
+process starts, waits and verifies. Kept here as well is what is true whatever the machine
+believes, and each action is held against it: no epoch while an older one may write, no epoch given
+twice, no word to a process that is gone, no blame that the world gave no cause for.
+
+A second of the policy is `world.second`, so that its waits are a few steps long.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from holdfast.proc.lifecycle.actions import (
+    Action,
+    Happened,
+    Introduce,
+    Kill,
+    Notice,
+    Promote,
+    Spawn,
+    Tell,
+)
+from holdfast.proc.lifecycle.machine import Lifecycle
+from holdfast.proc.lifecycle.states import LIVE, Event, Phase, Role
+from holdfast.sim.violation import Violation
+from holdfast.sim.worker import EXIT_FAULT, SimWorker
+
+if TYPE_CHECKING:
+    from holdfast.sim.simulator import Simulation
+
+WORKERS = (Role.WORKER, Role.STANDBY)
+_SIGKILL = -9
+# From outside, or by its own word: a worker that ends so has not faulted.
+_BLAMELESS_CODES = (0, _SIGKILL)
+
+
+@dataclass(slots=True)
+class Process:
+    """What is true of a process that is not fenced. loaded: it wrote no weights. core: its life; of
+    an api process, that of the core which it was started with a link to. mail: what it
+    was told before it could listen. code: how it ends, while it is dying."""
+
+    number: int
+    role: Role
+    index: int = 0
+    loaded: bool = False
+    core: int = 0
+    up: bool = False
+    dying: bool = False
+    code: int = 0
+    hung: bool = False  # the core's word
+    verified: bool = False
+    worker: SimWorker | None = None
+    mail: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def epoch(self) -> int:
+        """Of a worker, from the moment it is given one."""
+        return 0 if self.worker is None else self.worker.epoch
+
+
+class Processes:
+    """Those that run, by the machine's numbers. `blame`: epoch -> whether its worker ended by its
+    own fault, None when nobody can tell."""
+
+    def __init__(self, sim: Simulation) -> None:
+        self.sim = sim
+        self.rng = Random(sim.world.seed * 0x9E37_79B1 + 13)
+        self.lifecycle = Lifecycle(sim.world.policy)
+        self.running: dict[int, Process] = {}
+        self.blame: dict[int, bool | None] = {}
+        self.weights_sound = True
+        self._links: dict[int, int] = {}  # epoch -> life of the core it was promoted for
+        self._cores = 0
+        self._booting = True
+        self._timer: int | None = None
+
+    # --- time and chance ---
+
+    @property
+    def now_s(self) -> float:
+        """The supervisor's clock."""
+        return self.sim.now / self.sim.world.second
+
+    @property
+    def gave_up(self) -> bool:
+        """The machine has found that the server cannot go on."""
+        return self.lifecycle.phase not in LIVE
+
+    def boot(self) -> None:
+        """Start the server, in no time and without faults."""
+        self._act(self.lifecycle.begin(self.now_s))
+        self.sim.run_until(lambda: self.lifecycle.phase is not Phase.STARTING)
+        self._booting = False
+
+    def _delay(self, time: int) -> int:
+        return 0 if self._booting else time
+
+    def _strikes(self, rate: str) -> bool:
+        return not self._booting and self.sim.chance(rate, self.rng)
+
+    def _later(self, time: int, action: Any, label: str) -> None:
+        self.sim.after(self._delay(time), action, label)
+
+    # --- events ---
+
+    def happened(self, event: Event, number: int, **facts: Any) -> None:
+        """Something of this process reaches the supervisor."""
+        self._act(self.lifecycle.handle(Happened(event, number, **facts), self.now_s))
+
+    def _say(self, event: Event, process: Process, **facts: Any) -> None:
+        """A word of a process goes to the supervisor."""
+        self._later(
+            self.sim.world.channel_time,
+            lambda: self.happened(event, process.number, **facts),
+            f"{process.role} {process.number} says {event}",
+        )
+
+    def core_says(self, event: Event, **facts: Any) -> None:
+        """A word of the core that lives."""
+        process = self._core()
+        if process is not None:
+            self._say(event, process, **facts)
+
+    def kill_core(self) -> None:
+        """The world ends the core."""
+        process = self._core()
+        assert process is not None
+        self.dies(process.number, self.rng.choice([_SIGKILL, EXIT_FAULT]))
+
+    def kill_api(self, index: int) -> None:
+        """The world ends an api process, if one is there."""
+        for process in list(self.running.values()):
+            if process.role is Role.API and process.index == index:
+                self.dies(process.number, self.rng.choice([_SIGKILL, EXIT_FAULT]))
+
+    def core_of(self, epoch: int) -> int | None:
+        """Life of the core that the worker of an epoch was linked to."""
+        return self._links.get(epoch)
+
+    def check_over(self) -> None:
+        """The end of a server that could not go on: nobody is left."""
+        phase, running = self.lifecycle.phase, [p.role for p in self.running.values()]
+        if phase is not Phase.OVER or running or self.lifecycle.exit_code != EXIT_FAULT:
+            raise Violation(f"given up, and {phase} with {running}, {self.lifecycle.exit_code}")
+
+    def accuse_worker(self, epoch: int, detail: str, *, hung: bool) -> None:
+        """The core's word about the worker of an epoch."""
+
+        def arrives() -> None:
+            number = self.lifecycle.worker_of(epoch)
+            if number is None:
+                return
+            self._accused(self.running[number], hung=hung)
+            self.happened(Event.ACCUSED, number, detail=detail, hung=hung)
+
+        self._later(self.sim.world.channel_time, arrives, f"epoch {epoch} is accused: {detail}")
+
+    def _blame(self, process: Process) -> None:
+        self.blame[process.epoch] = process.hung or process.code not in _BLAMELESS_CODES
+
+    def _accused(self, process: Process, *, hung: bool) -> None:
+        if hung and process.dying:
+            self.blame[process.epoch] = None  # Nobody can tell what came first.
+        process.hung |= hung
+
+    def accuse_api(self, number: int, detail: str) -> None:
+        """The core's word about an api process."""
+        self._later(
+            self.sim.world.channel_time,
+            lambda: self.happened(Event.ACCUSED, number, detail=detail),
+            f"api process {number} is accused: {detail}",
+        )
+
+    def dies(self, number: int, code: int, fault: str = "") -> None:
+        """A process ends: by itself, from outside (SIGKILL), or killed by us."""
+        process = self.running.get(number)
+        if process is None or process.dying:
+            return
+        process.dying, process.code = True, code
+        self.sim.say(f"{process.role} {number} dies: {code} {fault}")
+        fenced_at = self.sim.now + self.sim.world.fence_time
+        if process.epoch:
+            self._blame(process)
+        if fault:
+            self.happened(Event.FAULT, number, detail=fault)
+        self.sim.after(0, lambda: self.happened(Event.EOF, number), f"{process.role} {number}: eof")
+        self.sim.at(
+            fenced_at, lambda: self._exited(process, code), f"{process.role} {number}: exited"
+        )
+        if process.worker is not None:
+            process.worker.begin_to_die(fenced_at)
+        elif process.role is Role.CORE and process.core == self.sim.core_life:
+            self.sim.core_died()
+        elif process.role is Role.API:
+            self.sim.apis[process.index].die(number)
+
+    def _exited(self, process: Process, code: int) -> None:
+        del self.running[process.number]
+        self.happened(Event.EXITED, process.number, code=code)
+
+    def _ring(self) -> None:
+        """The next deadline of the machine."""
+        next_s = self.lifecycle.next_s
+        if next_s is None or self.lifecycle.phase is Phase.OVER:
+            return
+        at = max(self.sim.now, int(next_s * self.sim.world.second) + 1)
+        if self._timer is not None and self.sim.now <= self._timer <= at:
+            return
+        self._timer = at
+        self.sim.at(at, self._tick, "supervisor ticks")
+
+    def _tick(self) -> None:
+        if self._timer is not None and self._timer <= self.sim.now:
+            self._timer = None
+        self._act(self.lifecycle.tick(self.now_s))
+
+    # --- actions ---
+
+    def _act(self, actions: list[Action]) -> None:
+        queue = deque(actions)
+        while queue:
+            match queue.popleft():
+                case Spawn() as spawn:
+                    if (failed := self._spawn(spawn)) is not None:
+                        queue.extend(self.lifecycle.handle(failed, self.now_s))
+                case Kill(number):
+                    if number in self.running:  # Else it could not be started.
+                        self.dies(number, _SIGKILL)
+                case Tell(number, message):
+                    self._tell(number, dict(message))
+                case Promote(number, epoch, core):
+                    self._promote(number, epoch, core)
+                case Introduce(number, index, core, fresh):
+                    life = self._running(core).core
+                    self._tell(number, {"type": "core", "life": life})
+                    ours = {"index": index, "process": number, "fresh": fresh}
+                    self._tell(core, {"type": "api", **ours})
+                case Notice(kind, title, message):
+                    self.sim.say(f"supervisor: {kind} {title} {message}")
+        if self.gave_up and self.sim.world.immortal:
+            raise Violation("the server gave up, and the world gave no cause")
+        if self.lifecycle.phase is Phase.OVER:
+            for number in list(self.running):
+                self.dies(number, _SIGKILL)
+        self._ring()
+
+    def _running(self, number: int) -> Process:
+        if number not in self.running:
+            raise Violation(f"process {number} is spoken to, and gone")
+        return self.running[number]
+
+    def _core(self) -> Process | None:
+        found = (p for p in self.running.values() if p.role is Role.CORE and not p.dying)
+        return next(found, None)
+
+    def _spawn(self, spawn: Spawn) -> Happened | None:
+        role, world = spawn.role, self.sim.world
+        if self.sim.now > 2 * self.sim.horizon:
+            raise Violation(f"a {role} is started long after the last fault")
+        replaceable = role is Role.STANDBY or not world.immortal
+        if replaceable and self._strikes("spawn_fails"):
+            return Happened(Event.UNSTARTED, spawn.process, "no memory")
+        process = Process(spawn.process, role, spawn.index, spawn.loaded)
+        if role in WORKERS:
+            others = [p for p in self.running.values() if p.role in WORKERS]
+            if not spawn.loaded and others:
+                raise Violation("weights are loaded while another process maps them")
+            process.worker = SimWorker(self.sim, spawn.process)
+        elif role is Role.CORE:
+            self._cores += 1
+            process.core = self._cores
+            self.sim.core_spawned(self._cores, spawn.epoch)
+        elif spawn.linked and (core := self._core()) is not None:
+            process.core = core.core
+            ours = {"index": spawn.index, "process": spawn.process, "fresh": spawn.fresh}
+            self._tell(core.number, {"type": "api", **ours})
+        self.running[spawn.process] = process
+        time = world.respawn_time
+        if role not in WORKERS:
+            time = self.rng.choice([1, world.step_time, time])
+        if self._strikes("respawn_fault"):
+            self._dies_within(process, time)
+        elif not self._strikes("never_ready"):
+            self._later(time, lambda: self._starts(process), f"{role} {spawn.process} has started")
+        return None
+
+    def _dies_within(self, process: Process, time: int) -> None:
+        code = self.rng.choice([_SIGKILL, EXIT_FAULT])
+        self.sim.after(
+            self.rng.randint(0, time),
+            lambda: self.dies(process.number, code),
+            f"end of {process.role} {process.number}",
+        )
+
+    def _starts(self, process: Process) -> None:
+        if process.dying:
+            return
+        process.up = True
+        if process.worker is not None and not process.loaded:
+            self.weights_sound = True
+        if process.role is Role.CORE:
+            self.sim.core_starts()
+        elif process.role is Role.API:
+            self.sim.apis[process.index].begin(process.number, process.core)
+        elif process.role is Role.STANDBY and self._strikes("standby_death"):
+            self._dies_within(process, 100 * self.sim.world.step_time)
+        self._say(Event.READY, process)
+        mail, process.mail = process.mail, []
+        for message in mail:
+            self._hears(process, message)
+
+    # --- what processes are told ---
+
+    def _tell(self, number: int, message: dict[str, Any]) -> None:
+        process = self._running(number)
+        self._later(
+            self.sim.world.channel_time,
+            lambda: self._hears(process, message),
+            f"{process.role} {number} hears {message['type']}",
+        )
+
+    def _hears(self, process: Process, message: dict[str, Any]) -> None:
+        if process.dying:
+            return
+        if not process.up:
+            process.mail.append(message)
+        elif message["type"] == "stop":
+            self._stop(process)
+        elif process.role is Role.CORE:
+            if message["type"] == "worker_lost":
+                self._check_blame(message)
+            self.sim.core_obeys(message)
+        elif process.role is Role.API:
+            self.sim.apis[process.index].obey(message)
+        elif process.role is Role.KEEPER:
+            if message["type"] == "weights_sum":
+                self._compare(message)
+        elif message["type"] == "verify":
+            self._verify(process)
+        else:
+            assert process.worker is not None
+            process.worker.promoted()
+
+    def _stop(self, process: Process) -> None:
+        """It ends once it has nothing to finish; an api process has its clients."""
+        if process.role is Role.API and self.sim.apis[process.index].clients:
+            later = self.sim.world.step_time
+            self.sim.after(later, lambda: self._hears(process, {"type": "stop"}), "still writing")
+        else:
+            self.dies(process.number, 0)
+
+    def _check_blame(self, lost: dict[str, Any]) -> None:
+        """The core is told whether a worker faulted by itself, as it was."""
+        own = self.blame[lost["epoch"]]
+        if own is not None and lost["implicates"] != own:
+            raise Violation(f"epoch {lost['epoch']}: implicates {lost['implicates']}, was {own}")
+
+    def _verify(self, process: Process) -> None:
+        if self._strikes("promote_fault"):
+            self._dies_within(process, 4 * self.sim.world.channel_time)
+        if process.loaded and self._strikes("weights_bad"):
+            self.weights_sound = False
+        self._say(Event.SUM, process, weights_sum=int(self.weights_sound))
+
+    def _compare(self, message: dict[str, Any]) -> None:
+        """The keeper's verdict; it takes what was just loaded for what is right."""
+        process = self.running.get(message["process"])
+        good = bool(message["sum"]) or not message["loaded"]
+        if process is not None:
+            process.verified = good
+            self._say(Event.GOOD if good else Event.BAD, process)
+
+    def _promote(self, number: int, epoch: int, core: int) -> None:
+        process, life = self._running(number), self._running(core).core
+        assert process.worker is not None
+        for other in self.running.values():
+            if other.epoch:
+                raise Violation(f"epoch {epoch} is given while epoch {other.epoch} may write")
+        if epoch <= max(self._links, default=0):
+            raise Violation(f"epoch {epoch} is given after epoch {max(self._links)}")
+        if not process.verified or not self.weights_sound:
+            raise Violation(f"epoch {epoch} is given over weights that were not found good")
+        self._links[epoch] = life
+        process.worker.epoch = epoch
+        if process.dying:  # Its end of file is on the way.
+            self._blame(process)
+        self._tell(number, {"type": "promote"})
+        self._tell(core, {"type": "worker", "epoch": epoch, "worker": process.worker})
