@@ -78,6 +78,7 @@ class Processes:
         self.blame: dict[int, bool | None] = {}
         self.weights_sound = True
         self._links: dict[int, int] = {}  # epoch -> life of the core it was promoted for
+        self._unstarted: set[int] = set()  # numbers of which no process was made
         self._cores = 0
         self._booting = True
         self._timer: int | None = None
@@ -238,6 +239,8 @@ class Processes:
                     self._tell(number, dict(message))
                 case Promote(number, epoch, core):
                     self._promote(number, epoch, core)
+                case Introduce(core=core) if core in self._unstarted:
+                    pass  # As in the supervisor: the machine was told.
                 case Introduce(number, index, core, fresh):
                     life = self._running(core).core
                     self._tell(number, {"type": "core", "life": life})
@@ -267,6 +270,7 @@ class Processes:
             raise Violation(f"a {role} is started long after the last fault")
         replaceable = role is Role.STANDBY or not world.immortal
         if replaceable and self._strikes("spawn_fails"):
+            self._unstarted.add(spawn.process)
             return Happened(Event.UNSTARTED, spawn.process, "no memory")
         process = Process(spawn.process, role, spawn.index, spawn.loaded)
         if role in WORKERS:
@@ -320,6 +324,8 @@ class Processes:
     # --- what processes are told ---
 
     def _tell(self, number: int, message: dict[str, Any]) -> None:
+        if number in self._unstarted:
+            return
         process = self._running(number)
         self._later(
             self.sim.world.channel_time,
@@ -394,3 +400,5 @@ class Processes:
             self._blame(process)
         self._tell(number, {"type": "promote"})
         self._tell(core, {"type": "worker", "epoch": epoch, "worker": process.worker})
+        if process.dying:
+            process.worker.close()

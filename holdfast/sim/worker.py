@@ -135,9 +135,13 @@ class SimWorker:
             late = min(fenced_at - 1, sim.now + (number + 1) * sim.world.step_time)
             sim.at(late, lambda plan=plan: self._writes_late(plan), "zombie writes")
         sim.copies.kill(self.epoch, fenced_at)
-        # After the last result: its end of the link closes.
-        closed = max(sim.now + sim.world.channel_time, self._arrival)
-        sim.at(closed, lambda: sim.worker_closed(self), f"link of epoch {self.epoch} closes")
+        self.close()
+
+    def close(self) -> None:
+        """Its end of the link closes, after its last result."""
+        closed = max(self.sim.now + self.sim.world.channel_time, self._arrival)
+        name = f"link of epoch {self.epoch} closes"
+        self.sim.at(closed, lambda: self.sim.worker_closed(self), name)
 
     def _writes_late(self, plan: StepPlan) -> None:
         assert self.device is not None
