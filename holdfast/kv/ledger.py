@@ -403,15 +403,14 @@ class Ledger:
     def reset(self) -> None:
         """The device's memory is void (a new epoch, nothing verified): every page is free again.
 
-        What was not sealed may hold anything, a NaN row's values among it.
+        What a process leaves that was ended in the middle of a step, or by a fault, may be anything
+        anywhere, a NaN row's values among it.
         """
-        for pool, dirty in zip(self.pools, self._dirty, strict=True):
+        for pool in self.pools:
             pool.leases[:] = 0
-            state = pool.state
-            dirty |= (state != _FREE) & (state != _TRASH) & (state != _SEALED)
-            held = np.flatnonzero((state != _FREE) & (state != _TRASH))
+            held = np.flatnonzero((pool.state != _FREE) & (pool.state != _TRASH))
             pool.give_back(held.astype(np.int32))
-        self._dirty_pages = sum(np.count_nonzero(dirty) for dirty in self._dirty)
+        self.soil_all()
         self.index.clear()
         for cache in self.windows:
             cache.clear()

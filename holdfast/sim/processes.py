@@ -29,6 +29,7 @@ from holdfast.proc.lifecycle.actions import (
 )
 from holdfast.proc.lifecycle.machine import Lifecycle
 from holdfast.proc.lifecycle.states import LIVE, Event, Phase, Role
+from holdfast.sim.fake_worker import NOT_FINITE
 from holdfast.sim.violation import Violation
 from holdfast.sim.worker import EXIT_FAULT, SimWorker
 
@@ -205,7 +206,18 @@ class Processes:
 
     def _exited(self, process: Process, code: int) -> None:
         del self.running[process.number]
+        if process.epoch and self._strikes("page_corrupt"):
+            self._corrupt()
         self.happened(Event.EXITED, process.number, code=code)
+
+    def _corrupt(self) -> None:
+        """Some cells of any pages, sealed and free ones among them, are not what they were. Until
+        the core hears of the next worker it believes in them, and must not use them."""
+        self.sim.pages_void = True
+        for pages in self.sim.memory:
+            for _ in range(self.rng.randint(1, 6)):
+                page, at = self.rng.randrange(1, len(pages)), self.rng.randrange(pages.shape[1])
+                pages[page, at] = NOT_FINITE if self.rng.random() < 0.5 else pages[page, at] ^ 1
 
     def _ring(self) -> None:
         """The next deadline of the machine."""

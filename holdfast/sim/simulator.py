@@ -83,6 +83,7 @@ class Simulation:
         self.journal = memoryview(bytearray(Journal.size(self.limits)))
         self.metrics = Metrics(memoryview(bytearray(Metrics.size(1))), 0)
         self.memory = memory_of(self.limits)
+        self.pages_void = False  # changed by a worker that ended, and not dropped yet
         self.captures: list[Capture] = []  # graphs of the worker before
         self.old_results: list[tuple[int, bytes]] = []
         self.copies = CopyTraffic(self)
@@ -237,6 +238,7 @@ class Simulation:
         self.copies.watch.fence(epoch)
         self.order.fence()
         self._new_watch()
+        self.pages_void = False
         self.brain.new_epoch(epoch, self.now_s, implicates=self._implicates)
         self._implicates = False
 
@@ -465,7 +467,7 @@ class Simulation:
         self.touched = False
         self.brain.verify()
         self.checks += 1
-        if self.checks % SCRUB_EVERY == 0:
+        if self.checks % SCRUB_EVERY == 0 and not self.pages_void:
             check_sums(self.brain.ledger, self.memory, self.limits)
         self.copies.check()
         admission = self.brain.admission

@@ -63,6 +63,7 @@ class Rates:
     weights_bad: float = 0.0  # the slab's bytes have changed when a worker sums them
     spawn_fails: float = 0.0  # no process can be made
     never_ready: float = 0.0  # a process says nothing while it starts
+    page_corrupt: float = 0.0  # a worker that ends has changed pages that were not its business
     poison: float = 0.0  # per request: the worker dies whenever it computes a certain token of it
 
 
@@ -82,6 +83,7 @@ PROCESS_RATES = (
     "weights_bad",
     "spawn_fails",
     "never_ready",
+    "page_corrupt",
 )
 
 

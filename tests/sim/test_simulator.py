@@ -154,6 +154,7 @@ def test_every_kind_of_fault_strikes_somewhere():
         "standby_death",
         "promote_fault",
         "weights_bad",
+        "page_corrupt",
         "spawn_fails",
         "never_ready",
         "output_twice",
