@@ -17,7 +17,8 @@ import typer
 
 from holdfast.cli.show import bars, err, out
 from holdfast.errors import OptionError
-from holdfast.sim.mutations import MUTATIONS, hunt
+from holdfast.sim.mutations import hunt
+from holdfast.sim.planted import MUTATIONS
 from holdfast.sim.shrink import describe, shrink
 from holdfast.sim.simulator import Outcome, simulate
 from holdfast.sim.world import PROFILES, draw

@@ -7,7 +7,8 @@ import pytest
 
 from holdfast.config import Limits
 from holdfast.sim.fake_graphs import CAPTURE_AFTER_STEPS, FakeGraphs
-from holdfast.sim.mutations import MUTATIONS, applied
+from holdfast.sim.mutations import applied
+from holdfast.sim.planted import MUTATIONS
 from holdfast.wire import envelope
 from holdfast.wire.envelope import ANY, BEYOND, WITHIN
 from holdfast.wire.plan import PAGE_WRITE, StepPlan

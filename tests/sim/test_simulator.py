@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from holdfast.sim import oracle
-from holdfast.sim.mutations import MUTATIONS, Mutation, MutationStale, applied, hunt
+from holdfast.sim.mutations import Mutation, MutationStale, applied, hunt
+from holdfast.sim.planted import MUTATIONS
 from holdfast.sim.shrink import describe, shrink, signature
 from holdfast.sim.simulator import Simulation, simulate
 from holdfast.sim.world import PROFILES, TIER_RATES, draw

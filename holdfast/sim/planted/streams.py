@@ -1,0 +1,186 @@
+"""What a client is shown, and what it still gets after a recovery."""
+
+from holdfast.sim.mutations import Mutation
+
+_B = "holdfast.core.brain:"
+_G = "holdfast.api.generation:"
+_N = "holdfast.api.session:"
+_O = "holdfast.api.output:"
+
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "finish-keeps-choice",
+        "a stop string ends its choice once",
+        _N + "Session._finish",
+        "self._choices.pop(choice.id, None)",
+        "self._choices.get(choice.id)",
+    ),
+    Mutation(
+        "finish-after-end",
+        "a stop string in the last token adds no second end",
+        _G + "Generation.stop",
+        "if not found.ended:",
+        "if True:",
+    ),
+    Mutation(
+        "stop-cut-late",
+        "nothing of a stop string is shown",
+        "holdfast.api.stop:StopStrings.feed",
+        "return text[: found[1]]",
+        "return text[: found[1] + 1]",
+    ),
+    Mutation(
+        "stop-split-missed",
+        "a stop string is found though tokens cut it in pieces",
+        "holdfast.api.stop:StopStrings.feed",
+        "keep = self._first_possible(text)",
+        "keep = len(text)",
+    ),
+    Mutation(
+        "stop-last-wins",
+        "of several stop strings the one that is complete first ends the text",
+        "holdfast.api.stop:StopStrings.feed",
+        "(at + len(stop), at) < found",
+        "(at + len(stop), at) > found",
+    ),
+    Mutation(
+        "stop-before-min-tokens",
+        "no stop string is looked for before min_tokens",
+        _O + "ChoiceOutput.push",
+        "self.tokens >= self._min_tokens",
+        "True",
+    ),
+    Mutation(
+        "held-back-lost",
+        "text that was held back is shown when it is no stop string after all",
+        "holdfast.api.stop:StopStrings.flush",
+        "return held",
+        'return ""',
+    ),
+    Mutation(
+        "stop-id-shown",
+        "the text of a stop id is not the client's",
+        "holdfast.api.transcript:Transcript.take",
+        "ends_by_id=event.end == _STOP",
+        "ends_by_id=False",
+    ),
+    Mutation(
+        "stop-id-shown-after-recovery",
+        "a core that took over says which token ended the request",
+        "holdfast.core.replies:Replies.say_tokens",
+        "if end in (End.STOP, End.LENGTH):",
+        "if False:",
+    ),
+    Mutation(
+        "unfinished-character-dropped",
+        "a character split over tokens is shown",
+        "holdfast.api.detokenize:TableDetokenizer.push",
+        "self._decode(self._table[token])",
+        'self._table[token].decode("utf-8", "ignore")',
+    ),
+    Mutation(
+        "logprob-before-its-text",
+        "a logprob is shown with or after its token's text",
+        _O + "ChoiceOutput.logprobs",
+        "self._entries[0][0] <= self.shown",
+        "True",
+    ),
+    Mutation(
+        "logprob-of-stop-string",
+        "a stop string does not leak through its tokens' logprobs",
+        _O + "ChoiceOutput._cut",
+        "if entry.offset < end or due <= end",
+        "",
+    ),
+    Mutation(
+        "logprobs-shifted",
+        "a logprob belongs to its own token",
+        _N + "Session._tokens",
+        "logprob = logprobs[at]",
+        "logprob = logprobs[at - 1]",
+    ),
+    Mutation(
+        "one-cursor-a-stream",
+        "each choice resumes behind its own last token",
+        _N + "Session.link_up",
+        "len(choice.seen) - choice.base",
+        "max(len(one.seen) for one in generation.choices) - choice.base",
+    ),
+    Mutation(
+        "repeat-delivered",
+        "a token that comes again is dropped",
+        _N + "Session._tokens",
+        "if index != len(choice.seen):",
+        "if index > len(choice.seen):",
+    ),
+    Mutation(
+        "gap-ignored",
+        "a missing token is noticed",
+        _N + "Session._tokens",
+        "if index != len(choice.seen):",
+        "if index < len(choice.seen):",
+    ),
+    Mutation(
+        "delivered-after-cancel",
+        "nothing is delivered to a reader that has gone",
+        _N + "Session._release",
+        "self._choices.pop(choice.id, None)",
+        "self._choices.get(choice.id)",
+    ),
+    Mutation(
+        "token-to-sibling",
+        "a token goes to its own choice",
+        _N + "Session._tokens",
+        "Token(choice.index, ",
+        "Token(len(choice.generation.choices) - 1 - choice.index, ",
+    ),
+    Mutation(
+        "buffer-unbounded",
+        "the buffer of a slow reader is bounded",
+        _G + "Generation.feed",
+        "if len(self._events) >= self._room:",
+        "if False:",
+    ),
+    Mutation(
+        "resumed-tokens-fill-the-buffer",
+        "a reader is not called slow for tokens that a dead core owed it",
+        _G + "Generation.feed",
+        "self._room += 1",
+        "pass",
+    ),
+    Mutation(
+        "stuck-write-forgotten",
+        "a write that nobody reads has a deadline, also when its stream has failed",
+        _N + "Session.sweep",
+        "if self._is_stuck(generation, now_s) and generation.abort is not None:",
+        "if False:",
+    ),
+    Mutation(
+        "submitted-under-new-ids",
+        "a request is submitted again under the same ids",
+        _N + "Session.link_up",
+        "self._submit(generation, now_s)",
+        "generation.choices[0].id += 1 << 20\n    self._submit(generation, now_s)",
+    ),
+    Mutation(
+        "resubmitted-and-silent",
+        "a request whose acceptance was lost is resumed when it is submitted again",
+        _B + "Brain._submit",
+        "self._resume(api, Resume(tuple((one, 0) for one in submit.ids)))",
+        "pass",
+    ),
+    Mutation(
+        "cancel-dies-with-core",
+        "what was given up while there was no core is cancelled at the next",
+        _N + "Session.link_up",
+        "gone = tuple(self._recent)",
+        "gone = ()",
+    ),
+    Mutation(
+        "late-token-cancelled-each-time",
+        "late tokens of a request that was given up are expected",
+        _N + "Session._unknown",
+        "if request_id not in self._recent:",
+        "if True:",
+    ),
+)
