@@ -133,7 +133,7 @@ class SimApi:
 
     def link_up(self, life: int) -> None:
         """A link to the core of this life, unless that one has died meanwhile."""
-        if life != self.sim.core_life:
+        if life != self.sim.core.life:
             return
         if self.linked is None:
             self.outages.append((self.lost_at, self.sim.now))
@@ -143,7 +143,7 @@ class SimApi:
         def send(payload: bytes) -> None:
             def arrives() -> None:
                 if self.process == mine:
-                    self.sim.core_receives(self.index, payload, life, mine)
+                    self.sim.core.receive(self.index, payload, life, mine)
 
             self.sim.after(
                 self.sim.world.channel_time, arrives, f"core receives from api {self.index}"
@@ -185,7 +185,7 @@ class SimApi:
             self.linked = None
             self.sim.after(
                 self.sim.world.channel_time,
-                lambda: self.sim.api_closed(self.index, process, life),
+                lambda: self.sim.core.api_closed(self.index, process, life),
                 f"link of api {self.index} closes",
             )
 
@@ -194,7 +194,7 @@ class SimApi:
     def _check_buffers(self) -> None:
         for client in self.clients:
             unread, bound = client.generation.unread, client.generation.buffer_tokens
-            if self.sim.core_life > 1:
+            if self.sim.core.life > 1:
                 # What was missed comes at once, and is bounded by what was asked for.
                 bound += client.job.choices * client.job.max_tokens
             if unread > bound:
@@ -411,7 +411,7 @@ class _Client:
         # because a core died, comes without the words.
         if str(error) == POISON_MESSAGE or any(one in witness.faulted for one in requests):
             return True
-        return any(sim.suspects.is_culprit(one) for one in requests)
+        return any(sim.core.suspects.is_culprit(one) for one in requests)
 
     def _refused(self) -> None:
         self.sim.refusals += 1
@@ -428,7 +428,7 @@ class _Client:
             )
 
     def _check_logprobs(self, entries: Any) -> None:
-        if self.sim.core_life > 1:
+        if self.sim.core.life > 1:
             return  # Tokens sent again after a recovery have none.
         for entry in entries:
             if entry.logprob is None:

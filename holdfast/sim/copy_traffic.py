@@ -40,15 +40,15 @@ class CopyTraffic:
         """A plan leaves the core. Corruption strikes here, at the pace of steps."""
         if not self.sim.limits.host_pages:
             return
-        sim, page_watch = self.sim, self.sim.watch
+        sim, page_watch = self.sim, self.sim.core.watch
         for handles, writes in ((plan.zeros, True), (plan.seals, False)):
             for page in (handles & 0xFF_FFFF).tolist():
                 self.watch.step_touches(plan.step, page, writes=writes)
         for page in self.watch.launch(plan, sim.now, page_watch.tenants):
             page_watch.copy_writes(page)
         for rate, slots, cells in (
-            ("host_corrupt", sim.brain.tiers.host, self.memory.host),
-            ("disk_corrupt", sim.brain.tiers.disk, self.memory.disk),
+            ("host_corrupt", sim.core.brain.tiers.host, self.memory.host),
+            ("disk_corrupt", sim.core.brain.tiers.disk, self.memory.disk),
         ):
             held = [at for at, state in enumerate(slots.state) if state is SlotState.HELD]
             if held and sim.chance(rate, self.rng):
@@ -104,25 +104,25 @@ class CopyTraffic:
         self.sim.after(self.sim.world.channel_time, lambda: arrive(frame, epoch), what)
 
     def _copied(self, frame: bytes, epoch: int) -> None:
-        self.sim.worker_says(epoch, Kind.COPIES, frame)
+        self.sim.core.worker_says(epoch, Kind.COPIES, frame)
 
     def acknowledge(self, payload: bytes) -> None:
         """An acknowledgement of this epoch has come through the core's link."""
         acks = CopyAcks.decode(payload)
         for ticket in acks.tickets.tolist():
             self.watch.close("worker", acks.epoch, ticket)
-            self.sim.order.copied(ticket)
-        self.sim.brain.copied(acks, self.sim.now_s)
+            self.sim.core.order.copied(ticket)
+        self.sim.core.brain.copied(acks, self.sim.now_s)
 
     # --- the mover ---
 
     def pump(self) -> None:
         """The core's orders for the mover leave."""
-        orders = self.sim.brain.take_moves(self.sim.now_s)
+        orders = self.sim.core.brain.take_moves(self.sim.now_s)
         if orders is None:
             return
         self.watch.order(orders, self.sim.now)
-        self.sim.order.order(orders)
+        self.sim.core.order.order(orders)
         frame = orders.encode()
         self.sim.after(self.sim.world.channel_time, lambda: self._mover_receives(frame), "orders")
 
@@ -133,32 +133,32 @@ class CopyTraffic:
             self._send("move", reset)
 
     def _moved(self, frame: bytes, life: int) -> None:
-        if not self.sim.core_up:
+        if not self.sim.core.up:
             return
         acks = CopyAcks.decode(frame)
         for ticket in acks.tickets.tolist():
             self.watch.close("mover", life, ticket)
-            if life == self.sim.core_life:
-                self.sim.order.moved(ticket)
-        ready = self.sim.brain.tiers.ready
-        self.sim.brain.moved(acks, self.sim.now_s)
-        if self.sim.brain.tiers.ready and not ready:
+            if life == self.sim.core.life:
+                self.sim.core.order.moved(ticket)
+        ready = self.sim.core.brain.tiers.ready
+        self.sim.core.brain.moved(acks, self.sim.now_s)
+        if self.sim.core.brain.tiers.ready and not ready:
             # Whether the mover really has nothing older, it says itself.
-            if life != self.sim.core_life:
-                raise Violation(f"core {self.sim.core_life} took an answer to core {life}")
+            if life != self.sim.core.life:
+                raise Violation(f"core {self.sim.core.life} took an answer to core {life}")
             self.watch.reset(life)
-        self.sim.tick()
+        self.sim.core.tick()
 
     # --- checks ---
 
     def check(self) -> None:
         """No copy is older than its bound."""
         sim = self.sim
-        oldest = self.watch.oldest(sim.epoch)
-        if oldest is None or sim.brain.suspended:
+        oldest = self.watch.oldest(sim.core.brain.epoch)
+        if oldest is None or sim.core.brain.suspended:
             return
         if sim.now > oldest + sim.limits.copy_timeout_s * 1e6 + 10:
-            raise Violation(f"a copy of epoch {sim.epoch} is open since {oldest}")
+            raise Violation(f"a copy of epoch {sim.core.brain.epoch} is open since {oldest}")
 
     def check_given_up(self) -> None:
         """The core gives a worker up for a late copy: one that the core was told of is not."""
@@ -167,7 +167,7 @@ class CopyTraffic:
 
     def check_end(self) -> None:
         """Everything was acknowledged or fenced, so nothing may wait for it."""
-        tiers = self.sim.brain.tiers
+        tiers = self.sim.core.brain.tiers
         if tiers is None:
             return
         for name, slots in (("host", tiers.host), ("disk", tiers.disk)):

@@ -29,6 +29,7 @@ from holdfast.proc.lifecycle.actions import (
 )
 from holdfast.proc.lifecycle.machine import Lifecycle
 from holdfast.proc.lifecycle.states import LIVE, Event, Phase, Role
+from holdfast.sim.core import SimCore
 from holdfast.sim.fake_worker import NOT_FINITE
 from holdfast.sim.violation import Violation
 from holdfast.sim.worker import EXIT_FAULT, SimWorker
@@ -199,8 +200,8 @@ class Processes:
         )
         if process.worker is not None:
             process.worker.begin_to_die(fenced_at)
-        elif process.role is Role.CORE and process.core == self.sim.core_life:
-            self.sim.core_died()
+        elif process.role is Role.CORE and process.core == self.sim.core.life:
+            self.sim.core.die()
         elif process.role is Role.API:
             self.sim.apis[process.index].die(number)
 
@@ -293,7 +294,7 @@ class Processes:
         elif role is Role.CORE:
             self._cores += 1
             process.core = self._cores
-            self.sim.core_spawned(self._cores, spawn.epoch)
+            self.sim.core = SimCore(self.sim, self._cores, spawn.epoch)
         elif spawn.linked and (core := self._core()) is not None:
             process.core = core.core
             ours = {"index": spawn.index, "process": spawn.process, "fresh": spawn.fresh}
@@ -323,7 +324,7 @@ class Processes:
         if process.worker is not None and not process.loaded:
             self.weights_sound = True
         if process.role is Role.CORE:
-            self.sim.core_starts()
+            self.sim.core.start()
         elif process.role is Role.API:
             self.sim.apis[process.index].begin(process.number, process.core)
         elif process.role is Role.STANDBY and self._strikes("standby_death"):
@@ -355,7 +356,7 @@ class Processes:
         elif process.role is Role.CORE:
             if message["type"] == "worker_lost":
                 self._check_blame(message)
-            self.sim.core_obeys(message)
+            self.sim.core.obey(message)
         elif process.role is Role.API:
             self.sim.apis[process.index].obey(message)
         elif process.role is Role.KEEPER:

@@ -70,10 +70,10 @@ class SimWorker:
         sim, self.busy = self.sim, False
         assert self.device is not None
         plan = self._tampered(self.device, self.queue.pop(0))
-        if (poisoned := sim.poisoned(plan.step)) is not None:
+        if (poisoned := sim.core.poisoned(plan.step)) is not None:
             sim.faults["poison"] = sim.faults.get("poison", 0) + 1
             self._dies(EXIT_CRASH)
-            sim.suspects.killed_by(poisoned)
+            sim.core.suspects.killed_by(poisoned)
             return
         spoils = bool(plan.rows.size) and sim.chance("nan_row")
         spoil = sim.rng.randrange(plan.rows.size) if spoils else None
@@ -112,7 +112,7 @@ class SimWorker:
         for _ in range(copies):
             sim.at(
                 arrival,
-                lambda: sim.worker_says(epoch, Kind.RESULT, frame),
+                lambda: sim.core.worker_says(epoch, Kind.RESULT, frame),
                 "core receives a result",
             )
         sim.old_results.append((epoch, frame))
@@ -120,7 +120,7 @@ class SimWorker:
             old_epoch, old = sim.rng.choice(sim.old_results)
             sim.at(
                 arrival,
-                lambda: sim.worker_says(old_epoch, Kind.RESULT, old),
+                lambda: sim.core.worker_says(old_epoch, Kind.RESULT, old),
                 "an old result again",
             )
 
@@ -141,7 +141,7 @@ class SimWorker:
         """Its end of the link closes, after its last result."""
         closed = max(self.sim.now + self.sim.world.channel_time, self._arrival)
         name = f"link of epoch {self.epoch} closes"
-        self.sim.at(closed, lambda: self.sim.worker_closed(self), name)
+        self.sim.at(closed, lambda: self.sim.core.worker_closed(self), name)
 
     def _writes_late(self, plan: StepPlan) -> None:
         assert self.device is not None
