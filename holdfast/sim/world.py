@@ -171,7 +171,7 @@ def draw(seed: int, profile: str = "short") -> World:
     step_time = rng.choice([200, 2 * MILLISECOND, 20 * MILLISECOND])
     span = rng.choice([5, 50, 400]) * step_time
     jobs = _draw_jobs(rng, limits, rates, rng.randint(1, requests_max), span, step_time)
-    rates = _draw_deaths(Random(seed * 0x27D4_EB2F + 9), rates)
+    rates, deadly = _draw_deaths(Random(seed * 0x27D4_EB2F + 9), rates)
     rates, jobs = _draw_poison(Random(seed * 0xC2B2_AE35 + 3), rates, jobs, fault_chance)
     limits, rates, copy_time, disk_time = _draw_tiers(seed, profile, limits, rates, step_time)
     if profile == "tiers":
@@ -190,7 +190,8 @@ def draw(seed: int, profile: str = "short") -> World:
         fence_time=fence_time,
         respawn_time=respawn_time,
         faults_until=span * 3 + 200 * step_time,
-        buffer_tokens=rng.choice([2, 8, 1024]),
+        # What a dead core owed is more than a small buffer holds.
+        buffer_tokens=min(rng.choice([2, 8, 1024]), 2 if deadly else 1024),
         write_timeout=rng.choice([30 * SECOND, 40 * step_time]),
         resume_timeout=rng.choice([60 * SECOND, 60 * SECOND, 60 * step_time]),
         policy=policy,
@@ -383,12 +384,12 @@ def _draw_client(rng: Random, rates: Rates, span: int, step_time: int) -> Client
     )
 
 
-def _draw_deaths(rng: Random, rates: Rates) -> Rates:
+def _draw_deaths(rng: Random, rates: Rates) -> tuple[Rates, bool]:
     """In some worlds with core deaths there are many, among rows that are not finite: what a dead
     core knew of its pages nobody knows any more. With a Random of its own."""
     if not rates.core_death or rng.random() >= 0.3:
-        return rates
-    return replace(rates, core_death=0.03, nan_row=0.15)
+        return rates, False
+    return replace(rates, core_death=0.03, nan_row=0.15), True
 
 
 def _draw_poison(
