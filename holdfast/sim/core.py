@@ -270,7 +270,7 @@ class SimCore:
                 self._check_message(payload)
             if kind == Kind.TOKENS:
                 batch = TokenBatch.decode(payload)
-                self.sim.witness.tokens(api, batch, self.sim.now)
+                self.sim.witness.tokens(self.life, api, batch, self.sim.now)
                 # Not an end, nor an answer to a Resume: what follows shows that it is missing.
                 plain = batch.step and not batch.ends.any() and self.life == 1
                 if plain and self.sim.chance("output_lost"):

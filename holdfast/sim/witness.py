@@ -20,6 +20,7 @@ from holdfast.wire.messages import (
     Cancel,
     Finish,
     Refused,
+    Resume,
     Submit,
     ToApi,
     ToCore,
@@ -41,6 +42,7 @@ class Witness:
         self._deadlines: dict[int, int] = {}
         self._admitted: set[int] = set()
         self._over: set[int] = set()  # the core was told that nobody wants them
+        self._claimed: set[tuple[int, int]] = set()  # (life of core, request): asked of that core
         self._told: set[tuple[int, int, int]] = set()  # (life of core, life of api, request)
         self._full: dict[int, bool] = {}  # first id of a Submit -> whether a bound was reached
         self._rows: dict[tuple[int, int], list[int]] = {}  # (epoch, step) -> its rows' requests
@@ -64,8 +66,11 @@ class Witness:
         lives: of that core, and of the api process that sent it.
         """
         if isinstance(message, Submit):
+            self._claimed.update((lives[0], request) for request in message.ids)
             self._submit(message, list(live), active)
             return
+        if isinstance(message, Resume):
+            self._claimed.update((lives[0], request) for request, _ in message.pairs)
         over = message.ids if isinstance(message, Cancel) else ()
         over = (message.id,) if isinstance(message, Finish) else over
         for request in over:
@@ -97,11 +102,14 @@ class Witness:
                 if request in self._admitted and request not in self._over:
                     raise Violation(f"request {request:#x} was admitted and then forgotten")
 
-    def tokens(self, api: int, batch: TokenBatch, now: int) -> None:
-        """The core sends tokens: none after it was told to stop, none to another, none too late."""
+    def tokens(self, life: int, api: int, batch: TokenBatch, now: int) -> None:
+        """Core `life` sends tokens: none after it was told to stop, none to another, none too late,
+        none of a request that it was not asked for."""
         for request, index in zip(batch.requests.tolist(), batch.indexes.tolist(), strict=True):
             if request in self._over:
                 raise Violation(f"request {request:#x}: a token after its cancel or finish")
+            if (life, request) not in self._claimed:
+                raise Violation(f"request {request:#x}: a token before core {life} was asked")
             if request >> 48 != api:
                 raise Violation(f"request {request:#x}: its token goes to api process {api}")
             # Step 0: made earlier, and sent to a client that resumes.
