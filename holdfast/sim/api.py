@@ -67,6 +67,8 @@ class SimApi:
         self.outages: list[tuple[int, int]] = []  # without a core, from and to
         self.clients: list[_Client] = []
         self.sweeping = False
+        self._life_lost = 0  # of the last core whose link was given up
+        self._early: list[tuple[int, bytes, tuple[int, int]]] = []  # before the link that they use
         self._backlog: list[tuple[Job, int]] = []  # connected while no process was there
 
     def begin(self, process: int, core: int) -> None:
@@ -150,16 +152,25 @@ class SimApi:
             )
 
         self.session.link_up(send, self.sim.now_s)
+        early, self._early = self._early, []
+        for kind, payload, link in early:
+            self.receive(kind, payload, link)
 
     def link_lost(self, life: int) -> None:
         """The end of the link to a core that has died is noticed."""
+        self._life_lost = max(self._life_lost, life)
         if self.process is not None and self.linked == life:
             self.linked, self.lost_at = None, self.sim.now
             self.session.link_lost("gone", self.sim.now_s)
 
     def receive(self, kind: int, payload: bytes, link: tuple[int, int]) -> None:
         """A frame over the link of (life of core, process); nobody reads it once that is over."""
-        if (self.linked, self.process) != link:
+        life, process = link
+        if process != self.process or life < (self.linked or 0):
+            return
+        if life != self.linked:
+            if life > self._life_lost:
+                self._early.append((kind, payload, link))  # It waits in a socket not yet got.
             return
         if kind == Kind.TOKENS and (batch := TokenBatch.decode(payload)).step:
             for client in self.clients:

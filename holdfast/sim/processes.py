@@ -47,7 +47,8 @@ _BLAMELESS_CODES = (0, _SIGKILL)
 class Process:
     """What is true of a process that is not fenced. loaded: it wrote no weights. core: its life; of
     an api process, that of the core which it was started with a link to. mail: what it
-    was told before it could listen. code: how it ends, while it is dying."""
+    was told before it could listen. code: how it ends, while it is dying.
+    heard: when it hears what it was told last, for a channel keeps order."""
 
     number: int
     role: Role
@@ -57,6 +58,7 @@ class Process:
     up: bool = False
     dying: bool = False
     code: int = 0
+    heard: int = 0
     hung: bool = False  # the core's word
     verified: bool = False
     worker: SimWorker | None = None
@@ -339,9 +341,13 @@ class Processes:
     def _tell(self, number: int, message: dict[str, Any]) -> None:
         if number in self._unstarted:
             return
-        process = self._running(number)
-        self._later(
-            self.sim.world.channel_time,
+        process, delay = self._running(number), self.sim.world.channel_time
+        if process.role is Role.API:
+            # It serves clients meanwhile, and reads what it is told when it gets to it.
+            delay += self.rng.choice([0, 0, 3, 100, 300]) * self.sim.world.step_time
+        arrival = process.heard = max(self.sim.now + self._delay(delay), process.heard)
+        self.sim.at(
+            arrival,
             lambda: self._hears(process, message),
             f"{process.role} {number} hears {message['type']}",
         )

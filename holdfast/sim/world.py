@@ -253,6 +253,9 @@ def _draw_processes(
         on, exponent = rng.random() < 0.4, rng.uniform(-1.3, -0.2)
         drawn[name] = 10.0**exponent if on and faulty else 0.0
     drawn["killed"] /= 20
+    if rates.nan_row and rng.random() < 0.3:
+        # Else a core seldom meets what an older one's rows left in a page.
+        drawn |= {"nan_row": max(rates.nan_row, 0.3), "core_death": max(rates.core_death, 0.1)}
     second = rng.choice([2, 10, 50]) * step_time
     policy = Policy(
         apis=limits.api_processes,
