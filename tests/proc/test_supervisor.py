@@ -54,7 +54,8 @@ def test_a_worker_that_finds_other_weights_never_serves_and_they_are_loaded_anew
     assert server.messages("keeper", "weights_forget")
     boots = server.log("worker", "boot")
     assert [boot["loaded"] for boot in boots] == [False, True, False]
-    # The damaged one never had an epoch.
+    # The damaged one never had an epoch. A worker notes its promotion a moment after the core does.
+    until("promoted", lambda: len(server.messages("worker", "promote")) == 2)
     promoted = [message["pid"] for message in server.messages("worker", "promote")]
     assert promoted == [boots[0]["pid"], boots[2]["pid"]]
 
