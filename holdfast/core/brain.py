@@ -458,7 +458,6 @@ class Brain:
 
         Nothing of them is sent until their api process resumes them and says what it has.
         """
-        self.ledger.soil_all()
         wall_ns = self.wall_ns()
         for entry in recovered.values():
             record, output = entry.admission, np.array(entry.tokens, np.int32)

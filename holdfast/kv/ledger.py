@@ -136,8 +136,8 @@ class Ledger:
         self._dirty_pages += pages.size - np.count_nonzero(dirty[pages])
         dirty[pages] = True
 
-    def soil_all(self) -> None:
-        """Nobody knows what the pages hold: another core gave them out."""
+    def _soil_all(self) -> None:
+        """Nobody knows what the pages hold."""
         for dirty in self._dirty:
             dirty[TRASH_PAGE + 1 :] = True
         self._dirty_pages = sum(self.limits.pages_by_group) - len(self.pools)
@@ -404,13 +404,13 @@ class Ledger:
         """The device's memory is void (a new epoch, nothing verified): every page is free again.
 
         What a process leaves that was ended in the middle of a step, or by a fault, may be anything
-        anywhere, a NaN row's values among it.
+        anywhere, a NaN row's values among it; and what a dead core knew of that is gone with it.
         """
         for pool in self.pools:
             pool.leases[:] = 0
             held = np.flatnonzero((pool.state != _FREE) & (pool.state != _TRASH))
             pool.give_back(held.astype(np.int32))
-        self.soil_all()
+        self._soil_all()
         self.index.clear()
         for cache in self.windows:
             cache.clear()

@@ -32,6 +32,7 @@ class CopyTraffic:
         self.memory = TierMemory(sim.limits, sim.memory)
         self.mover = FakeMover(self.memory)
         self.watch = CopyWatch()
+        self._said: list[CopyAcks] = []  # by all workers
         self.fences: dict[int, int] = {}  # epoch -> when nothing of it writes any more
 
     # --- copies of the worker ---
@@ -94,6 +95,11 @@ class CopyTraffic:
         answered = self.mover.over(transfer) if kind == "move" else []
         if kind == "move" or not self.sim.chance("ack_withheld", self.rng):
             self._send(kind, acks)
+        if kind == "copy":
+            self._said.append(acks)
+            old = [one for one in self._said if one.epoch < acks.epoch]
+            if old and self.sim.chance("result_old_epoch", self.rng):
+                self._send(kind, self.rng.choice(old))
         for reset in answered:
             self._send("move", reset)
 

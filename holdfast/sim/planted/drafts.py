@@ -110,8 +110,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "dirty-after-a-core",
         "a page that a dead core gave out is zeroed before it is used",
-        _B + "Brain.restore",
-        "self.ledger.soil_all()",
+        _L + "Ledger.reset",
+        "self._soil_all()",
         "pass",
     ),
     Mutation(
