@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from holdfast.api.generation import Generation
+from holdfast.api.refusal import error_of
 from holdfast.api.schema import Resolved
 from holdfast.api.session import Session
 from holdfast.api.transcript import Transcript
@@ -31,7 +32,7 @@ from holdfast.sim.violation import Violation
 from holdfast.sim.vocabulary import Vocabulary
 from holdfast.sim.world import Job, prompt_array
 from holdfast.wire.link import Kind
-from holdfast.wire.messages import Sampling, TokenBatch
+from holdfast.wire.messages import End, Sampling, TokenBatch
 
 if TYPE_CHECKING:
     from holdfast.sim.simulator import Simulation
@@ -41,6 +42,7 @@ _SILENT = logging.Logger("holdfast.sim", logging.CRITICAL + 1)
 
 # What the supervisor has the core say when it gives up (proc.lifecycle).
 _GIVEN_UP = "the server cannot go on"
+_WORDLESS = str(error_of(End.ENGINE_FAULT, ""))
 
 
 class _Read(Generation):
@@ -284,6 +286,7 @@ class _Client:
         """The connection breaks."""
         if not self.over:
             self.generation.cancel("disconnect")
+            self.generation.leave(self.sim.now_s)
             self.end("disconnect")
 
     # --- reading ---
@@ -416,10 +419,12 @@ class _Client:
             return witness.never_fits(job)
         if not isinstance(error, EngineFault):
             return False
+        # One that is told late, because a core died, comes without the words.
+        if sim.processes.gave_up and str(error) == _WORDLESS:
+            return True
         if str(error).startswith(_GIVEN_UP):
             return sim.processes.gave_up
-        # Whether such an end was its own doing, checkers.Suspects judges; one that is told late,
-        # because a core died, comes without the words.
+        # Whether such an end was its own doing, checkers.Suspects judges.
         if str(error) == POISON_MESSAGE or any(one in witness.faulted for one in requests):
             return True
         return any(sim.core.suspects.is_culprit(one) for one in requests)
