@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -370,7 +371,7 @@ class _Job:
             seeds=resolved.seeds,
             max_tokens=resolved.max_tokens,
             sampling=resolved.sampling,
-            timeout_s=resolved.timeout_s,
+            deadline_s=time.monotonic() + resolved.timeout_s,
             tenant=self.tenant,
             priority=resolved.priority,
         )

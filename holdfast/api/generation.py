@@ -19,9 +19,6 @@ from holdfast.api.schema import Resolved
 from holdfast.errors import RequestError
 from holdfast.wire.messages import Submit
 
-# A request whose deadline has passed already is still the core's to end.
-TIMEOUT_MIN_S = 0.001
-
 
 class Token(NamedTuple):
     """One token of one choice; `end` is End.NONE (0) unless the choice ended with it.
@@ -57,7 +54,7 @@ class Choice:
         self.resuming = False
         self.last_s = 0.0
 
-    def submission(self, now_s: float) -> Submit:
+    def submission(self) -> Submit:
         """What asks for the rest of this choice alone: the tokens seen so far are prompt now."""
         generation, seen = self.generation, len(self.seen)
         resolved, sampling = generation.resolved, generation.resolved.sampling
@@ -69,7 +66,7 @@ class Choice:
             sampling=msgspec.structs.replace(
                 sampling, min_tokens=max(0, sampling.min_tokens - seen)
             ),
-            timeout_s=max(TIMEOUT_MIN_S, generation.deadline_s - now_s),
+            deadline_s=generation.deadline_s,
             tenant=generation.tenant,
             priority=resolved.priority,
         )
@@ -131,7 +128,7 @@ class Generation:
     def completion_tokens(self) -> int:
         return sum(len(choice.seen) for choice in self.choices)
 
-    def submission(self, now_s: float) -> Submit:
+    def submission(self) -> Submit:
         """What asks the core for all of it."""
         resolved = self.resolved
         return Submit(
@@ -140,7 +137,7 @@ class Generation:
             seeds=resolved.seeds,
             max_tokens=resolved.max_tokens,
             sampling=resolved.sampling,
-            timeout_s=max(TIMEOUT_MIN_S, self.deadline_s - now_s),
+            deadline_s=self.deadline_s,
             tenant=self.tenant,
             priority=resolved.priority,
         )

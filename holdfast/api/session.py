@@ -297,7 +297,7 @@ class Session:
             if choice is None:
                 continue
             if message.status == 0:
-                self._submit_anew(choice, now_s)
+                self._submit_anew(choice)
             elif choice.generation.accepted:
                 # It was taken once and lost: whatever refuses it now is not the client's fault.
                 choice.generation.fail(EngineFault(message.message), "fault")
@@ -333,9 +333,9 @@ class Session:
 
     def _submit(self, generation: Generation, now_s: float) -> None:
         generation.sent_s = now_s
-        self._send(generation.submission(now_s))
+        self._send(generation.submission())
 
-    def _submit_anew(self, choice: Choice, now_s: float) -> None:
+    def _submit_anew(self, choice: Choice) -> None:
         """The core has forgotten an accepted request: its tokens become part of the prompt."""
         generation, seen = choice.generation, len(choice.seen)
         resolved, sampling = generation.resolved, generation.resolved.sampling
@@ -348,7 +348,7 @@ class Session:
             generation.fail(EngineFault(message), "fault")
             return
         choice.base, choice.resuming = seen, False
-        self._send(choice.submission(now_s))
+        self._send(choice.submission())
 
     def _finish(self, choice: Choice) -> None:
         """A stop string ended the choice: the core commits that end."""

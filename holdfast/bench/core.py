@@ -94,7 +94,7 @@ class Rig:
                 seeds=(number,),
                 max_tokens=limits.context_tokens - size,
                 sampling=Sampling(temperature=0.0),
-                timeout_s=limits.timeout_s,
+                deadline_s=time.monotonic() + limits.timeout_s,
             )
             self.brain.receive(0, submit, time.monotonic())
         self.brain.take_output()

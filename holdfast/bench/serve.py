@@ -358,7 +358,7 @@ def _brain_bytes_per_request(count: int = QUEUED_REQUESTS) -> float:
             seeds=(number,),
             max_tokens=256,
             sampling=Sampling(),
-            timeout_s=600.0,
+            deadline_s=600.0,
         )
         brain.receive(0, submit, 0.0)
         brain.take_output()

@@ -180,7 +180,7 @@ class Brain:
                 ),
             )
             return
-        deadline_s = now_s + submit.timeout_s
+        deadline_ns = self.wall_ns() + int((submit.deadline_s - now_s) * 1e9)
         prompt = np.frombuffer(submit.prompt, np.int32)
         leader: Request | None = None
         for request_id, seed in zip(submit.ids, submit.seeds, strict=True):
@@ -192,10 +192,10 @@ class Brain:
                 prompt=submit.prompt,
                 max_tokens=submit.max_tokens,
                 seed=seed,
-                deadline_ns=self.wall_ns() + int(submit.timeout_s * 1e9),
+                deadline_ns=deadline_ns,
                 sampling=submit.sampling,
             )
-            request = Request(record, prompt, deadline_s)
+            request = Request(record, prompt, submit.deadline_s)
             self._take(request)
             if not self.journal.submit(record):
                 self._compact()

@@ -169,7 +169,10 @@ class Processes:
         self._later(self.sim.world.channel_time, arrives, f"epoch {epoch} is accused: {detail}")
 
     def _blame(self, process: Process) -> None:
-        self.blame[process.epoch] = process.hung or process.code not in _BLAMELESS_CODES
+        own = process.hung or process.code not in _BLAMELESS_CODES
+        # Without its core it is about to be killed: nobody can tell what comes first.
+        orphaned = self._links[process.epoch] != self.sim.core.life or not self.sim.core.up
+        self.blame[process.epoch] = None if orphaned else own
 
     def _accused(self, process: Process, *, hung: bool) -> None:
         if hung and process.dying:

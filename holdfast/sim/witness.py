@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from holdfast.api.generation import TIMEOUT_MIN_S
 from holdfast.config import Limits
 from holdfast.core.request import Request
 from holdfast.sim.oracle import ClientView
@@ -54,7 +53,7 @@ class Witness:
         self.views[view.request] = view
         if view.job.poison_at is not None:
             self.poison[view.request] = view.job.poison_at
-        self._deadlines[view.request] = deadline + self.grace + int(TIMEOUT_MIN_S * 1e6) + 1
+        self._deadlines[view.request] = deadline + self.grace + 1
 
     # --- messages ---
 

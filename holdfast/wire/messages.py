@@ -57,7 +57,9 @@ class Submit(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
     prompt: int32 little-endian ids as bytes, at least one. seeds: one uint64 an id.
     max_tokens: output allowance, >= 1; prompt + max_tokens <= context_tokens.
-    timeout_s: from now until the deadline. tenant: the API key's stable name, "" without keys.
+    deadline_s: on the monotonic clock, which all processes of a host share: a message may wait for
+    a core that starts, and its request must not live longer for it. tenant: the API key's stable
+    name, "" without keys.
     priority: higher is served first.
     """
 
@@ -66,7 +68,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True, array_like=True):
     seeds: tuple[int, ...]
     max_tokens: int
     sampling: Sampling
-    timeout_s: float
+    deadline_s: float
     tenant: str = ""
     priority: int = 0
 

@@ -76,7 +76,7 @@ class Driver:
             seeds=tuple(range(len(ids))),
             max_tokens=max_tokens,
             sampling=sampling,
-            timeout_s=options.pop("timeout_s", 60.0),
+            deadline_s=self.now_s + options.pop("timeout_s", 60.0),
             **options,
         )
         self.brain.receive(0, message, self.now_s)

@@ -292,6 +292,18 @@ def test_the_bound_in_tokens_refuses_too():
     assert set(d.tokens) == {1, 3}
 
 
+def test_a_request_that_waited_for_a_starting_core_lives_no_longer_for_it():
+    """Its message lay in a socket: the deadline is when the client set it, not from the reading."""
+    d = Driver(limits_of())
+    asked_s = d.now_s
+    d.now_s += 7.0
+    d.submit(1, prompt(1, 4), max_tokens=100, timeout_s=asked_s + 5.0 - d.now_s)
+    d.brain.expire(d.now_s)
+    d.collect()
+    assert d.ends[1] == End.DEADLINE
+    assert not d.launch()
+
+
 def test_a_deadline_ends_waiting_and_running_requests_with_their_reason():
     d = Driver(limits_of(rows_max=1))
     d.submit(1, prompt(1, 4), max_tokens=100, timeout_s=5.0)

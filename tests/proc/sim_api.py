@@ -11,6 +11,7 @@ import os
 import select
 import socket
 import sys
+import time
 
 import numpy as np
 
@@ -60,7 +61,9 @@ class Api:
         sampling = Sampling(temperature=0.0)
         prompt = prompt_of(request).tobytes()
         count = start.config["tokens"]
-        self.send(Submit((request,), prompt, (1,), count, sampling, timeout_s=60.0))
+        self.send(
+            Submit((request,), prompt, (1,), count, sampling, deadline_s=time.monotonic() + 60.0)
+        )
 
     def tokens(self, batch: TokenBatch) -> None:
         for at, request in enumerate(batch.requests.tolist()):
