@@ -67,19 +67,14 @@ class AwaitedGeneration(Generation):
 
 
 class CoreClient:
-    """`index`: of this api process; `options`: those of Session. To be made on the event loop that
-    it will serve."""
+    """`options`: those of Session. To be made on the event loop that it will serve."""
 
-    def __init__(self, limits: Limits, metrics: Metrics, *, index: int = 0, **options: Any) -> None:
+    def __init__(self, limits: Limits, metrics: Metrics, **options: Any) -> None:
         self.limits = limits
         self._loop = asyncio.get_running_loop()
         self._link: Link | None = None
         self._writing = False
-        # The counter starts at the clock, so that a restarted process never reuses an id.
-        first_id = (index << 48) | (time.time_ns() // 1000 & 0x3FFF_FFFF_FFFF)
-        self.session = Session(
-            limits, metrics, first_id=first_id, make=AwaitedGeneration, **options
-        )
+        self.session = Session(limits, metrics, make=AwaitedGeneration, **options)
         self.keepalive_s = self.session.keepalive_s
         self._sweeper: asyncio.TimerHandle | None = None
         self._sweep()

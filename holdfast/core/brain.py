@@ -42,6 +42,7 @@ from holdfast.kv.ledger import Ledger
 from holdfast.kv.tiers import Tiers
 from holdfast.wire.copies import CopyAcks, MoveOrders
 from holdfast.wire.messages import (
+    ID_MAX,
     Accepted,
     Cancel,
     End,
@@ -396,11 +397,13 @@ class Brain:
         if self.tiers is not None:
             self._expire_orders(self.tiers, now_s)
 
-    def drop_api(self, api: int, now_s: float) -> None:
-        """An api process died: nobody waits for its requests any more."""
+    def drop_api(self, api: int, now_s: float, before: int = ID_MAX) -> None:
+        """Nobody waits any more for what the api process of this index asked for: its requests
+        with ids below `before`."""
         for request in [r for r in self.requests.values() if r.admission.api == api]:
-            self._end(request, End.CANCELLED, "")
-        self._unresumed.forget(api)
+            if request.id < before:
+                self._end(request, End.CANCELLED, "")
+        self._unresumed.forget(api, before)
 
     def drain(self) -> None:
         """Refuse what comes from now on; what is live goes on."""

@@ -51,8 +51,8 @@ class EndedRequests:
             self._tokens -= entry[1].size
         return entry
 
-    def forget(self, api: int) -> None:
-        """Nobody will ask for requests of this api process."""
+    def forget(self, api: int, before: int) -> None:
+        """Nobody will ask for requests of the api process of this index with ids below `before`."""
         for request_id, (record, _, _) in list(self._entries.items()):
-            if record.api == api:
+            if record.api == api and request_id < before:
                 self.take(request_id)

@@ -29,7 +29,7 @@ import msgspec
 from holdfast.errors import LinkClosed, LinkError, WorkerFault
 from holdfast.wire.copies import CopyAcks
 from holdfast.wire.link import Frame, Kind, Link
-from holdfast.wire.messages import End, State, ToCore, decode_to_core, encode
+from holdfast.wire.messages import ID_MAX, End, State, ToCore, decode_to_core, encode
 from holdfast.wire.plan import StepPlan, StepResult
 
 EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h; the supervisor starts a new core from the journal
@@ -61,7 +61,7 @@ class BrainLike(Protocol):
     def take_output(self) -> list[tuple[int, int, bytes]]: ...
     def new_epoch(self, epoch: int, now_s: float, *, implicates: bool = False) -> None: ...
     def suspend(self) -> None: ...
-    def drop_api(self, api: int, now_s: float) -> None: ...
+    def drop_api(self, api: int, now_s: float, before: int = ID_MAX) -> None: ...
     def drain(self) -> None: ...
     def expire(self, now_s: float) -> None: ...
     def end_all(self, end: End, message: str, now_s: float) -> None: ...
@@ -272,7 +272,7 @@ class CoreLoop:
             self._worker_detail = f"the worker is being replaced: {message['detail']}"
             self._implicates = _implicates(message)
         elif kind == "api":
-            self._new_api(message["index"], message["process"], fresh=message["fresh"], fds=fds)
+            self._new_api(message["index"], message["process"], message["first_id"], fds)
         elif kind == "api_lost":
             if message["index"] in self._apis:
                 self._lose_api(message["index"], "the process ended")
@@ -297,12 +297,11 @@ class CoreLoop:
         self._worker = self._register(link, ("worker", 0))
         self._step_s = self._clock()
 
-    def _new_api(self, index: int, process: int, *, fresh: bool, fds: list[int]) -> None:
+    def _new_api(self, index: int, process: int, first_id: int, fds: list[int]) -> None:
         if index in self._apis:
             self._unwatch(self._apis.pop(index))
-        if fresh:
-            # Nobody reads what an earlier process of this index asked for.
-            self.brain.drop_api(index, self._clock())
+        # Nobody reads what an earlier process of this index asked for.
+        self.brain.drop_api(index, self._clock(), first_id)
         self._apis[index] = self._register(Link(_socket_of(fds)), ("api", index))
         self._apis[index].process = process
         self._send(index, Kind.MESSAGE, encode(self._state))

@@ -128,7 +128,7 @@ class ApiProcess:
         client = CoreClient(
             limits,
             metrics,
-            index=self._boot.index,
+            first_id=config["first_id"],
             write_timeout_s=config["write_timeout_s"],
             keepalive_s=config["keepalive_s"],
         )

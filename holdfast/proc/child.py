@@ -34,7 +34,7 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     supervisor  core   worker             epoch, fd: link to the worker of that epoch
     supervisor  core   worker_lost        epoch, detail: it is over and fenced; implicates: it
                                            ended by its own fault
-    supervisor  core   api                index, process, fresh (a new one), fd: link to it
+    supervisor  core   api                index, process, first_id of its requests, fd: link
     supervisor  core   api_lost           index
     core        super  drained            nothing is live any more (after drain)
     core        super  worker_fault       epoch, detail: that epoch must end; optional hung:

@@ -41,6 +41,7 @@ from holdfast.proc.lifecycle.machine import Lifecycle
 from holdfast.proc.lifecycle.policy import FENCE_S, Policy
 from holdfast.proc.lifecycle.states import Event, Phase, Role, Standby, State
 from holdfast.proc.options import ServeOptions
+from holdfast.wire.messages import first_id
 
 _SLEEP_S_MAX = 1.0
 
@@ -69,6 +70,7 @@ class Supervisor:
         self._on_event = on_event
         self._modules = dict(modules or {})
         self._children: dict[int, Child] = {}
+        self._first_ids: dict[int, int] = {}  # of the requests of each api process
         self._selector = selectors.DefaultSelector()
         self._started_s = time.monotonic()
 
@@ -262,8 +264,8 @@ class Supervisor:
                 self._estate.metrics.set("worker_epoch", epoch)
                 ours = {"type": "worker", "epoch": epoch}
                 return self._link(process, {"type": "promote", "epoch": epoch}, core, ours)
-            case Introduce(process, index, core, fresh):
-                ours = {"type": "api", "index": index, "process": process, "fresh": fresh}
+            case Introduce(process, index, core):
+                ours = self._introduction(process, index)
                 return self._link(process, {"type": "core"}, core, ours)
             case ClosePort():
                 self._estate.stop_listening()
@@ -299,13 +301,19 @@ class Supervisor:
                 "listen": self._estate.listeners[action.index].fileno(),
                 "metrics": self._estate.fds["metrics"],
             }
-            failed = self._start(action, self.options.api_config(), given)
+            self._first_ids[action.process] = first_id(action.index, time.time_ns() // 1000)
+            config = self.options.api_config() | {"first_id": self._first_ids[action.process]}
+            failed = self._start(action, config, given)
             if failed is not None or not action.linked:
                 return failed
             core = self.lifecycle.core.process or 0
-            facts = {"process": action.process, "fresh": action.fresh}
-            message = {"type": "api", "index": action.index, **facts}
+            message = self._introduction(action.process, action.index)
             return self._say(core, message, [ours.fileno()])
+
+    def _introduction(self, process: int, index: int) -> Message:
+        """Of an api process to the core."""
+        first = self._first_ids[process]
+        return {"type": "api", "index": index, "process": process, "first_id": first}
 
     def _start(self, action: Spawn, config: dict[str, Any], fds: dict[str, int]) -> Happened | None:
         # A standby is a worker that has not been told so yet.
@@ -363,6 +371,7 @@ class Supervisor:
 
     def _forget(self, process: int) -> None:
         child = self._children.pop(process)
+        self._first_ids.pop(process, None)
         for source in (child.control, child.pidfd):
             with contextlib.suppress(KeyError):
                 self._selector.unregister(source)

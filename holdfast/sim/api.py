@@ -28,6 +28,7 @@ from holdfast.errors import (
     RequestError,
 )
 from holdfast.sim.oracle import ClientView
+from holdfast.sim.processes import first_request
 from holdfast.sim.violation import Violation
 from holdfast.sim.vocabulary import Vocabulary
 from holdfast.sim.world import Job, prompt_array
@@ -82,7 +83,7 @@ class SimApi:
         self.session = Session(
             world.limits,
             Metrics.private(),
-            first_id=(self.index << 48) | (self.life << 32) | 1,
+            first_id=first_request(process, self.index),
             resume_timeout_s=world.resume_timeout * 1e-6,
             write_timeout_s=world.write_timeout * 1e-6,
             buffer_tokens=world.buffer_tokens,

@@ -16,7 +16,7 @@ from holdfast.sim.page_order import PageOrder
 from holdfast.sim.violation import Violation
 from holdfast.sim.worker import SimWorker
 from holdfast.wire.link import Kind, MemoryLink
-from holdfast.wire.messages import End, Ended, TokenBatch, decode_to_api, decode_to_core
+from holdfast.wire.messages import ID_MAX, End, Ended, TokenBatch, decode_to_api, decode_to_core
 from holdfast.wire.plan import StepPlan, StepResult
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class SimCore:
                 self._lose_worker(message["detail"])
             self._implicates = message["implicates"]
         elif kind == "api":
-            self._new_api(message["index"], message["process"], fresh=message["fresh"])
+            self._new_api(message["index"], message["process"], message["first_id"])
         elif kind == "api_lost":
             self._lose_api(message["index"])
         elif kind == "drain":
@@ -140,21 +140,22 @@ class SimCore:
             self.link.deliver(epoch, kind, frame)
             self.tick()
 
-    def _new_api(self, index: int, process: int, *, fresh: bool) -> None:
-        if fresh:
-            self._lose_api(index)
+    def _new_api(self, index: int, process: int, first_id: int) -> None:
+        self._lose_api(index, first_id)
         self.peers[index] = process
         self._known.add(process)
         unread = [one for one in self._unread if one[2] == process]
         self._unread = [one for one in self._unread if one[2] != process]
         for api, frame, _ in unread:
             self._take(api, frame)
+            self._flush()  # What was made before the next message came is not late.
 
-    def _lose_api(self, index: int) -> None:
+    def _lose_api(self, index: int, before: int = ID_MAX) -> None:
         self._flush()
         self.peers.pop(index, None)
-        self.sim.witness.dropped(one for one in self.brain.requests if one >> 48 == index)
-        self.brain.drop_api(index, self.sim.now_s)
+        known = self.brain.requests
+        self.sim.witness.dropped(one for one in known if one >> 48 == index and one < before)
+        self.brain.drop_api(index, self.sim.now_s, before)
 
     def api_closed(self, index: int, process: int, life: int) -> None:
         """The end of an api process's link."""

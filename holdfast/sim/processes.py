@@ -33,6 +33,7 @@ from holdfast.sim.core import SimCore
 from holdfast.sim.fake_worker import NOT_FINITE
 from holdfast.sim.violation import Violation
 from holdfast.sim.worker import EXIT_FAULT, SimWorker
+from holdfast.wire.messages import first_id
 
 if TYPE_CHECKING:
     from holdfast.sim.simulator import Simulation
@@ -259,11 +260,10 @@ class Processes:
                     self._promote(number, epoch, core)
                 case Introduce(core=core) if core in self._unstarted:
                     pass  # As in the supervisor: the machine was told.
-                case Introduce(number, index, core, fresh):
+                case Introduce(number, index, core):
                     life = self._running(core).core
                     self._tell(number, {"type": "core", "life": life})
-                    ours = {"index": index, "process": number, "fresh": fresh}
-                    self._tell(core, {"type": "api", **ours})
+                    self._tell(core, _introduction(number, index))
                 case Notice(kind, title, message):
                     self.sim.say(f"supervisor: {kind} {title} {message}")
         if self.gave_up and self.sim.world.immortal:
@@ -302,8 +302,7 @@ class Processes:
             self.sim.core = SimCore(self.sim, self._cores, spawn.epoch)
         elif spawn.linked and (core := self._core()) is not None:
             process.core = core.core
-            ours = {"index": spawn.index, "process": spawn.process, "fresh": spawn.fresh}
-            self._tell(core.number, {"type": "api", **ours})
+            self._tell(core.number, _introduction(spawn.process, spawn.index))
         self.running[spawn.process] = process
         time = world.respawn_time
         if role not in WORKERS:
@@ -424,3 +423,13 @@ class Processes:
         self._tell(core, {"type": "worker", "epoch": epoch, "worker": process.worker})
         if process.dying:
             process.worker.close()
+
+
+def first_request(process: int, index: int) -> int:
+    """The first id of the requests of an api process."""
+    return first_id(index, process << 32 | 1)
+
+
+def _introduction(process: int, index: int) -> dict[str, Any]:
+    first = first_request(process, index)
+    return {"type": "api", "index": index, "process": process, "first_id": first}

@@ -18,6 +18,17 @@ import numpy as np
 
 from holdfast.wire.arrays import ArrayLayout
 
+# Request ids: the index of the api process in the top 16 bits, below them a number that each of its
+# processes counts up from a first one. Later processes of an index have higher numbers.
+ID_MAX = 1 << 63
+_INDEX_SHIFT = 48
+
+
+def first_id(index: int, count: int) -> int:
+    """The first request id of an api process of this index; `count` >= 1 is higher than any id of
+    the processes before it, for instance the clock in microseconds."""
+    return index << _INDEX_SHIFT | count & (1 << _INDEX_SHIFT - 2) - 1
+
 
 class End(enum.IntEnum):
     """Why a request ended; NONE while it runs. Every admitted request ends exactly once."""

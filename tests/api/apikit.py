@@ -302,7 +302,7 @@ async def kit(
     buffer = bytearray(Metrics.size(API_SLOT + 1))
     metrics, board = Metrics(buffer, API_SLOT), MetricsBoard(buffer, API_SLOT + 1)
     tokenizer = tokenizer_of(inner, template=template)
-    client = CoreClient(limits, metrics, **(client_options or {}))
+    client = CoreClient(limits, metrics, first_id=1, **(client_options or {}))
     ours, theirs = Link.pair()
     core = FakeCore(theirs, lambda submit, choice: ([10, 11, 12], int(End.LENGTH))).open()
     client.set_link(ours)

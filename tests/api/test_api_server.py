@@ -170,6 +170,7 @@ def test_the_api_process_serves_drains_and_stops_by_its_control_channel() -> Non
         "cors_origins": [],
         "write_timeout_s": 10.0,
         "keepalive_s": 10.0,
+        "first_id": 1,
         "body_bytes_max": 1 << 20,
         "drain_timeout_s": 5.0,
         "log_level": "info",

@@ -604,6 +604,18 @@ def test_requests_of_a_dead_api_process_are_cancelled():
     d.check_home()
 
 
+def test_an_api_process_that_is_new_to_a_restored_core_takes_nothing_over():
+    """Its index's requests are those of the process before it: known by their ids."""
+    d = Driver(limits_of())
+    d.submit(1, prompt(1, 4), max_tokens=60)
+    d.submit(9, prompt(2, 4), max_tokens=60)
+    d.tick()
+    d.brain.drop_api(0, d.now_s, 9)
+    assert set(d.brain.requests) == {9}
+    d.run()
+    d.check_home()
+
+
 def test_an_idle_engine_seals_what_the_last_step_completed():
     d = Driver(limits_of())
     d.submit(1, prompt(1, 9), max_tokens=4)

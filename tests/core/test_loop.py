@@ -16,7 +16,7 @@ from holdfast.errors import LinkClosed, WorkerFault
 from holdfast.proc.control import Control
 from holdfast.wire.copies import CopyAcks
 from holdfast.wire.link import Kind, Link
-from holdfast.wire.messages import Cancel, End, State, decode_to_api, encode
+from holdfast.wire.messages import ID_MAX, Cancel, End, State, decode_to_api, encode
 from holdfast.wire.plan import StepPlan, StepResult
 
 
@@ -81,8 +81,8 @@ class ScriptedBrain:
         self.calls.append(("suspend",))
         self.suspended = True
 
-    def drop_api(self, api: int, now_s: float) -> None:
-        self.calls.append(("drop_api", api))
+    def drop_api(self, api: int, now_s: float, before: int = ID_MAX) -> None:
+        self.calls.append(("drop_api", api, *([] if before == ID_MAX else [before])))
 
     def drain(self) -> None:
         self.calls.append(("drain",))
@@ -123,8 +123,8 @@ class Bench:
     def worker(self, epoch: int = 1) -> Link:
         return self.connect({"type": "worker", "epoch": epoch}, epoch)
 
-    def api(self, index: int = 0, *, fresh: bool = True) -> Link:
-        message = {"type": "api", "index": index, "process": 40 + index, "fresh": fresh}
+    def api(self, index: int = 0, *, first_id: int = 1) -> Link:
+        message = {"type": "api", "index": index, "process": 40 + index, "first_id": first_id}
         return self.connect(message)
 
     def say(self, **message: Any) -> None:
@@ -373,13 +373,11 @@ def test_bytes_a_peer_did_not_take_follow_when_it_reads(bench: Bench) -> None:
     assert bench.loop._apis[0].link.unsent_bytes == 0 and not bench.loop._apis[0].writing
 
 
-def test_a_fresh_process_inherits_nothing_and_an_old_one_keeps_its_requests(bench: Bench) -> None:
-    bench.api(0, fresh=False)
-    assert bench.brain.calls == []
-    bench.api(0, fresh=True)
-    assert bench.brain.calls == [("drop_api", 0)]
+def test_an_api_process_inherits_nothing_of_those_before_it(bench: Bench) -> None:
+    bench.api(0, first_id=700)
+    assert bench.brain.calls == [("drop_api", 0, 700)]
     bench.say(type="api_lost", index=0)
-    assert bench.brain.calls == [("drop_api", 0)] * 2
+    assert bench.brain.calls[1:] == [("drop_api", 0)]
     bench.say(type="api_lost", index=5)
     assert bench.brain.calls[-1] == ("drop_api", 5)
 

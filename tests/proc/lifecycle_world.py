@@ -106,7 +106,7 @@ class World:
             truth = self.processes.get(slot.process or 0)
             if truth is not None:
                 slots += (truth.ready, truth.epoch > 0, truth.asked, truth.verified)
-                slots += (slot.fresh, slot.operator, slot.blameless, truth.loaded, slot.loaded)
+                slots += (slot.operator, slot.blameless, truth.loaded, slot.loaded)
         flags = (machine.weights_held, machine.core_was_ready, machine.deadline_s is None)
         truth = (self.judging is None, self.drained, self.drain_told)
         return (machine.phase, *flags, *truth, *slots)
@@ -209,7 +209,7 @@ class World:
                 slot.operator = False
             truth = self.processes.get(slot.process or 0)
             if truth is not None and slot.state in DYING:
-                truth.ready = truth.asked = truth.verified = slot.fresh = False
+                truth.ready = truth.asked = truth.verified = False
                 truth.loaded = truth.loaded or slot.state is State.READY
                 if self.judging == slot.process:
                     self.judging = None
@@ -252,7 +252,7 @@ class World:
                     self._told(process, dict(message), action)
                 case Promote(process, epoch, core):
                     self._promote(process, epoch, core, action)
-                case Introduce(process, _, core, _):
+                case Introduce(process, _, core):
                     for number in (process, core):
                         self._running(number, action)
                 case Notice():

@@ -35,6 +35,16 @@ control = start.control()
 log_fd = os.open(start.config["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
 
+def first_base() -> int:
+    """The first id of the first process with this log: the later ones ask for the same ids."""
+    with open(start.config["log"], "rb") as log:
+        boots = [line for line in map(json.loads, log) if line[0] == "boot"]
+    return boots[0][2] if boots else start.config["first_id"]
+
+
+base = first_base()
+
+
 def prompt_of(request: int) -> np.ndarray:
     return np.arange(request, request + 4 + request, dtype=np.int32) % start.limits.vocab_size
 
@@ -53,20 +63,22 @@ class Api:
             for request in self.next_index:
                 self.submit(request)
         elif isinstance(message, Ended):
-            self.end(message.id, message.end)
+            self.end(message.id - base, message.end)
         elif isinstance(message, Refused):
-            note([message.ids[0], "refused", message.status])
+            note([message.ids[0] - base, "refused", message.status])
 
     def submit(self, request: int) -> None:
         sampling = Sampling(temperature=0.0)
         prompt = prompt_of(request).tobytes()
         count = start.config["tokens"]
         self.send(
-            Submit((request,), prompt, (1,), count, sampling, deadline_s=time.monotonic() + 60.0)
+            Submit(
+                (base + request,), prompt, (1,), count, sampling, deadline_s=time.monotonic() + 60.0
+            )
         )
 
     def tokens(self, batch: TokenBatch) -> None:
-        for at, request in enumerate(batch.requests.tolist()):
+        for at, request in enumerate((batch.requests - np.uint64(base)).tolist()):
             note([request, int(batch.indexes[at]), int(batch.tokens[at])])
             self.next_index[request] = int(batch.indexes[at]) + 1
             if batch.ends[at]:
@@ -83,7 +95,7 @@ class Api:
     def resume(self, fd: int) -> None:
         self.link = Link(socket.socket(fileno=fd))
         if self.submitted:
-            self.send(Resume(tuple((r, self.next_index[r]) for r in sorted(self.live))))
+            self.send(Resume(tuple((base + r, self.next_index[r]) for r in sorted(self.live))))
 
 
 def note(line: list[object]) -> None:
@@ -91,7 +103,7 @@ def note(line: list[object]) -> None:
 
 
 def main() -> int:
-    note(["boot", os.getpid()])
+    note(["boot", os.getpid(), start.config["first_id"]])
     api = Api()
     control.ready()
     while True:

@@ -33,7 +33,7 @@ class Happened:
 class Spawn:
     """Start a process of this number and role. loaded: worker, standby: the slab holds the weights,
     so it writes none. epoch, recover: core. linked: api: give the core, which is there, the other
-    end of its link, with `fresh` (no core that was ready knew this process)."""
+    end of its link."""
 
     process: int
     role: Role
@@ -42,7 +42,6 @@ class Spawn:
     epoch: int = 0
     recover: bool = False
     linked: bool = False
-    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,6 @@ class Introduce:
     process: int
     index: int
     core: int
-    fresh: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,8 @@ class Slot:
 
     reason: why we ended it. fault: its own last word. operator: which the operator can mend.
     hung: the core's word, no result came in time.
-    blameless: its end was our doing and does not count. fresh (api): no core that was ready has
-    been told of it. detail: how the last one ended. ends: when those that count ended, oldest
-    first, of the last minute.
+    blameless: its end was our doing and does not count. detail: how the last one ended. ends: when
+    those that count ended, oldest first, of the last minute.
     """
 
     role: Role
@@ -36,7 +35,6 @@ class Slot:
     operator: bool = False
     hung: bool = False
     blameless: bool = False
-    fresh: bool = False
     restarts: int = 0
     detail: str = ""
     ends: tuple[float, ...] = ()
@@ -63,7 +61,7 @@ class Slot:
         """A new process is here."""
         self.process = process
         self.epoch = 0
-        self.loaded = self.operator = self.hung = self.blameless = self.fresh = False
+        self.loaded = self.operator = self.hung = self.blameless = False
         self.reason = self.fault = ""
 
     def move_from(self, other: Slot) -> None:

@@ -121,15 +121,14 @@ class Steps:
         elif slot.role is Role.CORE:
             spawn = replace(spawn, epoch=max(1, self.epoch), recover=self.core_was_ready)
         elif slot.role is Role.API:
-            slot.fresh = self.core.state is not State.READY
-            spawn = replace(spawn, linked=self.core.alive, fresh=True)
+            spawn = replace(spawn, linked=self.core.alive)
         self._actions.append(spawn)
         self._notice("starting", slot.title, "starting")
         if slot.role is Role.CORE:
             for api in self.apis:
                 if api.alive:
-                    link = (self._process(api), api.index, self._process(slot), api.fresh)
-                    self._actions.append(Introduce(*link))
+                    link = Introduce(self._process(api), api.index, self._process(slot))
+                    self._actions.append(link)
         elif slot.role is Role.API and self.phase is Phase.DRAINING:
             self._tell(slot, "drain")
 
@@ -139,9 +138,6 @@ class Steps:
             return
         if slot is self.core:
             self.core_was_ready = True
-            for api in self.apis:
-                # Those that are there have been introduced to it.
-                api.fresh = api.fresh and not api.alive
             if self.phase is Phase.DRAINING:
                 self._tell(slot, "drain")
         self._show_up(slot, dict(happened.facts))
