@@ -47,6 +47,7 @@ from holdfast.wire.messages import (
     End,
     Ended,
     Finish,
+    Memory,
     Refused,
     Resume,
     Submit,
@@ -417,7 +418,9 @@ class Brain:
         """There is no worker: nothing is launched until `new_epoch`."""
         self.suspended = True
 
-    def new_epoch(self, epoch: int, now_s: float, *, implicates: bool = False) -> None:
+    def new_epoch(
+        self, epoch: int, now_s: float, *, implicates: bool = False, memory: Memory = Memory.LOST
+    ) -> None:
         """Another worker is there, and the old one is fenced: it can write nothing any more.
 
         Its pages were not verified, so all are dropped, and every running request is admitted again
@@ -452,6 +455,9 @@ class Brain:
         culprit = self.quarantine.implicate(suspects, shared=len(in_flight) > 1)
         if culprit is not None:
             self._end(self.requests[culprit], End.ENGINE_FAULT, POISON_MESSAGE)
+
+    def weights_good(self, now_s: float) -> None:
+        """The weights were read again and are the bytes that were loaded."""
 
     def restore(self, recovered: dict[int, JournalledRequest], now_s: float) -> None:
         """Take over from a core that died: its live requests wait for a row, in their order.
