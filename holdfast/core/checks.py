@@ -15,7 +15,6 @@ import numpy as np
 
 from holdfast.config import Limits
 from holdfast.kv.ledger import Ledger
-from holdfast.wire.plan import handle_groups, handle_pages
 
 # Pages verified by one plan after a worker's end. 4 GiB of pages of 2 MiB, which an H200 sums in
 # 0.9 ms (4.7 TB/s): longer than the brain takes for two such plans, so 76 GiB go at the device's
@@ -27,12 +26,14 @@ SCRUB_PAGES = 32
 
 
 class PageChecks:
-    """`pages_s`: pages that the scrub reads a second; 0 = off."""
+    """`pages_s`: pages that the scrub reads a second; 0 = off. `verify_pages`: of one plan after a
+    worker's end."""
 
     def __init__(self, limits: Limits, ledger: Ledger, pages_s: float) -> None:
         self.limits = limits
         self.ledger = ledger
         self.pages_s = pages_s
+        self.verify_pages = VERIFY_PAGES
         self.verified = self.scrubbed = 0  # pages found unchanged
         self._waiting = np.empty(0, np.uint64)
         self._group, self._page = 0, 0  # where the scrub goes on
@@ -44,15 +45,14 @@ class PageChecks:
 
     def take_unverified(self) -> np.ndarray:
         """uint64[k] handles for the next plan; none once all were asked for."""
-        mine, self._waiting = self._waiting[:VERIFY_PAGES], self._waiting[VERIFY_PAGES:]
         # Of a page that was given up with its parent nothing need be known.
-        current = np.zeros(mine.size, np.uint64)
-        groups = handle_groups(mine)
-        for group, pool in enumerate(self.ledger.pools):
-            at = groups == group
-            current[at] = pool.current[handle_pages(mine[at])]
-        held = mine[current == mine]
-        return self.take_unverified() if mine.size and not held.size else held
+        while self._waiting.size:
+            mine = self._waiting[: self.verify_pages]
+            self._waiting = self._waiting[self.verify_pages :]
+            mine = mine[self.ledger.are_sealed(mine)]
+            if mine.size:
+                return mine
+        return self._waiting
 
     # --- the scrub ---
 

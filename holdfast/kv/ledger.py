@@ -520,14 +520,14 @@ class Ledger:
     def judge(self, handles: np.ndarray, sums: np.ndarray) -> np.ndarray:
         """uint64[k]: which of these pages are not what was sealed, their sums being uint64 `sums`.
         One that was given up meanwhile is nobody's any more."""
-        groups, wrong = handle_groups(handles), np.zeros(handles.size, np.bool_)
+        groups, held = handle_groups(handles), self.are_sealed(handles)
+        wrong = np.zeros(handles.size, np.bool_)
         for group, pool in enumerate(self.pools):
-            at = np.flatnonzero(groups == group)
+            at = held & (groups == group)
             pages = handle_pages(handles[at])
-            held = (pool.current[pages] == handles[at]) & (pool.state[pages] == _SEALED)
             same = pool.sums[pages] == sums[at]
-            self._unverified[group][pages[held & same]] = False
-            wrong[at] = held & ~same
+            self._unverified[group][pages[same]] = False
+            wrong[at] = ~same
         self._recount_unverified()
         return handles[wrong]
 
@@ -537,8 +537,16 @@ class Ledger:
 
     def is_sealed(self, handle: int) -> bool:
         """Whether this handle is not stale and its page still counts as sealed."""
-        pool, page = self.pools[handle >> 56], handle & 0xFF_FFFF
-        return bool(pool.state[page] == _SEALED) and int(pool.current[page]) == handle
+        return bool(self.are_sealed(np.array([handle], np.uint64))[0])
+
+    def are_sealed(self, handles: np.ndarray) -> np.ndarray:
+        """bool[k]: `is_sealed` of each of uint64[k] handles."""
+        groups, sealed = handle_groups(handles), np.zeros(handles.size, np.bool_)
+        for group, pool in enumerate(self.pools):
+            at = groups == group
+            pages = handle_pages(handles[at])
+            sealed[at] = (pool.current[pages] == handles[at]) & (pool.state[pages] == _SEALED)
+        return sealed
 
     def drop(self, handles: set[int]) -> set[int]:
         """These sealed pages are not what they were: they are given up with all that hangs below

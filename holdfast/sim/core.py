@@ -66,6 +66,7 @@ class SimCore:
             wall_ns=lambda: self.sim.now * 1000,
             scrub_pages_s=self.sim.world.scrub_pages_s,
         )
+        self.brain.checks.verify_pages = self.sim.world.verify_pages
         self.kept = KeptPages()
         self.link, _ = MemoryLink.pair()
         self.link.epoch = self._first_epoch

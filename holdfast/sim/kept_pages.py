@@ -21,6 +21,7 @@ from holdfast.wire.copies import FETCH, LOAD, RESET, MoveOrders
 from holdfast.wire.messages import Memory
 from holdfast.wire.plan import StepPlan, StepResult
 
+Place = tuple[str, int]
 # Steps before a worker's end of which nothing is kept (DESIGN 1).
 RECENT = 2
 
@@ -40,7 +41,8 @@ class KeptPages:
         self.results = 0
         self.waiting: set[int] = set()
         self._pages: dict[int, Sealed] = {}
-        self._places: dict[tuple[str, int], int] = {}  # slots and blocks: when they were sealed
+        self._places: dict[Place, int] = {}  # slots and blocks: when their content was sealed
+        self._doubtful: set[Place] = set()  # those of them that bad weights may have computed
         self._plans: dict[int, StepPlan] = {}
         self._good_at = 0  # the weights were surely right until then
 
@@ -54,8 +56,11 @@ class KeptPages:
         for copy in plan.copies:
             slot, handle = ("slot", int(copy["slot"])), int(copy["handle"])
             if copy["kind"] == LOAD:
+                if slot in self._doubtful:
+                    raise Violation(f"{slot} is loaded, which bad weights may have computed")
                 self._pages[handle] = Sealed(self._places.get(slot, self.results), None)
-            elif handle in self._pages:
+            else:
+                self._doubtful.discard(slot)
                 self._places[slot] = self._pages[handle].at
 
     def order(self, orders: MoveOrders) -> None:
@@ -65,6 +70,9 @@ class KeptPages:
                 slot, block = ("slot", int(move["slot"])), ("block", int(move["block"]))
                 source, target = (block, slot) if move["kind"] == FETCH else (slot, block)
                 self._places[target] = self._places.get(source, self.results)
+                self._doubtful.discard(target)
+                if source in self._doubtful:
+                    self._doubtful.add(target)
 
     def taken(self, result: StepResult, ledger: Ledger) -> None:
         """The core has taken the result of the oldest plan."""
@@ -95,7 +103,7 @@ class KeptPages:
                 raise Violation(f"page {handle:#x} ({known}) is kept, after {newest}, {memory}")
         self._pages = {handle: self._pages[handle] for handle in sorted(alive)}
         if memory is Memory.RELOADED:
-            self._places = {at: when for at, when in self._places.items() if when <= newest}
+            self._doubtful.update(at for at, when in self._places.items() if when > self._good_at)
         self._plans.clear()
         self.waiting = alive
         self._good_at = self.results

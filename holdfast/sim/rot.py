@@ -64,9 +64,10 @@ class Rot:
             if not (at[0] == step[0] and at[1] >= step[1] and cells <= found)
         }
 
-    def known(self, page: int) -> None:
-        """The core knows this page to be bad by another way than a step's sums."""
-        self.cells = {cell: value for cell, value in self.cells.items() if cell[0] != page}
+    def known(self, cells: set[Cell]) -> None:
+        """The core is told of these by another way than a step's sums."""
+        for cell in cells:
+            self.cells.pop(cell, None)
 
     def excuses(self, request: int, index: int) -> bool:
         """Whether this token may be wrong."""

@@ -14,7 +14,7 @@ from random import Random
 import numpy as np
 
 from holdfast.config import Limits
-from holdfast.core.checks import SCRUB_PAGES
+from holdfast.core.checks import SCRUB_PAGES, VERIFY_PAGES
 from holdfast.proc.lifecycle.policy import Policy
 from holdfast.proc.lifecycle.states import Standby
 from holdfast.sim.vocabulary import VOCAB, draw_stops
@@ -150,6 +150,7 @@ class World:
     copy_time: int = 1  # bounds of each half of a copy and of a move
     disk_time: int = 1
     scrub_pages_s: float = 0.0
+    verify_pages: int = VERIFY_PAGES
 
     @property
     def immortal(self) -> bool:
@@ -185,7 +186,7 @@ def draw(seed: int, profile: str = "short") -> World:
     fence_time = rng.choice([1, 30]) * step_time
     respawn_time = rng.choice([1, 10, 50]) * step_time
     rates, policy, second = _draw_processes(seed, limits, rates, step_time, respawn_time)
-    rates, scrub_pages_s = _draw_scrub(seed, rates, fault_chance, step_time)
+    rates, scrub_pages_s, verify_pages = _draw_checks(seed, rates, fault_chance, step_time)
     return World(
         seed=seed,
         limits=limits,
@@ -205,22 +206,24 @@ def draw(seed: int, profile: str = "short") -> World:
         copy_time=copy_time,
         disk_time=disk_time,
         scrub_pages_s=scrub_pages_s,
+        verify_pages=verify_pages,
     )
 
 
-def _draw_scrub(
+def _draw_checks(
     seed: int, rates: Rates, fault_chance: float, step_time: int
-) -> tuple[Rates, float]:
-    """How fast sealed pages are read again, and how often one has changed, from a Random of their
-    own. Where they change there often is a scrub, and where there is none they change all the
-    same."""
+) -> tuple[Rates, float, int]:
+    """How fast sealed pages are read again, how many at once after a worker's end, and how often
+    one has changed, from a Random of their own. Where they change there often is a scrub, and where
+    there is none they change all the same."""
     rng = Random(seed * 0x94D0_49BB + 15)
-    rotten, exponent = rng.random() < fault_chance / 2, rng.uniform(-2.0, -0.7)
-    lost = 10.0 ** rng.uniform(-1.0, -0.3) if rng.random() < fault_chance / 4 else 0.0
-    every_steps = rng.choice([0.7, 5, 40])
+    rotten, exponent = rng.random() < fault_chance, rng.uniform(-1.7, -0.5)
+    lost = 10.0 ** rng.uniform(-1.0, 0.0) if rng.random() < fault_chance / 3 else 0.0
+    every_steps = rng.choice([2, 8, 60])
     on = rng.random() < (0.8 if rotten else 0.3)
     rates = replace(rates, page_rot=10.0**exponent if rotten else 0.0, memory_lost=lost)
-    return rates, SCRUB_PAGES / (every_steps * step_time * 1e-6) if on else 0.0
+    scrub_pages_s = SCRUB_PAGES / (every_steps * step_time * 1e-6) if on else 0.0
+    return rates, scrub_pages_s, rng.choice([1, 4, VERIFY_PAGES])
 
 
 def _draw_tiers(
@@ -341,12 +344,8 @@ def _draw_limits(rng: Random, shortage: float) -> Limits:
 
 def _draw_rates(rng: Random, fault_chance: float) -> Rates:
     drawn = {}
-    drawn_later = (
-        *TIER_RATES,
-        *PROCESS_RATES,
-        *PAGE_RATES,
-        "poison",
-    )  # each with a Random of its own
+    # Each of these with a Random of its own.
+    drawn_later = (*TIER_RATES, *PROCESS_RATES, *PAGE_RATES, "poison")
     for rate in (rate for rate in fields(Rates) if rate.name not in drawn_later):
         # Every rate is drawn, used or not, so that one coin does not shift all the others.
         on, exponent = rng.random() < fault_chance, rng.uniform(-2.5, -0.7)
