@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from holdfast.kv.pages import PageState
 from holdfast.proc.lifecycle.actions import (
     Action,
     Happened,
@@ -218,9 +221,15 @@ class Processes:
         """Some cells of any pages, sealed and free ones among them, are not what they were. Until
         the core hears of the next worker it believes in them, and must not use them."""
         self.sim.pages_void = True
-        for pages in self.sim.memory:
+        for group, pages in enumerate(self.sim.memory):
+            sealed: list[int] = []
+            if self.sim.core.up:  # Else they are few among many.
+                state = self.sim.core.brain.ledger.pools[group].state
+                sealed = np.flatnonzero(state == PageState.SEALED).tolist()
             for _ in range(self.rng.randint(1, 6)):
                 page, at = self.rng.randrange(1, len(pages)), self.rng.randrange(pages.shape[1])
+                if sealed and self.rng.random() < 0.5:
+                    page = self.rng.choice(sealed)
                 pages[page, at] = NOT_FINITE if self.rng.random() < 0.5 else pages[page, at] ^ 1
 
     def _ring(self) -> None:

@@ -69,13 +69,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         "pass",
     ),
     Mutation(
-        "doubtful-move",
-        "what bad weights may have computed goes though it is on its way",
-        _T + "Tiers.new_epoch",
-        "move.void |= self.disk.entry(move.block).sealed_at > sealed_until",
-        "pass",
-    ),
-    Mutation(
         "lost-memory-believed",
         "of a memory that is lost nothing is kept",
         _B + "Brain.new_epoch",
