@@ -260,9 +260,9 @@ class Supervisor:
                     self._children[process].kill()
             case Tell(process, message):
                 return self._say(process, dict(message))
-            case Promote(process, epoch, core):
+            case Promote(process, epoch, core, memory):
                 self._estate.metrics.set("worker_epoch", epoch)
-                ours = {"type": "worker", "epoch": epoch}
+                ours = {"type": "worker", "epoch": epoch, "memory": str(memory)}
                 return self._link(process, {"type": "promote", "epoch": epoch}, core, ours)
             case Introduce(process, index, core):
                 ours = self._introduction(process, index)

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from holdfast.kv.pages import PageState
 from holdfast.proc.lifecycle.actions import (
     Action,
     Happened,
@@ -33,7 +36,7 @@ from holdfast.sim.core import SimCore
 from holdfast.sim.fake_worker import NOT_FINITE
 from holdfast.sim.violation import Violation
 from holdfast.sim.worker import EXIT_FAULT, SimWorker
-from holdfast.wire.messages import first_id
+from holdfast.wire.messages import Memory, first_id
 
 if TYPE_CHECKING:
     from holdfast.sim.simulator import Simulation
@@ -221,9 +224,15 @@ class Processes:
         """Some cells of any pages, sealed and free ones among them, are not what they were. Until
         the core hears of the next worker it believes in them, and must not use them."""
         self.sim.pages_void = True
-        for pages in self.sim.memory:
+        for group, pages in enumerate(self.sim.memory):
+            sealed: list[int] = []
+            if self.sim.core.up:  # Else they are few among many.
+                state = self.sim.core.brain.ledger.pools[group].state
+                sealed = np.flatnonzero(state == PageState.SEALED).tolist()
             for _ in range(self.rng.randint(1, 6)):
                 page, at = self.rng.randrange(1, len(pages)), self.rng.randrange(pages.shape[1])
+                if sealed and self.rng.random() < 0.5:
+                    page = self.rng.choice(sealed)
                 pages[page, at] = NOT_FINITE if self.rng.random() < 0.5 else pages[page, at] ^ 1
 
     def _ring(self) -> None:
@@ -256,8 +265,8 @@ class Processes:
                         self.dies(number, _SIGKILL)
                 case Tell(number, message):
                     self._tell(number, dict(message))
-                case Promote(number, epoch, core):
-                    self._promote(number, epoch, core)
+                case Promote(number, epoch, core, memory):
+                    self._promote(number, epoch, core, memory)
                 case Introduce(core=core) if core in self._unstarted:
                     pass  # As in the supervisor: the machine was told.
                 case Introduce(number, index, core):
@@ -405,7 +414,7 @@ class Processes:
             process.verified = good
             self._say(Event.GOOD if good else Event.BAD, process)
 
-    def _promote(self, number: int, epoch: int, core: int) -> None:
+    def _promote(self, number: int, epoch: int, core: int, memory: Memory) -> None:
         process, life = self._running(number), self._running(core).core
         assert process.worker is not None
         for other in self.running.values():
@@ -420,7 +429,11 @@ class Processes:
         if process.dying:  # Its end of file is on the way.
             self._blame(process)
         self._tell(number, {"type": "promote"})
-        self._tell(core, {"type": "worker", "epoch": epoch, "worker": process.worker})
+        if self._strikes("memory_lost"):
+            memory = Memory.LOST
+            self._corrupt()
+        told = {"epoch": epoch, "memory": str(memory), "worker": process.worker}
+        self._tell(core, {"type": "worker", **told})
         if process.dying:
             process.worker.close()
 

@@ -451,3 +451,51 @@ def test_orders_and_acknowledgements_survive_their_frames():
         COPY_FAILED,
         (1 << 64) - 1,
     )
+
+
+def sealed_late(bench: Bench, pages: int) -> int:
+    """Two prompts stored, the second `pages` long and after the moment that is returned."""
+    bench.stored(1, 2)
+    bench.ledger.acknowledge(1)
+    moment = bench.ledger.clock
+    bench.ledger.acknowledge(2)
+    bench.stored(9, pages)
+    return moment
+
+
+def test_what_was_sealed_after_a_moment_goes_from_the_host_too():
+    bench = Bench()
+    moment = sealed_late(bench, 1)
+    assert bench.tiers.host.held == 3
+    bench.tiers.new_epoch(moment)
+    assert bench.tiers.host.held == 2
+    bench.ledger.reset()
+    bench.verify()
+    assert not bench.bring(9, 1)
+    assert bench.bring(1, 2)
+
+
+def test_a_spill_of_what_bad_weights_computed_leaves_nothing_on_disk():
+    bench = Bench(host_pages=1, disk_pages=2)
+    bench.reset()
+    bench.ledger.acknowledge(1)
+    bench.stored(1, 1)
+    bench.compute(11, 1)
+    ((ticket, kind, _, _),) = bench.moves()
+    assert kind == SPILL
+    bench.tiers.new_epoch(0)
+    bench.ledger.reset()
+    bench.tiers.moved(bench.ack(ticket, 100, epoch=3))
+    bench.verify()
+    assert bench.tiers.host.held == bench.tiers.disk.held == 0
+
+
+def test_a_fetch_of_what_bad_weights_computed_leaves_nothing_in_the_host():
+    bench = on_disk()
+    bench.bring(1, 1)
+    ticket = next(ticket for ticket, kind, _, _ in bench.moves() if kind == FETCH)
+    bench.tiers.new_epoch(-1)
+    bench.ledger.reset()
+    bench.tiers.moved(bench.ack(ticket, 100, epoch=3))
+    bench.verify()
+    assert bench.tiers.host.held == bench.tiers.disk.held == 0
