@@ -14,7 +14,7 @@ from holdfast.kv.slots import SlotState
 from holdfast.sim.copy_watch import CopyWatch
 from holdfast.sim.fake_mover import FakeMover, TierMemory, Transfer
 from holdfast.sim.violation import Violation
-from holdfast.wire.copies import COPY_FAILED, COPY_OK, CopyAcks, MoveOrders
+from holdfast.wire.copies import COPY_FAILED, COPY_OK, STORE, CopyAcks, MoveOrders
 from holdfast.wire.link import Kind
 from holdfast.wire.plan import StepPlan
 
@@ -33,6 +33,7 @@ class CopyTraffic:
         self.mover = FakeMover(self.memory)
         self.watch = CopyWatch()
         self._said: list[CopyAcks] = []  # by all workers
+        self._stored_from: dict[int, int] = {}  # ticket of a store -> the page's handle
         self.fences: dict[int, int] = {}  # epoch -> when nothing of it writes any more
 
     # --- copies of the worker ---
@@ -45,6 +46,10 @@ class CopyTraffic:
         for handles, writes in ((plan.zeros, True), (plan.seals, False)):
             for page in (handles & 0xFF_FFFF).tolist():
                 self.watch.step_touches(plan.step, page, writes=writes)
+        stores = plan.copies[plan.copies["kind"] == STORE]
+        self._stored_from.update(
+            zip(stores["ticket"].tolist(), stores["handle"].tolist(), strict=True)
+        )
         for page in self.watch.launch(plan, sim.now, page_watch.tenants):
             page_watch.copy_writes(page)
         for rate, slots, cells in (
@@ -118,7 +123,12 @@ class CopyTraffic:
         for ticket in acks.tickets.tolist():
             self.watch.close("worker", acks.epoch, ticket)
             self.sim.core.order.copied(ticket)
+        stored = [self._stored_from.pop(one, None) for one in acks.tickets.tolist()]
         self.sim.core.brain.copied(acks, self.sim.now_s)
+        for handle in stored:
+            # It was told the sum of what was read, and has given the page up if that was wrong.
+            if handle is not None and not self.sim.core.brain.ledger.is_sealed(handle):
+                self.sim.rot.known(handle & 0xFF_FFFF)
 
     # --- the mover ---
 
@@ -128,6 +138,7 @@ class CopyTraffic:
         if orders is None:
             return
         self.watch.order(orders, self.sim.now)
+        self.sim.core.kept.order(orders)
         self.sim.core.order.order(orders)
         frame = orders.encode()
         self.sim.after(self.sim.world.channel_time, lambda: self._mover_receives(frame), "orders")
