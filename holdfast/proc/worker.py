@@ -38,6 +38,7 @@ from holdfast.wire.plan import StepPlan
 if TYPE_CHECKING:
     from holdfast.device.memory import DeviceMemory
     from holdfast.device.runner import Runner
+    from holdfast.device.scrub import WeightsScrub
     from holdfast.model.spec import ModelSpec
     from holdfast.model.weights import WeightsLayout
 
@@ -73,12 +74,16 @@ class Progress:
 
 
 class Worker:
-    """A device behind two channels: plans come over `link`, a stop over `control`."""
+    """A device behind two channels: plans come over `link`, a stop over `control`. scrub: reads the
+    weights again between steps; None: nobody does."""
 
-    def __init__(self, runner: Runner, control: Control, link: Link) -> None:
+    def __init__(
+        self, runner: Runner, control: Control, link: Link, scrub: WeightsScrub | None = None
+    ) -> None:
         self._runner = runner
         self._control = control
         self._link = link
+        self._scrub = scrub
 
     def run(self) -> None:
         """Answer plans. Raises Stopped when told to, LinkClosed when core or supervisor is gone,
@@ -88,7 +93,7 @@ class Worker:
             for channel in (self._control, self._link):
                 wanted = select.POLLOUT if channel.unsent_bytes else 0
                 poller.register(channel.fileno(), select.POLLIN | wanted)
-            ready = dict(poller.poll(WAIT_S * 1000))
+            ready = dict(poller.poll(self._wait_s() * 1000))
             if self._control.fileno() in ready:
                 self._control.flush()
                 obey(self._control)
@@ -96,6 +101,22 @@ class Worker:
                 self._link.flush()
                 for kind, payload in self._link.drain():
                     self._step(kind, payload)
+            self._read_weights()
+
+    def _wait_s(self) -> float:
+        """Until there is something to do without being told."""
+        if self._scrub is None:
+            return WAIT_S
+        return min(WAIT_S, self._scrub.due_s(time.monotonic()))
+
+    def _read_weights(self) -> None:
+        """A slice of them, when one is due; the keeper judges the sum of all."""
+        now_s = time.monotonic()
+        if self._scrub is None or self._scrub.due_s(now_s) > 0:
+            return
+        weights_sum = self._scrub.read(now_s)
+        if weights_sum is not None:
+            self._control.send({"type": "weights_sum", "sum": weights_sum})
 
     def flush(self) -> None:
         """Give the core what was computed. Raises LinkError when it does not take it in time."""
@@ -136,6 +157,8 @@ def wait_for_epoch(memory: DeviceMemory, control: Control) -> tuple[int, Link]:
         if message["type"] == "verify":
             weights_sum = slab_sum(memory.weights, Progress(control, "weights check"))
             control.send({"type": "weights_sum", "sum": weights_sum})
+        elif message["type"] == "ping":
+            control.send({"type": "pong"})
         elif message["type"] == "promote" and len(fds) == 1:
             return message["epoch"], Link(socket.socket(fileno=fds[0]), epoch=message["epoch"])
         else:
@@ -181,7 +204,7 @@ def _work(start: Boot, control: Control) -> int:
     epoch, link = wait_for_epoch(runner.memory, control)
     runner.reset(epoch)
     setproctitle.setproctitle(title("worker", start.index))
-    worker = Worker(runner, control, link)
+    worker = Worker(runner, control, link, make_scrub(runner.memory, config["scrub_gbps"]))
     try:
         worker.run()
     except Stopped:
@@ -223,6 +246,13 @@ def prepare(start: Boot, spec: ModelSpec, control: Control) -> tuple[Runner, dic
     return runner, facts
 
 
+def make_scrub(memory: DeviceMemory, gbps: float) -> WeightsScrub | None:
+    """What reads the weights again, or None at rate 0."""
+    from holdfast.device.scrub import WeightsScrub
+
+    return WeightsScrub(memory.weights, gbps, time.monotonic()) if gbps else None
+
+
 def load(
     spec: ModelSpec,
     layout: WeightsLayout,
@@ -248,6 +278,7 @@ def _report(control: Control, error: Exception) -> None:
         "operator": False,
         "message": str(error) or type(error).__name__,
         "kind": type(error).__name__,
+        "at_s": time.monotonic(),
         "traceback": text[-TRACEBACK_CHARS:],
     }
     # A supervisor that is gone or does not read sees the exit code.
