@@ -147,7 +147,7 @@ class Scheduler:
             plan.zeros = concat(zeros, np.uint64)
         if self.tiers is not None and self.tiers.pending:
             plan.copies = self.tiers.take_copies(now_s)
-        return Flight(plan, run.life[rows], run.ids[rows], seals, leased, now_s)
+        return Flight(plan, run.life[rows], run.ids[rows], seals, leased, now_s, planned)
 
     # --- decode ---
 

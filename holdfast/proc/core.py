@@ -14,6 +14,7 @@ from holdfast.core import journal
 from holdfast.core.brain import Brain
 from holdfast.core.loop import CoreLoop
 from holdfast.core.metrics import Metrics
+from holdfast.core.report import FaultReports
 from holdfast.errors import HoldfastError
 from holdfast.proc import memfd
 from holdfast.proc.child import EXIT_OPERATOR, Boot, boot
@@ -52,7 +53,10 @@ def main() -> int:
     control.ready(recovered=recovered)
     metrics = brain.metrics
     return CoreLoop(
-        brain, control, spent=lambda seconds: metrics.observe("brain_seconds", seconds)
+        brain,
+        control,
+        spent=lambda seconds: metrics.observe("brain_seconds", seconds),
+        reports=FaultReports(brain, tokens=start.config["fault_tokens"]),
     ).run()
 
 

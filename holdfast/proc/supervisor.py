@@ -220,6 +220,8 @@ class Supervisor:
             accused = self.lifecycle.worker_of(message["epoch"])
             detail, hung = message["detail"], message.get("hung", False)
             happened = accused and Happened(Event.ACCUSED, accused, detail, hung=hung)
+        elif kind == "fault_report" and role is Role.CORE:
+            self._estate.tell_fault(message["report"])
         elif kind == "api_fault" and role is Role.CORE:
             happened = Happened(Event.ACCUSED, message["process"], message["detail"])
         else:
@@ -311,10 +313,7 @@ class Supervisor:
         # A standby is a worker that has not been told so yet.
         code = "worker" if action.role is Role.STANDBY else str(action.role)
         module = self._modules.get(code, f"holdfast.proc.{code}")
-        env = None
-        if code == "worker":
-            threads = str(self.options.threads)
-            env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        env = self.options.worker_environment() if code == "worker" else None
         role = str(action.role)
         try:
             child = spawn(role, action.index, module=module, config=config, fds=fds, env=env)
