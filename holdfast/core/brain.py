@@ -20,7 +20,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -61,10 +60,8 @@ POISON_MESSAGE = (
 )
 # Gauges and sums are published every few steps, and whenever the pipe is empty.
 COUNT_EVERY_STEPS = 8
-# For the report of a fault (core.report): the last plans that were answered, and damaged pages that
-# were not told yet.
+# Of the last plans that were answered, for the report of a fault (core.report).
 PLANS_KEPT = 8
-PAGE_FAULTS_KEPT = 8
 
 
 # What kv.tiers counts, by the name of its metric.
@@ -98,7 +95,6 @@ class Brain:
         self._deadlines: list[tuple[float, int]] = []
         self._flights: deque[Flight] = deque()
         self.recent: deque[Flight] = deque(maxlen=PLANS_KEPT)
-        self.page_faults: deque[dict[str, Any]] = deque(maxlen=PAGE_FAULTS_KEPT)
         self.quarantine = Quarantine()
         self._replies = Replies()
         # For clients that have not read their end when the core dies: the last requests that ended

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,12 +43,20 @@ Report = dict[str, Any]
 
 
 class FaultReports:
-    """`tokens`: prompts and answers of the requests in flight are told too."""
+    """`tokens`: prompts and answers of the requests in flight are told too. `page_faults`: the last
+    pages that were not as they had been sealed, as plain data, oldest first."""
 
     def __init__(
-        self, brain: Brain, *, tokens: bool = False, wall_ns: Callable[[], int] = time.time_ns
+        self,
+        brain: Brain,
+        *,
+        tokens: bool = False,
+        page_faults: Callable[[], Sequence[dict[str, Any]]] = tuple,
+        wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._brain = brain
+        self._page_faults = page_faults
+        self._page_told: dict[str, Any] | None = None  # the last entry that was
         self._tokens = tokens
         self._wall_ns = wall_ns
         self._made: deque[Report] = deque()
@@ -96,9 +104,7 @@ class FaultReports:
 
     def take(self, now_s: float, *, last: bool = False) -> list[Report]:
         """Reports that may leave now; `last`: whatever there is, since nothing comes after."""
-        faults = self._brain.page_faults
-        while faults:
-            self._keep({**self._head("page", self._brain.epoch), **faults.popleft()})
+        self._note_pages()
         late = now_s - self._lost_s >= WAIT_S
         if self._open is not None and (last or late):
             self._close()
@@ -108,6 +114,16 @@ class FaultReports:
         if self.dropped:
             made[0]["reports_dropped"], self.dropped = self.dropped, 0
         return made
+
+    def _note_pages(self) -> None:
+        """Make a report of each damaged page that is new since the last time."""
+        entries = self._page_faults()
+        if not entries or entries[-1] is self._page_told:
+            return
+        told = [at for at, entry in enumerate(entries) if entry is self._page_told]
+        for entry in list(entries)[told[0] + 1 if told else 0 :]:
+            self._keep({**self._head("page", self._brain.epoch), **entry})
+        self._page_told = entries[-1]
 
     def _resumed(self) -> bool:
         """Whether new work has begun, or there is none."""

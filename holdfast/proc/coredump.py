@@ -38,7 +38,7 @@ def coredump_environment(folder: Path) -> dict[str, str]:
 
 def check_device(device: str) -> None:
     """Raises OptionError for a device whose faults no driver dumps."""
-    if device != "cuda":
+    if device.partition(":")[0] != "cuda":
         raise OptionError(OPTION, f"is for --device cuda; a worker on {device} has no GPU to dump")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -196,10 +197,17 @@ def test_workers_that_die_one_after_the_other_leave_the_newest_reports() -> None
     assert taken[0]["reports_dropped"] == 3
 
 
-def test_damaged_pages_are_told_as_the_brain_notes_them() -> None:
-    driver, reports = decoding()
-    driver.brain.page_faults.append({"group": 0, "page": 7, "generation": 2, "found": "scrub"})
-    (report,) = told(driver, reports)
-    assert report["kind"] == "page" and report["page"] == 7
-    assert "page 7" in line_of(report)
-    assert not driver.brain.page_faults
+def test_damaged_pages_are_told_once_each_as_the_brain_notes_them() -> None:
+    driver, _ = decoding()
+    noted: deque[dict[str, Any]] = deque(maxlen=3)
+    reports = FaultReports(driver.brain, page_faults=lambda: noted)
+    for first, last in ((1, 1), (2, 4)):
+        pages = range(first, last + 1)
+        noted.extend(
+            {"group": 0, "page": page, "generation": 2, "found": "scrub"} for page in pages
+        )
+        found = told(driver, reports)
+        assert [report["page"] for report in found] == list(pages)
+        assert {report["kind"] for report in found} == {"page"}
+        assert told(driver, reports) == []
+    assert "page 4" in line_of(found[-1])
