@@ -155,6 +155,8 @@ class ServeOptions:
             "seed": self.seed,
             "threads": self.threads,
             "loaded": loaded,
+            # With all it loads; a GPU is shared by turns, whatever class a thread is in.
+            "background": loaded and self.device == "cpu",
             **self.extra,
         }
 

@@ -69,6 +69,7 @@ class Supervisor:
         self._on_event = on_event
         self._modules = dict(modules or {})
         self._children: dict[int, Child] = {}
+        self._hurried: int | None = None
         self._selector = selectors.DefaultSelector()
         self._started_s = time.monotonic()
 
@@ -249,6 +250,7 @@ class Supervisor:
             failed = self._try(queue.popleft())
             if failed is not None:
                 queue.extend(self.lifecycle.handle(failed, time.monotonic()))
+        self._hurry()
         self._count()
 
     def _try(self, action: Action) -> Happened | None:
@@ -350,6 +352,15 @@ class Supervisor:
         if control in self._selector.get_map():
             mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if control.unsent_bytes else 0)
             self._selector.modify(control, mask, ("control", process))
+
+    def _hurry(self) -> None:
+        """Tell a standby that has taken the worker's place before it was prepared."""
+        slot = self.lifecycle.worker
+        child = self._children.get(slot.process or 0)
+        waits = child is not None and child.role == "standby" and slot.state is State.STARTING
+        if waits and slot.process != self._hurried:
+            self._hurried = slot.process
+            self._say(slot.process, {"type": "hurry"})
 
     def _count(self) -> None:
         """How many processes of each role are up, for /metrics."""
