@@ -1,6 +1,6 @@
 """Inter-token latency of live streams while a standby prepares itself, on the CPU.
 
-    python tools/bench_standby.py [--streams 8] [--rounds 5] [--foreground] [--json]
+    python tools/bench_standby.py [--streams 8] [--rounds 5] [--foreground] [--json FILE]
 
 A server with the bundled model runs `--streams` endless streams. Each round measures the gaps
 between the tokens of each stream over a quiet window, kills the standby, and measures them again
@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
-import json
 import os
-import platform
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 
+from holdfast.bench.report import append, environment, summary
 from holdfast.proc import status
 
 QUIET_S = 4.0
@@ -120,18 +119,13 @@ async def rounds(pid: int, streams: Streams, count: int) -> list[float]:
     return prepared_s
 
 
-def percentile(values: list[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--foreground", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, help="append a row to this file")
     asked = parser.parse_args()
     mode = "foreground" if asked.foreground else "background"
     command = [sys.executable, "-c", SERVER, mode, str(asked.threads)]
@@ -148,33 +142,30 @@ def main() -> None:
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait(60)
-    report: dict[str, Any] = {
-        "bench": "standby",
+    figures: dict[str, Any] = {
         "mode": mode,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": "holdfast-tiny",
         "streams": asked.streams,
         "threads": asked.threads,
-        "rounds": asked.rounds,
         "prepared_s": [round(seconds, 2) for seconds in prepared_s],
-        "machine": {
-            "cores": os.cpu_count(),
-            "system": platform.platform(),
-            "load_1m": round(os.getloadavg()[0], 2),
-        },
     }
     for label, gaps in streams.gaps.items():
-        report[label] = {
-            "gaps": len(gaps),
-            **{f"p{p}_ms": round(percentile(gaps, p / 100) * 1e3, 2) for p in (50, 90, 99)},
-            "max_ms": round(max(gaps) * 1e3, 2),
+        figures[f"{label}_gap_ms"] = {
+            name: round(value, 2) for name, value in summary([gap * 1e3 for gap in gaps]).items()
         }
-    report["p99_ratio"] = round(report["warming"]["p99_ms"] / report["quiet"]["p99_ms"], 2)
-    if asked.json:
-        print(json.dumps(report))
-        return
-    for label in ("quiet", "warming"):
-        print(f"{label:8}", report[label])
-    print(f"p99 {report['p99_ratio']} times; prepared in {report['prepared_s']} s ({mode})")
+    figures["p99_ratio"] = round(
+        figures["warming_gap_ms"]["p99"] / figures["quiet_gap_ms"]["p99"], 2
+    )
+    print(_text(figures))
+    if asked.json is not None:
+        append(asked.json, {"bench": "standby", **environment(), **figures})
+
+
+def _text(figures: dict[str, Any]) -> str:
+    lines = [f"{k}: {v}" for k, v in figures.items() if k.endswith("_gap_ms")]
+    seconds = figures["prepared_s"]
+    end = f"p99 {figures['p99_ratio']} times; prepared in {seconds} s ({figures['mode']})"
+    return "\n".join([*lines, end])
 
 
 if __name__ == "__main__":
