@@ -14,9 +14,11 @@ import typer
 from holdfast import __version__
 from holdfast.cli.bench import bench
 from holdfast.cli.chat import chat
+from holdfast.cli.faults import faults
 from holdfast.cli.generate import generate
 from holdfast.cli.plan import plan
 from holdfast.cli.ps import ps
+from holdfast.cli.replay import replay
 from holdfast.cli.serve import serve
 from holdfast.cli.simulate import simulate_command
 from holdfast.errors import OperatorError, RequestError
@@ -63,6 +65,8 @@ app.command()(chat)
 app.command()(generate)
 app.command()(plan)
 app.command()(ps)
+app.command()(faults)
+app.command()(replay)
 app.command("simulate")(simulate_command)
 app.add_typer(bench, name="bench")
 

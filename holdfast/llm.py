@@ -178,6 +178,11 @@ class LLM:
 
     # --- life ---
 
+    @property
+    def engine(self) -> LocalEngine:
+        """What is below texts and parameters: requests as ids, for `holdfast replay`."""
+        return self._engine
+
     def close(self) -> None:
         """End what is running and give the memory back. Harmless when closed already."""
         self._engine.close()

@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
 # These files of proc are processes of their own, each in its own wing; the rest of proc is plumbing
 # that all of them share, so it must not reach a wing's inside. The lifecycle is pure: no plumbing.
 ROLES = {"keeper", "core", "api", "worker", "supervisor", "lifecycle"}
-ROOF = {"__init__", "__main__", "cli", "llm", "bench", "drill", "proc.supervisor"}
+ROOF = {"__init__", "__main__", "cli", "llm", "replay", "bench", "drill", "proc.supervisor"}
 # model/spec reads config.json and nothing else; it is torch-free so that `plan` starts at once.
 TORCH_FREE_EXCEPTIONS = {"holdfast.model.spec"}
 TORCH_LAYERS = {"ops", "model", "device", "proc.worker"}

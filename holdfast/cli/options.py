@@ -200,6 +200,29 @@ class ServerOptions:
     journal_sync: Annotated[
         JournalSync, _option(PROCESS_PANEL, "When that copy is fsynced, off the step")
     ] = JournalSync.INTERVAL
+    fault_dir: Annotated[
+        Path | None,
+        _option(
+            PROCESS_PANEL,
+            "Write a report of each fault here, the last 20; see holdfast faults",
+            "one line on stderr",
+        ),
+    ] = None
+    fault_tokens: Annotated[
+        bool,
+        _option(
+            PROCESS_PANEL,
+            "Put the tokens of the requests in flight into those reports: prompts and answers",
+        ),
+    ] = False
+    gpu_coredump: Annotated[
+        Path | None,
+        _option(
+            PROCESS_PANEL,
+            "Have the CUDA driver dump a faulted GPU here, without its memory; delays recovery",
+            "off",
+        ),
+    ] = None
     log_level: Annotated[LogLevel, _option(PROCESS_PANEL, "What goes to stderr")] = LogLevel.INFO
     request_timeout_s: Annotated[
         float | None,

@@ -75,6 +75,9 @@ def serve_options(model: str | None, server: ServerOptions, engine: EngineOption
         keepalive_s=server.keepalive_s,
         journal_dir=server.journal_dir,
         journal_sync=server.journal_sync.value,
+        fault_dir=server.fault_dir,
+        fault_tokens=server.fault_tokens,
+        gpu_coredump=server.gpu_coredump,
         log_level=server.log_level.value,
     )
 

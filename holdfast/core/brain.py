@@ -19,7 +19,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,8 @@ POISON_MESSAGE = (
 )
 # Gauges and sums are published every few steps, and whenever the pipe is empty.
 COUNT_EVERY_STEPS = 8
+# Of the last plans that were answered, for the report of a fault (core.report).
+PLANS_KEPT = 8
 
 
 class Brain:
@@ -99,6 +101,7 @@ class Brain:
         self.requests: dict[int, Request] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._flights: deque[Flight] = deque()
+        self.recent: deque[Flight] = deque(maxlen=PLANS_KEPT)
         self.quarantine = Quarantine()
         self._replies = Replies()
         # For clients that have not read their end when the core dies: the last requests that ended
@@ -132,6 +135,11 @@ class Brain:
     def in_flight(self) -> int:
         """Plans launched and not committed."""
         return len(self._flights)
+
+    @property
+    def flights(self) -> Sequence[Flight]:
+        """Plans launched and not committed, oldest first."""
+        return tuple(self._flights)
 
     @property
     def live(self) -> int:
@@ -331,7 +339,7 @@ class Brain:
             # The mirror has taken the plan's deltas: no result may be compared with it any more.
             self.suspended = True
             raise
-        self._flights.popleft()
+        self.recent.append(self._flights.popleft())
         seconds = now_s - flight.launched_s
         self._step_seconds += 0.05 * (seconds - self._step_seconds)
         self.metrics.observe("step_seconds", result.device_ns * 1e-9)

@@ -34,7 +34,8 @@ class Flight:
     """A launched plan and what its result will be matched with.
 
     life: int64[n], ids: uint64[n], of plan.rows. zeros: how many of plan.zeros hold a lease until
-    then. checks: uint64[k] handles at the end of plan.seals whose sums are known already;
+    then. reach: int32[n], tokens of each row that have their KV once the plan is over, all of its
+    drafts counted. checks: uint64[k] handles at the end of plan.seals whose sums are known already;
     verifies: that it is the first look at them after a worker's end.
     """
 
@@ -44,6 +45,7 @@ class Flight:
     seals: list[SealBatch]
     zeros: int
     launched_s: float
+    reach: np.ndarray
     checks: np.ndarray
     verifies: bool
 

@@ -30,7 +30,7 @@ from holdfast.config import Limits
 from holdfast.errors import InvariantError, require
 from holdfast.wire.messages import Sampling
 
-_MAGIC = 0x4846_4A31
+MAGIC = 0x4846_4A31
 _HEADER = struct.Struct("<IIQ")  # magic, active half, half bytes
 _HEADER_BYTES = 4096
 _HALF_HEAD = struct.Struct("<I4xQ")  # generation of the half, committed bytes
@@ -43,6 +43,9 @@ class RecordKind(enum.IntEnum):
     SUBMIT = 1
     TOKENS = 2
     END = 3
+
+
+_KINDS = frozenset(int(kind) for kind in RecordKind)
 
 
 class Admission(msgspec.Struct, frozen=True, array_like=True):
@@ -86,7 +89,7 @@ class Journal:
         self._half = 0
         self._at = 0
         magic, half, half_bytes = _HEADER.unpack_from(buffer, 0)
-        if magic == _MAGIC and half_bytes == self._half_bytes:
+        if magic == MAGIC and half_bytes == self._half_bytes:
             self._half = half
             self._generation, self._at = _HALF_HEAD.unpack_from(buffer, self._start(half))
         else:
@@ -124,7 +127,7 @@ class Journal:
                 raise InvariantError(
                     f"live requests do not fit a journal half of {self._half_bytes} bytes"
                 )
-        _HEADER.pack_into(self._buffer, 0, _MAGIC, self._half, self._half_bytes)
+        _HEADER.pack_into(self._buffer, 0, MAGIC, self._half, self._half_bytes)
         self.compactions += 1
 
     def _open_half(self, half: int, *, publish: bool = True) -> None:
@@ -133,7 +136,7 @@ class Journal:
         self._at = 0
         _HALF_HEAD.pack_into(self._buffer, self._start(half), self._generation, 0)
         if publish:
-            _HEADER.pack_into(self._buffer, 0, _MAGIC, half, self._half_bytes)
+            _HEADER.pack_into(self._buffer, 0, MAGIC, half, self._half_bytes)
 
     def _start(self, half: int) -> int:
         return _HEADER_BYTES + half * (self._half_bytes + _HALF_HEAD_BYTES)
@@ -173,15 +176,55 @@ def records_of(
         at += (_RECORD.size + length + 7) & ~7
 
 
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """The first record of some bytes that does not hold. torn: the bytes end within it."""
+
+    offset: int
+    torn: bool
+    message: str
+
+
+def damage_of(data: memoryview) -> Damage | None:
+    """Why `records_of` would stop before the end of `data`; None when it does not."""
+    at = 0
+    while at < len(data):
+        left = len(data) - at
+        if left < _RECORD.size or not any(data[at:]):
+            # Zeros: the file had grown when its machine died, its contents had not.
+            return Damage(at, True, f"{left:,} bytes that are no record")
+        length, crc, kind, life = _RECORD.unpack_from(data, at)
+        if length > left - _RECORD.size:
+            message = f"the record says {length:,} bytes, and {left - _RECORD.size:,} follow"
+            return Damage(at, True, message)
+        payload = data[at + _RECORD.size : at + _RECORD.size + length]
+        if zlib.crc32(payload, kind ^ life) != crc:
+            return Damage(at, False, "the record's checksum does not hold")
+        if kind not in _KINDS:
+            return Damage(at, False, f"a record of kind {kind}, which this version does not know")
+        at += (_RECORD.size + length + 7) & ~7
+    return None
+
+
+def active_half(buffer: memoryview) -> memoryview:
+    """The committed records of a ring. Raises ValueError when the buffer is none."""
+    magic, half, half_bytes = _HEADER.unpack_from(buffer, 0)
+    start = _HEADER_BYTES + half * (half_bytes + _HALF_HEAD_BYTES)
+    if magic != MAGIC or half > 1 or start + _HALF_HEAD_BYTES > len(buffer):
+        raise ValueError("no journal ring")
+    _, committed = _HALF_HEAD.unpack_from(buffer, start)
+    first = start + _HALF_HEAD_BYTES
+    return buffer[first : first + committed]
+
+
 def recover(buffer: memoryview) -> dict[int, JournalledRequest]:
     """Every request the journal knows, in order of admission; ended ones carry their reason."""
     magic, half, half_bytes = _HEADER.unpack_from(buffer, 0)
-    if magic != _MAGIC:
+    if magic != MAGIC:
         return {}
     start = _HEADER_BYTES + half * (half_bytes + _HALF_HEAD_BYTES)
-    generation, committed = _HALF_HEAD.unpack_from(buffer, start)
-    first = start + _HALF_HEAD_BYTES
-    return replay(records_of(buffer[first : first + committed], generation))
+    generation, _ = _HALF_HEAD.unpack_from(buffer, start)
+    return replay(records_of(active_half(buffer), generation))
 
 
 def replay(records: Iterable[tuple[RecordKind, memoryview]]) -> dict[int, JournalledRequest]:
@@ -224,7 +267,7 @@ class JournalTail:
         what was lost then is in the new half.
         """
         magic, half, half_bytes = _HEADER.unpack_from(self._buffer, 0)
-        if magic != _MAGIC:
+        if magic != MAGIC:
             return b""
         start = _HEADER_BYTES + half * (half_bytes + _HALF_HEAD_BYTES)
         generation, committed = _HALF_HEAD.unpack_from(self._buffer, start)

@@ -74,6 +74,15 @@ class BrainLike(Protocol):
     def end_all(self, end: End, message: str, now_s: float) -> None: ...
 
 
+class ReportsLike(Protocol):
+    """What the loop needs of core.report.FaultReports."""
+
+    def lost(self, epoch: int, detail: str, now_s: float, *, hung: bool = False) -> None: ...
+    def ended(self, detail: str, *, implicates: bool) -> None: ...
+    def renewed(self, epoch: int) -> None: ...
+    def take(self, now_s: float, *, last: bool = False) -> list[dict[str, Any]]: ...
+
+
 class ControlLike(Protocol):
     """What the loop needs of proc.control.Control."""
 
@@ -109,6 +118,7 @@ class CoreLoop:
         spent: Callable[[float], None] = lambda seconds: None,
         clocks: StepClocks | None = None,
         watch: Callable[[int | None], None] = lambda pid: None,
+        reports: ReportsLike | None = None,
     ) -> None:
         """`spent` is told the seconds from a result read to the next plan sent, `watch` the pid of
         each new worker."""
@@ -116,6 +126,7 @@ class CoreLoop:
         self.clocks = clocks or StepClocks()
         self._watch_worker = watch
         self._spent = spent
+        self._reports = reports
         self._control = control
         self._clock = clock
         self._selector = selectors.DefaultSelector()
@@ -176,6 +187,7 @@ class CoreLoop:
         self._send_output()
         self._tell_resumed()
         self._update_state()
+        self._tell_faults()
         self._watch_control()
 
     def _select(self, timeout_s: float) -> list[tuple[selectors.SelectorKey, int]]:
@@ -249,6 +261,8 @@ class CoreLoop:
         if self._worker is None:
             return
         epoch = self._worker.link.epoch
+        if self._reports is not None:
+            self._reports.lost(epoch, detail, self._clock())
         self._unwatch(self._worker)
         self._worker = None
         self._worker_detail = f"the worker is being replaced: {detail}"
@@ -331,6 +345,8 @@ class CoreLoop:
                 self._lose_worker(message["detail"])
             self._worker_detail = f"the worker is being replaced: {message['detail']}"
             self._implicates = _implicates(message)
+            if self._reports is not None:
+                self._reports.ended(message["detail"], implicates=self._implicates)
         elif kind == "api":
             self._new_api(message["index"], message["process"], message["first_id"], fds)
         elif kind == "api_lost":
@@ -345,6 +361,7 @@ class CoreLoop:
             self.brain.end_all(End(message["end"]), message["message"], now_s)
         elif kind == "stop":
             self._stopping = True
+            self._tell_faults(last=True)
         else:
             raise LinkError(f"control message {kind!r} from the supervisor")
 
@@ -357,6 +374,8 @@ class CoreLoop:
         now_s = self._clock()
         self.brain.new_epoch(epoch, now_s, implicates=self._implicates, memory=memory)
         self._implicates = False
+        if self._reports is not None:
+            self._reports.renewed(epoch)
         self._worker = self._register(link, ("worker", 0))
         self._resuming = (epoch, self.brain.live, self.brain.tokens_generated)
 
@@ -379,6 +398,12 @@ class CoreLoop:
         self._apis[index] = self._register(Link(_socket_of(fds)), ("api", index))
         self._apis[index].process = process
         self._send(index, Kind.MESSAGE, encode(self._state))
+
+    def _tell_faults(self, *, last: bool = False) -> None:
+        """Hand over what is to be told of faults; the supervisor writes it."""
+        if self._reports is not None:
+            for report in self._reports.take(self._clock(), last=last):
+                self._report({"type": "fault_report", "report": report})
 
     def _report(self, message: dict[str, Any]) -> None:
         """To the supervisor; a dead one is noticed when control is next read."""

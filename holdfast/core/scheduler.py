@@ -176,7 +176,7 @@ class Scheduler:
         if self.tiers is not None and self.tiers.pending:
             plan.copies = self.tiers.take_copies(now_s)
         life, ids = run.life[rows], run.ids[rows]
-        return Flight(plan, life, ids, seals, leased, now_s, checks, verifies)
+        return Flight(plan, life, ids, seals, leased, now_s, planned, checks, verifies)
 
     # --- decode ---
 

@@ -12,8 +12,9 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     keeper                                    weights_bytes, pool_bytes
     worker, weights, pool (memfds of the      limits, model, device, dtype, pool_dtype, load,
     standby keeper)                           seed, threads, loaded (the slab holds the weights
-                                              already: do not load)
-    core    journal, metrics (memfds)         limits, epoch, tag, recover
+                                              already: do not load), background (a standby
+                                              prepares itself with CPU time that is left over)
+    core    journal, metrics (memfds)         limits, epoch, tag, recover, fault_tokens
     api     core (link, epoch 0), metrics     limits, model, served_name, api_keys, cors_origins,
             (memfd, slot 2 + index), listen   write_timeout_s, keepalive_s, body_bytes_max,
             (a listening socket)              drain_timeout_s, log_level
@@ -23,6 +24,7 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     child       super  progress           what, done, total (bytes)
     supervisor  worker verify             sum the weights
     worker      super  weights_sum        sum (uint64)
+    supervisor  worker hurry              it took the worker's place before it was prepared
     supervisor  worker promote            epoch, fd: its link to the core; it may write from now on
     child       super  fault              operator (bool), message; the child then exits
     supervisor  any    stop               finish what is being written and exit 0
@@ -40,6 +42,8 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     core        super  drained            nothing is live any more (after drain)
     core        super  worker_fault       epoch, detail: that epoch must end; optional hung:
                                            no result came in time
+    core        super  fault_report       report (core.report): plain data for whoever looks for the
+                                           cause
     core        super  api_fault          process, detail: that api process must be replaced
     supervisor  keeper weights_sum        process, sum, loaded: what a worker found in the slab
     keeper      super  weights            process, ok: whether they are the bytes that were loaded

@@ -15,6 +15,7 @@ from holdfast.core.brain import Brain
 from holdfast.core.clocks import StepClocks
 from holdfast.core.loop import CoreLoop
 from holdfast.core.metrics import Metrics
+from holdfast.core.report import FaultReports
 from holdfast.errors import HoldfastError
 from holdfast.proc import memfd
 from holdfast.proc.child import EXIT_OPERATOR, Boot, boot
@@ -63,6 +64,7 @@ def main() -> int:
         spent=lambda seconds: metrics.observe("brain_seconds", seconds),
         clocks=clocks,
         watch=starvation.watch,
+        reports=FaultReports(brain, tokens=start.config["fault_tokens"]),
     ).run()
 
 

@@ -1,9 +1,9 @@
 """Estate: what the supervisor owns and every process may lose but itself.
 
 The listening sockets, the memfds of journal and counters (and the keeper's, once they came), the
-journal's copy on disk, the status socket and the signals. Opened before any process, so that a port
-in use or a full machine is one line at start; closed in the reverse order. Nothing here has a name
-in a file system but the journal's copy, so nothing is left behind by SIGKILL.
+journal's copy on disk, the files of fault reports, the status socket and the signals. Opened before
+any process, so that a port in use or a full machine is one line at start; closed in the reverse
+order. Nothing else here has a name in a file system, so nothing is left behind by SIGKILL.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import setproctitle
 
 from holdfast.core.journal import Journal, JournalTail
 from holdfast.core.metrics import Metrics
-from holdfast.proc import memfd
+from holdfast.core.report import Report, line_of
+from holdfast.proc import coredump, memfd
+from holdfast.proc.fault_files import FaultFiles
 from holdfast.proc.journal_copy import JournalCopy
 from holdfast.proc.listen import listen, raise_file_limit
 from holdfast.proc.options import ServeOptions
@@ -42,6 +44,7 @@ class Estate:
         self.signals: deque[int] = deque()
         self.warnings: deque[str] = deque(maxlen=WARNINGS_MAX)
         self.copy: JournalCopy | None = None
+        self.faults: FaultFiles | None = None
         self._cleanup = contextlib.ExitStack()
         try:
             self._open(options)
@@ -67,6 +70,12 @@ class Estate:
         self.metrics = Metrics(memfd.attach(self.fds["metrics"]), METRICS_SLOT)
         if options.journal_dir is not None:
             self._open_copy(options)
+        if options.fault_dir is not None:
+            self.faults = FaultFiles(options.fault_dir, warn=self.warnings.append)
+            self.faults.start()
+            self._cleanup.callback(self.faults.close)
+        if options.gpu_coredump is not None:
+            coredump.make_folder(options.gpu_coredump)
         self.status = StatusServer()
         self._cleanup.callback(self.status.close)
         self._cleanup.callback(setproctitle.setproctitle, setproctitle.getproctitle())
@@ -84,6 +93,14 @@ class Estate:
         for name in names:
             if name in self.fds:
                 os.close(self.fds.pop(name))
+
+    def tell_fault(self, report: Report) -> None:
+        """One line for the operator, and a file when a place for it was given."""
+        line = line_of(report)
+        if self.faults is not None:
+            path = self.faults.put(report)
+            line += f"; report: {path}" if path else "; too many reports wait for the disk"
+        self.warnings.append(line)
 
     def stop_listening(self) -> None:
         """No process will be started on these sockets again: new connections are refused once the

@@ -16,6 +16,7 @@ from holdfast.config import Limits
 from holdfast.core.clocks import STEP_TIMEOUT_S
 from holdfast.errors import OptionError
 from holdfast.proc.child import limits_config
+from holdfast.proc.coredump import check_device, coredump_environment
 from holdfast.proc.lifecycle.policy import HEARTBEAT_S
 from holdfast.proc.lifecycle.states import Standby
 
@@ -76,6 +77,12 @@ class ServeOptions:
     journal_sync_interval_s: float = 1.0
     journal_file_mb: float = 64
     journal_files: int = 8
+    fault_dir: Path | None = None
+    """Where reports of faults are written; without one a report is one line."""
+    fault_tokens: bool = False
+    """Reports hold the tokens of the requests in flight."""
+    gpu_coredump: Path | None = None
+    """Where the CUDA driver dumps a GPU that faulted (proc.coredump)."""
     log_level: str = "info"
     extra: dict[str, Any] = field(default_factory=dict)
     """Added to the config of every role."""
@@ -106,6 +113,10 @@ class ServeOptions:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise OptionError("--" + name.replace("_", "-"), f"must be positive, got {value}")
+        if self.fault_tokens and self.fault_dir is None:
+            raise OptionError("--fault-tokens", "says what files hold; give --fault-dir as well")
+        if self.gpu_coredump is not None:
+            check_device(self.device)
         for name in ("restarts_per_minute", "drain_timeout_s"):
             if not getattr(self, name) >= 0:
                 raise OptionError("--" + name.replace("_", "-"), "must not be negative")
@@ -137,6 +148,14 @@ class ServeOptions:
         sizes = {"weights_bytes": self.weights_bytes, "pool_bytes": self.pool_bytes}
         return {**sizes, **self.extra}
 
+    def worker_environment(self) -> dict[str, str]:
+        """What is added to the environment of a worker."""
+        threads = str(self.threads)
+        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        if self.gpu_coredump is not None:
+            environment.update(coredump_environment(self.gpu_coredump))
+        return environment
+
     def worker_config(self, *, loaded: bool) -> dict[str, Any]:
         return {
             "limits": limits_config(self.limits),
@@ -149,6 +168,8 @@ class ServeOptions:
             "threads": self.threads,
             "loaded": loaded,
             "scrub_gbps": self.scrub_gbps / 2,
+            # With all it loads; a GPU is shared by turns, whatever class a thread is in.
+            "background": loaded and self.device == "cpu",
             **self.extra,
         }
 
@@ -158,7 +179,7 @@ class ServeOptions:
         page_bytes = self.limits.page_tokens * self.spec.kv_token_bytes(self.pool_dtype)
         scrub_pages_s = self.scrub_gbps / 2 * 1e9 / page_bytes
         times = {"step_timeout_s": self.step_timeout_s, "scrub_pages_s": scrub_pages_s}
-        return {**config, **times, **self.extra}
+        return {**config, **times, "fault_tokens": self.fault_tokens, **self.extra}
 
     def api_config(self) -> dict[str, Any]:
         return {

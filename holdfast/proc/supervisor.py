@@ -79,6 +79,7 @@ class Supervisor:
         self._modules = dict(modules or {})
         self._children: dict[int, Child] = {}
         self._first_ids: dict[int, int] = {}  # of the requests of each api process
+        self._hurried: int | None = None
         self._selector = selectors.DefaultSelector()
         self._started_s = time.monotonic()
 
@@ -245,6 +246,8 @@ class Supervisor:
             how = {name: message.get(name, False) for name in ("hung", "closed")}
             how["since_s"] = message.get("since_s")
             happened = accused and Happened(Event.ACCUSED, accused, message["detail"], **how)
+        elif kind == "fault_report" and role is Role.CORE:
+            self._estate.tell_fault(message["report"])
         elif kind == "api_fault" and role is Role.CORE:
             happened = Happened(Event.ACCUSED, message["process"], message["detail"])
         elif kind == "resumed" and role is Role.CORE:
@@ -279,6 +282,7 @@ class Supervisor:
             failed = self._try(queue.popleft())
             if failed is not None:
                 queue.extend(self.lifecycle.handle(failed, time.monotonic()))
+        self._hurry()
         self._count()
 
     def _try(self, action: Action) -> Happened | None:
@@ -353,10 +357,7 @@ class Supervisor:
         # A standby is a worker that has not been told so yet.
         code = "worker" if action.role is Role.STANDBY else str(action.role)
         module = self._modules.get(code, f"holdfast.proc.{code}")
-        env = None
-        if code == "worker":
-            threads = str(self.options.threads)
-            env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        env = self.options.worker_environment() if code == "worker" else None
         role = str(action.role)
         try:
             child = spawn(role, action.index, module=module, config=config, fds=fds, env=env)
@@ -393,6 +394,15 @@ class Supervisor:
         if control in self._selector.get_map():
             mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if control.unsent_bytes else 0)
             self._selector.modify(control, mask, ("control", process))
+
+    def _hurry(self) -> None:
+        """Tell a standby that has taken the worker's place before it was prepared."""
+        slot = self.lifecycle.worker
+        child = self._children.get(slot.process or 0)
+        waits = child is not None and child.role == "standby" and slot.state is State.STARTING
+        if waits and slot.process != self._hurried:
+            self._hurried = slot.process
+            self._say(slot.process, {"type": "hurry"})
 
     def _count(self) -> None:
         """How many processes of each role are up, for /metrics."""

@@ -29,6 +29,13 @@ from typing import TYPE_CHECKING, Any
 import setproctitle
 
 from holdfast.errors import LinkClosed, LinkError, OperatorError, OptionError
+from holdfast.proc.background import (
+    LOOK_S,
+    PATIENCE_S,
+    Background,
+    leave_background,
+    start_again,
+)
 from holdfast.proc.child import EXIT_FAULT, EXIT_OPERATOR, Boot, boot
 from holdfast.proc.control import Control, Message
 from holdfast.proc.lifecycle.slot import title
@@ -154,6 +161,8 @@ def wait_for_epoch(memory: DeviceMemory, control: Control) -> tuple[int, Link]:
         if received is None:
             continue
         message, fds = received
+        if message["type"] == "hurry":
+            continue  # It was prepared already.
         if message["type"] == "verify":
             weights_sum = slab_sum(memory.weights, Progress(control, "weights check"))
             control.send({"type": "weights_sum", "sum": weights_sum})
@@ -192,11 +201,16 @@ def _work(start: Boot, control: Control) -> int:
         raise OptionError("--device", f"this build computes on cpu, not {config['device']!r}")
     spec = ModelSpec.load(config["model"])
 
-    # Only now: what the operator can mend is said before the seconds that this takes.
+    # Only now is torch imported: what the operator can mend is said before the seconds it takes.
+    if start.role == "standby" and config["background"]:
+        runner, facts = prepare_in_background(start, spec, control)
+    else:
+        runner, facts = prepare(start, spec, control)
     import torch
 
+    # Here, since this thread will serve; OMP_NUM_THREADS says the same to one that prepares. The
+    # first call makes threads, and in the background they would stay there.
     torch.set_num_threads(config["threads"])
-    runner, facts = prepare(start, spec, control)
     # What is alive now stays alive; collections in the loop then have little to walk.
     gc.collect()
     gc.freeze()
@@ -212,6 +226,29 @@ def _work(start: Boot, control: Control) -> int:
         with contextlib.suppress(LinkError):
             worker.flush()
     return 0
+
+
+def prepare_in_background(
+    start: Boot, spec: ModelSpec, control: Control
+) -> tuple[Runner, dict[str, Any]]:
+    """`prepare`, beside streams that are not to notice, until it is needed or long overdue.
+
+    Raises Stopped when told to stop, LinkClosed when the supervisor is gone.
+    """
+    work = Background(lambda: prepare(start, spec, control))
+    patient_until_s = time.monotonic() + PATIENCE_S
+    hurried = False
+    while not work.wait(LOOK_S):
+        hurry = time.monotonic() > patient_until_s
+        for message, _ in control.receive():
+            if message["type"] != "hurry":
+                raise _stop(message)
+            hurry = True
+        if hurry and not hurried:
+            hurried = True
+            if not leave_background():
+                start_again(start, "holdfast.proc.worker")
+    return work.result()
 
 
 def prepare(start: Boot, spec: ModelSpec, control: Control) -> tuple[Runner, dict[str, Any]]:

@@ -38,8 +38,9 @@ bounds = {"vocab_size": 8, "context_tokens": 64, "pages": 8, "rows_max": 4,
           "queue_requests": 8, "live_tokens": 1024, "api_processes": asked.pop("api_processes", 2)}
 limits = Limits(**{**bounds, **asked.pop("limits", {})})
 modules = asked.pop("modules", {r: "fake_role" for r in ("keeper", "worker", "core", "api")})
-if "journal_dir" in asked:
-    asked["journal_dir"] = Path(asked["journal_dir"])
+for name in ("journal_dir", "fault_dir", "gpu_coredump"):
+    if name in asked:
+        asked[name] = Path(asked[name])
 if asked.pop("real", False):
     from holdfast.model.spec import ModelSpec
     spec = ModelSpec.load(Spec.path)
@@ -88,7 +89,9 @@ class Server:
         act = options.pop("act", {})
         options.setdefault("port", 0)
         options.setdefault("standby", "none")
-        options["extra"] = {"log": str(self.log_path), "act": act, **options.pop("extra", {})}
+        # A standby that takes CPU time left over would wait for the other tests (proc.background).
+        extra = {"background": False, **options.pop("extra", {})}
+        options["extra"] = {"log": str(self.log_path), "act": act, **extra}
         self.out_path = folder / "out"
         with self.out_path.open("wb") as out:
             self.process = subprocess.Popen(

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Server, gone, until
+from conftest import WAIT_S, Server, gone, until
 from test_failover import assert_every_stream_is_whole, ended, start, streaming
 from test_http_failover import MODEL, stream, url
 
@@ -20,14 +20,14 @@ WORKER, STANDBY, CORE = "holdfast worker 0", "holdfast standby 0", "holdfast cor
 RESUME_S_MAX = 1.5
 
 
-def prepared(server: Server) -> int:
+def prepared(server: Server, seconds: float = WAIT_S) -> int:
     """The pid of a standby that waits."""
 
     def pid() -> int | None:
         facts = {p["title"]: p for p in server.status()["processes"]}[STANDBY]
         return facts["pid"] if facts["state"] == "prepared" else None
 
-    return until("a standby that waits", pid)
+    return until("a standby that waits", pid, seconds)
 
 
 def test_a_standby_takes_the_place_of_a_killed_worker_and_the_next_one_is_started(

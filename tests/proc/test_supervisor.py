@@ -55,6 +55,8 @@ def test_a_worker_that_finds_other_weights_never_serves_and_they_are_loaded_anew
     serve: Serve,
 ) -> None:
     server = serve(act={"worker": "damaged"}).wait_ready()
+    # It notes its promotion a moment after it has it; killed before that, it never would.
+    until("noted", lambda: server.messages("worker", "promote"))
     os.kill(server.pids()["holdfast worker 0"], signal.SIGKILL)
     until("second epoch", lambda: server.messages("core", "worker", epoch=2))
     assert server.messages("keeper", "weights_forget")
