@@ -192,6 +192,10 @@ class ServerOptions:
         JournalSync, _option(PROCESS_PANEL, "When that copy is fsynced, off the step")
     ] = JournalSync.INTERVAL
     log_level: Annotated[LogLevel, _option(PROCESS_PANEL, "What goes to stderr")] = LogLevel.INFO
+    drills: Annotated[
+        bool,
+        _option(PROCESS_PANEL, "Let `holdfast drill` break this server on purpose", hidden=True),
+    ] = False
     request_timeout_s: Annotated[
         float | None,
         _option(

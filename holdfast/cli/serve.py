@@ -74,6 +74,7 @@ def serve_options(model: str | None, server: ServerOptions, engine: EngineOption
         journal_dir=server.journal_dir,
         journal_sync=server.journal_sync.value,
         log_level=server.log_level.value,
+        drills=server.drills,
     )
 
 

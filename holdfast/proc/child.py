@@ -12,7 +12,8 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     keeper                                    weights_bytes, pool_bytes
     worker, weights, pool (memfds of the      limits, model, device, dtype, pool_dtype, load,
     standby keeper)                           seed, threads, loaded (the slab holds the weights
-                                              already: do not load)
+                                              already: do not load); drills, provoke (only
+                                              of a server started with --drills)
     core    journal, metrics (memfds)         limits, epoch, tag, recover
     api     core (link, epoch 0), metrics     limits, model, served_name, api_keys, cors_origins,
             (memfd, slot 2 + index), listen   write_timeout_s, keepalive_s, body_bytes_max,
@@ -24,6 +25,8 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     supervisor  worker verify             sum the weights
     worker      super  weights_sum        sum (uint64)
     supervisor  worker promote            epoch, fd: its link to the core; it may write from now on
+    supervisor  worker provoke            a drill's order (device.provoke)
+    worker      super  provoked           kind, at_s: it does it now
     child       super  fault              operator (bool), message; the child then exits
     supervisor  any    stop               finish what is being written and exit 0
     supervisor  api    drain              refuse new requests with 503, keep streams going

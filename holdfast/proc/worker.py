@@ -37,6 +37,7 @@ from holdfast.wire.plan import StepPlan
 
 if TYPE_CHECKING:
     from holdfast.device.memory import DeviceMemory
+    from holdfast.device.provoke import Provocations
     from holdfast.device.runner import Runner
     from holdfast.model.spec import ModelSpec
     from holdfast.model.weights import WeightsLayout
@@ -75,10 +76,17 @@ class Progress:
 class Worker:
     """A device behind two channels: plans come over `link`, a stop over `control`."""
 
-    def __init__(self, runner: Runner, control: Control, link: Link) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        control: Control,
+        link: Link,
+        provocations: Provocations | None = None,
+    ) -> None:
         self._runner = runner
         self._control = control
         self._link = link
+        self._provocations = provocations
 
     def run(self) -> None:
         """Answer plans. Raises Stopped when told to, LinkClosed when core or supervisor is gone,
@@ -91,7 +99,7 @@ class Worker:
             ready = dict(poller.poll(WAIT_S * 1000))
             if self._control.fileno() in ready:
                 self._control.flush()
-                obey(self._control)
+                obey(self._control, self._provocations)
             if self._link.fileno() in ready:
                 self._link.flush()
                 for kind, payload in self._link.drain():
@@ -104,14 +112,21 @@ class Worker:
     def _step(self, kind: int, payload: bytes) -> None:
         if kind != Kind.PLAN:
             raise LinkError(f"frame of kind {kind} from the core")
-        result = self._runner.run(StepPlan.decode(payload))
+        plan, provocations = StepPlan.decode(payload), self._provocations
+        if provocations is not None:
+            provocations.before(self._runner, plan)
+        result = self._runner.run(plan)
+        if provocations is not None:
+            provocations.after(self._runner, plan)
         self._link.send(Kind.RESULT, result.encode())
 
 
-def obey(control: Control) -> None:
+def obey(control: Control, provocations: Provocations | None = None) -> None:
     """Take what the supervisor has said. Raises Stopped, or LinkError when it makes no sense."""
     for message, _ in control.receive():
-        raise _stop(message)
+        if message["type"] != "provoke" or provocations is None:
+            raise _stop(message)
+        provocations.take(message)
 
 
 def _stop(message: Message) -> Exception:
@@ -120,7 +135,9 @@ def _stop(message: Message) -> Exception:
     return LinkError(f"control message {message['type']!r} from the supervisor")
 
 
-def wait_for_epoch(memory: DeviceMemory, control: Control) -> tuple[int, Link]:
+def wait_for_epoch(
+    memory: DeviceMemory, control: Control, provocations: Provocations | None = None
+) -> tuple[int, Link]:
     """Sum the weights whenever asked, until promoted: the epoch, and the link to its core.
 
     Raises Stopped when told to, LinkClosed when the supervisor is gone.
@@ -133,7 +150,11 @@ def wait_for_epoch(memory: DeviceMemory, control: Control) -> tuple[int, Link]:
         if received is None:
             continue
         message, fds = received
-        if message["type"] == "verify":
+        if message["type"] == "provoke" and provocations is not None:
+            provocations.take(message)
+        elif message["type"] == "verify":
+            if provocations is not None:
+                provocations.at("verify")
             weights_sum = slab_sum(memory.weights, Progress(control, "weights check"))
             control.send({"type": "weights_sum", "sum": weights_sum})
         elif message["type"] == "promote" and len(fds) == 1:
@@ -173,15 +194,22 @@ def _work(start: Boot, control: Control) -> int:
     import torch
 
     torch.set_num_threads(config["threads"])
-    runner, facts = prepare(start, spec, control)
+    provocations = None
+    if config.get("drills"):
+        from holdfast.device.provoke import Provocations
+
+        provocations = Provocations(config["device"], control.send, control.sock.close)
+        if order := config.get("provoke"):
+            provocations.take(order)
+    runner, facts = prepare(start, spec, control, provocations)
     # What is alive now stays alive; collections in the loop then have little to walk.
     gc.collect()
     gc.freeze()
     control.ready(torch=str(torch.__version__), threads=torch.get_num_threads(), **facts)
-    epoch, link = wait_for_epoch(runner.memory, control)
+    epoch, link = wait_for_epoch(runner.memory, control, provocations)
     runner.reset(epoch)
     setproctitle.setproctitle(title("worker", start.index))
-    worker = Worker(runner, control, link)
+    worker = Worker(runner, control, link, provocations)
     try:
         worker.run()
     except Stopped:
@@ -191,7 +219,9 @@ def _work(start: Boot, control: Control) -> int:
     return 0
 
 
-def prepare(start: Boot, spec: ModelSpec, control: Control) -> tuple[Runner, dict[str, Any]]:
+def prepare(
+    start: Boot, spec: ModelSpec, control: Control, provocations: Provocations | None = None
+) -> tuple[Runner, dict[str, Any]]:
     """A warm runner over the keeper's memory, and what to tell of it."""
     from holdfast.device.memory import DeviceMemory
     from holdfast.device.runner import Runner
@@ -214,6 +244,8 @@ def prepare(start: Boot, spec: ModelSpec, control: Control) -> tuple[Runner, dic
     loaded_s = time.monotonic()
     decoder = Decoder(spec, layout.views(memory.weights))
     runner = Runner(start.limits, decoder, memory, epoch=0)
+    if provocations is not None:
+        provocations.at("capture")
     runner.warm_up()
     facts = {
         "weights_bytes": memory.weights.numel(),
