@@ -7,8 +7,8 @@ is not mapped, an instruction that does not exist); on a CUDA device they are ke
 
 An order: kind (KINDS), phase (PHASES: in a step of that kind, or at that point of a worker's life),
 after (matching moments to let pass), tokens (only steps with a row whose tokens begin so; that row
-is the victim). Told to `before` and `after` of every step, it fires once and is over, unless it is
-`lasting`.
+is the victim), then (the fault that follows before anything leaves the worker). Told to `before`
+and `after` of every step, it fires once and is over, unless it is `lasting`.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Order:
     after: int = 0
     tokens: tuple[int, ...] = ()
     lasting: bool = False
+    then: str = ""
 
     @property
     def late(self) -> bool:
@@ -75,7 +76,8 @@ class Provocations:
             order = Order(**{**facts, "tokens": tuple(facts.get("tokens", ()))})
         except TypeError as error:
             raise LinkError(f"provoke: {error}") from error
-        if order.kind not in KINDS or order.phase not in PHASES:
+        known = order.kind in KINDS and order.phase in PHASES
+        if not known or order.then not in ("", *FAULTS):
             raise LinkError(f"provoke: no {order.kind!r} in phase {order.phase!r}")
         if len(self._orders) >= ORDERS_MAX:
             raise LinkError(f"provoke: {ORDERS_MAX} orders are armed already")
@@ -109,6 +111,8 @@ class Provocations:
             page = _PAGES[order.kind](runner, plan, self._row(order, runner, plan))
             if page is not None and self._due(order):
                 _WRITES[order.kind](runner, page)
+                if order.then:
+                    self._fault(order.then)
         elif self._due(order):
             self._write_on(runner, fenced=order.kind == "zombie")
 

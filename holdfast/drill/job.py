@@ -12,10 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+# fmt: off
 _NAMES = (
-    "copper lantern river maple granite violin harbor saddle pepper anchor marble candle falcon "
-    "meadow ribbon walnut"
-).split()
+    "copper", "lantern", "river", "maple", "granite", "violin", "harbor", "saddle", "pepper",
+    "anchor", "marble", "candle", "falcon", "meadow", "ribbon", "walnut",
+)
+# fmt: on
 FACTS = 9
 TOKENS = 48
 

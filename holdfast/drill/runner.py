@@ -1,0 +1,140 @@
+"""Runner: gives each case of a drill a server and a stage, and collects the reports.
+
+Owns the server that runs at the moment and when it is fit for the next case: same needs, not
+spoiled, a standby prepared, and few ends of its worker lately, since restarts are paced on purpose
+and a drill measures the first one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from holdfast.api.text import Tokenizer
+from holdfast.drill.drill import Drill
+from holdfast.drill.oracle import Explainer, Reference
+from holdfast.drill.report import Failure, Report
+from holdfast.drill.server import DrillServer
+from holdfast.drill.stage import WARM_S, Judges, Stage
+from holdfast.errors import HoldfastError, OptionError
+from holdfast.model.spec import ModelSpec, resolve_model
+
+# From the third end within a minute on, a worker's restart is delayed (proc.lifecycle.policy).
+WORKER_ENDS_MAX = 3
+# Of one case, waits included: whatever happens, the next one has its turn.
+CASE_S_MAX = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What `drill run` was asked for. streams: None is each drill's own. kind: cases that begin
+    so, of drills that have kinds."""
+
+    drills: tuple[Drill, ...]
+    model: str | None = None
+    device: str = "cpu"
+    streams: int | None = None
+    sabotage: bool = False
+    kind: str | None = None
+    threads: int = 1
+
+    def cases(self) -> Iterator[tuple[Drill, str]]:
+        """Raises OptionError when no case is of that kind."""
+        found = [
+            (drill, case)
+            for drill in self.drills
+            for case in drill.cases
+            if self.kind is None or self.kind in case.split("/")
+        ]
+        if not found:
+            raise OptionError("--kind", f"no drill chosen has a case of kind {self.kind!r}")
+        return iter(found)
+
+
+class Runner:
+    """`run` once; `close` in any case."""
+
+    def __init__(self, plan: Plan) -> None:
+        spec = ModelSpec.load(resolve_model(plan.model))
+        explainer = None
+        if plan.device != "cpu":
+            explainer = Explainer(spec, device=plan.device, dtype="bfloat16")
+        self._plan = plan
+        self._judges = Judges(
+            Tokenizer.load(spec.path, vocab_size=spec.vocab_size),
+            Reference(plan.model, plan.threads),
+            explainer,
+        )
+        self._server: DrillServer | None = None
+
+    def run(self, ended: Callable[[Report], None]) -> list[Report]:
+        """Every case, one after another; `ended` is told of each."""
+        reports = []
+        for drill, case in self._plan.cases():
+            reports.append(self._case(drill, case))
+            ended(reports[-1])
+        return reports
+
+    def close(self) -> None:
+        self._drop_server()
+        self._judges.reference.close()
+
+    def _case(self, drill: Drill, case: str) -> Report:
+        plan = self._plan
+        report = Report(drill.name, case, plan.sabotage, caught=drill.caught)
+        report.sabotage_kind = drill.sabotage_kind
+        try:
+            server = self._fit(drill)
+            started_s = time.monotonic()
+            stage = Stage(
+                server, report, self._judges, plan.streams or drill.streams, device=plan.device
+            )
+            asyncio.run(_play(drill, stage))
+            report.seconds = time.monotonic() - started_s
+            server.worker_ends += drill.ends
+            if not server.alive or report.failures or (plan.sabotage and drill.spoils):
+                self._drop_server()
+        except HoldfastError as error:
+            report.failures.append(Failure("server", f"{type(error).__name__}: {error}"))
+            self._drop_server()
+        return report
+
+    def _fit(self, drill: Drill) -> DrillServer:
+        """A server that is up, warm and not worn by the drills before."""
+        server = self._server
+        worn = server is not None and (
+            not server.alive
+            or server.needs != drill.needs
+            or server.worker_ends + drill.ends > WORKER_ENDS_MAX
+        )
+        if worn:
+            self._drop_server()
+        if self._server is None:
+            plan = self._plan
+            self._server = DrillServer(
+                drill.needs, model=plan.model, device=plan.device, threads=plan.threads
+            )
+        if not self._server.wait_warm(WARM_S):
+            raise OptionError(drill.name, f"no standby was prepared within {WARM_S:g} s")
+        return self._server
+
+    def _drop_server(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+
+async def _play(drill: Drill, stage: Stage) -> None:
+    try:
+        async with asyncio.timeout(CASE_S_MAX):
+            await drill.play(stage)
+    except TimeoutError:
+        stage.fail("wait", f"not over within {CASE_S_MAX:g} s")
+    finally:
+        await stage.settle()
+
+
+def passed(reports: Sequence[Report]) -> bool:
+    return bool(reports) and all(report.passed for report in reports)
