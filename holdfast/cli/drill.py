@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from holdfast.cli.options import Device
 from holdfast.cli.show import err, out
@@ -20,6 +21,7 @@ from holdfast.drill.runner import Plan, Runner, passed
 from holdfast.errors import OptionError
 
 EXIT_FAILED = 1
+TABLE_COLUMNS = 170
 
 drill = typer.Typer(
     name="drill",
@@ -89,7 +91,8 @@ def run_drills(
         reports = runner.run(_show)
     finally:
         runner.close()
-    out.print(table(reports))
+    # Columns that are cut or folded say nothing: a narrow terminal wraps the lines instead.
+    Console(width=max(out.width, TABLE_COLUMNS), highlight=False).print(table(reports))
     if json_file is not None:
         facts = document(reports, device=device.value, model=model or "holdfast-tiny")
         json_file.write_text(json.dumps(facts, indent=1) + "\n")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from holdfast.drill.drill import COLD_WORKER_S, WARM_S, Drill
-from holdfast.drill.stage import WARM_S as STANDBY_S
 from holdfast.drill.stage import NOTICE_S, Stage
+from holdfast.drill.stage import WARM_S as STANDBY_S
 
 KINDS = ("address", "instruction", "assert", "misaligned", "dma")
 PHASES = ("prefill", "decode", "capture")

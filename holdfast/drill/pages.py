@@ -10,6 +10,8 @@ from holdfast.drill.faults import BEGUN, judge
 from holdfast.drill.server import Needs
 from holdfast.drill.stage import Stage
 
+# Prompts of 7 to 9 pages each, for a pool of 120.
+CROWD = 20
 TENANTS = ("drill-tenant-one", "drill-tenant-two")
 
 
@@ -79,8 +81,9 @@ async def tenant_isolation(stage: Stage) -> None:
         await stage.finish([cached])
     stage.expect("isolation", cached.cached_tokens, "the first tenant's own prefix was not cached")
     # Other prompts of the first tenant crowd the pool; nobody's pages may become the second's.
-    load = await stage.open([replace(j, key=one) for j in stage.jobs(stage.count, "crowd")])
-    await stage.have(load[: stage.count // 2], 1)
+    crowd = stage.jobs(max(CROWD, stage.count), "crowd", tokens=16)
+    load = await stage.open([replace(job, key=one) for job in crowd])
+    await stage.have(load[: len(load) // 2], 1)
     (foreign,) = await stage.open([second])
     await stage.finish([foreign])
     stage.report.planted = stage.sabotage

@@ -101,17 +101,19 @@ def table(reports: list[Report]) -> Table:
     """All of them, for the terminal."""
     drawn = Table(title="drills", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     for name in ("drill", "verdict", "caught"):
-        drawn.add_column(name, no_wrap=name == "verdict", overflow="fold")
+        drawn.add_column(name, no_wrap=True)
     for name in (
-        "lost streams",
+        "lost",
         "equal tokens",
-        "explained tokens",
-        "noticed / fenced / resumed, s",
-        "pages verified",
-        "tokens again",
+        "explained",
+        "noticed",
+        "fenced",
+        "resumed",
+        "verified",
+        "recomputed",
         "compiles",
     ):
-        drawn.add_column(name, justify="right", overflow="fold")
+        drawn.add_column(name, justify="right", no_wrap=True)
     for report in reports:
         clocks = (report.noticed_s, report.fenced_s, report.resumed_s)
         drawn.add_row(
@@ -121,7 +123,7 @@ def table(reports: list[Report]) -> Table:
             f"{report.lost} of {report.streams}",
             f"{report.tokens_equal} of {report.tokens}",
             str(report.tokens_explained),
-            " / ".join("-" if s is None else f"{s:.3g}" for s in clocks),
+            *("-" if s is None else f"{s * 1000:.0f} ms" for s in clocks),
             *(_count(n) for n in (report.pages_verified, report.tokens_recomputed)),
             _count(report.compiles_after_ready),
             style="" if report.passed else "bold red",

@@ -54,7 +54,7 @@ class Plan:
 
 
 class Runner:
-    """`run` once; `close` in any case."""
+    """`run` all, or `play` one case after another; `close` in any case."""
 
     def __init__(self, plan: Plan) -> None:
         spec = ModelSpec.load(resolve_model(plan.model))
@@ -73,7 +73,9 @@ class Runner:
         """Every case, one after another; `ended` is told of each."""
         reports = []
         for drill, case in self._plan.cases():
-            reports.append(self._case(drill, case))
+            reports.append(
+                self.play(drill, case, streams=self._plan.streams, sabotage=self._plan.sabotage)
+            )
             ended(reports[-1])
         return reports
 
@@ -81,24 +83,27 @@ class Runner:
         self._drop_server()
         self._judges.reference.close()
 
-    def _case(self, drill: Drill, case: str) -> Report:
-        plan = self._plan
-        report = Report(drill.name, case, plan.sabotage, caught=drill.caught)
+    def play(
+        self, drill: Drill, case: str, *, streams: int | None = None, sabotage: bool = False
+    ) -> Report:
+        """One case on a fit server. What breaks the drill itself is a failure of it, too."""
+        report = Report(drill.name, case, sabotage, caught=drill.caught)
         report.sabotage_kind = drill.sabotage_kind
+        started_s = time.monotonic()
         try:
             server = self._fit(drill)
             started_s = time.monotonic()
-            stage = Stage(
-                server, report, self._judges, plan.streams or drill.streams, device=plan.device
-            )
+            count = streams or drill.streams
+            stage = Stage(server, report, self._judges, count, device=self._plan.device)
             asyncio.run(_play(drill, stage))
-            report.seconds = time.monotonic() - started_s
             server.worker_ends += drill.ends
-            if not server.alive or report.failures or (plan.sabotage and drill.spoils):
+            unfit = report.failures and not sabotage
+            if not server.alive or unfit or (sabotage and drill.spoils):
                 self._drop_server()
-        except HoldfastError as error:
+        except (HoldfastError, OSError) as error:
             report.failures.append(Failure("server", f"{type(error).__name__}: {error}"))
             self._drop_server()
+        report.seconds = time.monotonic() - started_s
         return report
 
     def _fit(self, drill: Drill) -> DrillServer:
