@@ -20,23 +20,27 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection
+from typing import Any
 
 import numpy as np
 
 from holdfast.config import ENDED_SHARES, Limits
 from holdfast.core.admission import Admission as AdmissionControl
 from holdfast.core.admission import WaitingQueue
+from holdfast.core.checks import PageChecks
 from holdfast.core.commit import Commit
 from holdfast.core.ended import EndedRequests
 from holdfast.core.flight import Flight
 from holdfast.core.gauges import Gauges
 from holdfast.core.journal import Admission, Journal, JournalledRequest
 from holdfast.core.metrics import Metrics
+from holdfast.core.page_faults import PageFaults
 from holdfast.core.quarantine import Quarantine
 from holdfast.core.replies import Output, Replies
 from holdfast.core.request import Phase, Request
 from holdfast.core.running import RunningRows
 from holdfast.core.scheduler import Scheduler
+from holdfast.core.trust import Moment, Trust
 from holdfast.errors import WorkerFault, require
 from holdfast.kv.ledger import Ledger
 from holdfast.kv.tiers import Tiers
@@ -47,6 +51,7 @@ from holdfast.wire.messages import (
     End,
     Ended,
     Finish,
+    Memory,
     Refused,
     Resume,
     Submit,
@@ -62,12 +67,12 @@ POISON_MESSAGE = (
 COUNT_EVERY_STEPS = 8
 
 
-# What kv.tiers counts, by the name of its metric.
 class Brain:
     """`tag` names everything a page's content depends on besides tokens and tenant: model,
     weights, layout, dtype. `epoch` numbers the workers this brain has had, from 1; `life` the cores
     of the engine, this one included. `wall_ns`: the wall clock, for what must mean the same to the
-    next core; everything else is told the time."""
+    next core; everything else is told the time. `scrub_pages_s`: sealed pages read again a second;
+    0 = off."""
 
     def __init__(
         self,
@@ -79,6 +84,7 @@ class Brain:
         life: int = 1,
         tag: bytes = b"",
         wall_ns: Callable[[], int] = time.time_ns,
+        scrub_pages_s: float = 0.0,
     ) -> None:
         self.limits = limits
         self.journal = journal
@@ -101,14 +107,19 @@ class Brain:
         self._step_seconds = 0.05  # smoothed, for Retry-After
         running, mirror = RunningRows(limits), RowTable(limits)
         self.tiers = Tiers(limits, self.ledger, life) if limits.host_pages else None
+        self.checks = PageChecks(limits, self.ledger, scrub_pages_s)
         self.scheduler = Scheduler(
-            limits, self.ledger, self.waiting, running, mirror, tag, self.tiers
+            limits, self.ledger, self.waiting, running, mirror, tag, self.checks, self.tiers
         )
+        self.faults = PageFaults(self.ledger, self.scheduler)
+        self.trust = Trust()
+        self.doubtful_tokens = 0  # emitted when the weights may have been wrong already
         self.committer = Commit(
             limits,
             self.ledger,
             journal,
             self.scheduler,
+            checked=self._checked,
             ended=self._end,
             compact=self._compact,
             output=self._replies.queue,
@@ -128,11 +139,13 @@ class Brain:
 
     @property
     def next_deadline_s(self) -> float | None:
-        """When `expire` has something to do next."""
+        """When `expire`, or on an idle engine `plan`, has something to do next."""
         deadline_s = self._deadlines[0][0] if self._deadlines else math.inf
         if self.tiers is not None:
             tiers_s = self.tiers.next_deadline_s(worker=not self.suspended)
             deadline_s = min(deadline_s, tiers_s)
+        if self.checks.pages_s and not self.suspended and not self._flights:
+            deadline_s = min(deadline_s, self.checks.due_s())
         return deadline_s if deadline_s < math.inf else None
 
     def take_output(self) -> list[Output]:
@@ -265,6 +278,7 @@ class Brain:
         if flight is None:
             return None
         self._flights.append(flight)
+        self.faults.launched(flight)
         prefilled = int(flight.plan.known_lens.sum()) - int(flight.plan.samples.sum())
         self.metrics.add("steps_total")
         if flight.plan.admits.size:
@@ -324,6 +338,10 @@ class Brain:
             self.metrics.add("stale_acks_total", acks.tickets.size)
             return
         self.scheduler.brought(self.tiers.copied(acks))
+        changed, self.tiers.changed = self.tiers.changed, []
+        for handle in changed:
+            if self.ledger.is_sealed(handle):
+                self._page_faults([handle], "store")
 
     def take_moves(self, now_s: float) -> MoveOrders | None:
         """New orders for the mover; whoever takes them sends them."""
@@ -417,26 +435,34 @@ class Brain:
         """There is no worker: nothing is launched until `new_epoch`."""
         self.suspended = True
 
-    def new_epoch(self, epoch: int, now_s: float, *, implicates: bool = False) -> None:
+    def new_epoch(
+        self, epoch: int, now_s: float, *, implicates: bool = False, memory: Memory = Memory.LOST
+    ) -> None:
         """Another worker is there, and the old one is fenced: it can write nothing any more.
 
-        Its pages were not verified, so all are dropped, and every running request is admitted again
-        with the tokens that are facts. Oldest last to the front, so that the order stays.
+        Every running request is admitted again with the tokens that are facts. Oldest last to the
+        front, so that the order stays. It finds the pages that are kept, which is up to `memory`
+        and to their sums: plans verify them before anybody is admitted.
         `implicates`: the old worker faulted by itself, so that one of the requests in flight may
         have been the cause (core.quarantine).
         """
         require(epoch > self.epoch or not self._flights, f"epoch {epoch} after {self.epoch}")
         run = self.scheduler.running
+        sealed_until = self._sealed_until(memory)
         if self.tiers is not None:
-            self.scheduler.brought(self.tiers.new_epoch())
+            self.scheduler.brought(self.tiers.new_epoch(sealed_until))
         rows = run.rows()
         for row in rows[np.argsort(-run.order[rows])].tolist():
-            self.scheduler.preempt(row)
+            self.scheduler.recompute(row)
         suspects = dict.fromkeys(
             request_id for flight in self._flights for request_id in flight.ids.tolist()
         )
         self._flights.clear()
-        self.ledger.reset()
+        if memory is Memory.LOST:
+            self.ledger.reset()
+            self.checks.restart(np.empty(0, np.uint64))
+        else:
+            self.checks.restart(self.ledger.survive(sealed_until))
         self.scheduler.restart(RunningRows(self.limits), RowTable(self.limits))
         self.epoch = epoch
         self.suspended = False
@@ -452,6 +478,39 @@ class Brain:
         culprit = self.quarantine.implicate(suspects, shared=len(in_flight) > 1)
         if culprit is not None:
             self._end(self.requests[culprit], End.ENGINE_FAULT, POISON_MESSAGE)
+
+    def _sealed_until(self, memory: Memory) -> int | None:
+        """Where the good pages of an ended worker end on the ledger's clock, as far as that is up
+        to the weights; None = nowhere. What is computed from here on is of weights that were
+        verified or loaded."""
+        now = Moment(self.ledger.clock, self.committer.tokens_generated)
+        before = self.trust.until
+        self.trust.proved(now)
+        if memory is not Memory.RELOADED:
+            return None
+        doubtful = now.tokens - before.tokens
+        self.doubtful_tokens += doubtful
+        self.metrics.add("tokens_doubtful_total", doubtful)
+        return before.clock
+
+    def weights_good(self, now_s: float) -> None:
+        """The scrub has read the weights through, and they are the bytes that were loaded."""
+        self.trust.found_good(Moment(self.ledger.clock, self.committer.tokens_generated))
+
+    @property
+    def page_faults(self) -> list[dict[str, Any]]:
+        """The last pages that were not as they had been sealed (core.page_faults), oldest first."""
+        return list(self.faults.entries)
+
+    def _checked(self, flight: Flight, sums: np.ndarray) -> None:
+        """The sums of pages that a plan has read again are in."""
+        handles = self.faults.judge(flight, sums)
+        if handles:
+            self._page_faults(handles, "promotion" if flight.verifies else "scrub")
+
+    def _page_faults(self, handles: list[int], found: str) -> None:
+        self.faults.fail(handles, found)
+        self.metrics.add("pages_failed_total", len(handles), (found,))
 
     def restore(self, recovered: dict[int, JournalledRequest], now_s: float) -> None:
         """Take over from a core that died: its live requests wait for a row, in their order.

@@ -40,7 +40,8 @@ _STOP, _LENGTH, _TOKENS = int(End.STOP), int(End.LENGTH), int(Kind.TOKENS)
 
 
 class Commit:
-    """`ended(request, end, message)` books a request's end; `compact()` makes journal room."""
+    """`ended(request, end, message)` books a request's end; `compact()` makes journal room;
+    `checked(flight, sums)` takes uint64 sums of flight.checks, and may take rows away."""
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class Commit:
         journal: Journal,
         scheduler: Scheduler,
         *,
+        checked: Callable[[Flight, np.ndarray], None],
         ended: Callable[[Request, End, str], None],
         compact: Callable[[], None],
         output: list[Output],
@@ -60,6 +62,7 @@ class Commit:
         self.scheduler = scheduler
         self.output = output
         self._wall_ns = wall_ns
+        self._checked = checked
         self._ended = ended
         self._compact = compact
         self.tokens_generated = 0
@@ -78,6 +81,9 @@ class Commit:
                 f"step {plan.step}: the device's rows are not the brain's "
                 f"(digest {result.digest:#x}, expected {expected:#x})"
             )
+        if flight.checks.size:
+            # Before any token: one that was drawn from a page that has changed is none.
+            self._checked(flight, result.seal_sums[flight.sealed.size :])
         mirror.advance(plan, result.tokens, result.accepted)
         rows, n = plan.rows, plan.rows.size
         live = run.life[rows] == flight.life
@@ -256,7 +262,7 @@ class Commit:
         """The sums of the plan's seals are in: pages become sealed, shared, and followers go."""
         if not flight.seals:
             return
-        self.ledger.seal(flight.plan.seals, result.seal_sums)
+        self.ledger.seal(flight.sealed, result.seal_sums[: flight.sealed.size])
         share, size = self.ledger.share, 4 * self.limits.page_tokens
         windowed = self.limits.groups > 1
         tiers = self.scheduler.tiers
@@ -280,7 +286,7 @@ class Commit:
                     chain.stood.append(chain.parent)
                 if chain.request.followers and chain.pages >= chain.waits:
                     self.scheduler.release_followers(chain.request)
-        self._release_groups(flight.plan.seals, flight.plan.step)
+        self._release_groups(flight.sealed, flight.plan.step)
 
     def _share_beside(self, batch: SealBatch) -> None:
         """Window pages go beside the pages of group 0 that stand for the same tokens."""

@@ -34,7 +34,8 @@ class Flight:
     """A launched plan and what its result will be matched with.
 
     life: int64[n], ids: uint64[n], of plan.rows. zeros: how many of plan.zeros hold a lease until
-    then.
+    then. checks: uint64[k] handles at the end of plan.seals whose sums are known already;
+    verifies: that it is the first look at them after a worker's end.
     """
 
     plan: StepPlan
@@ -43,6 +44,13 @@ class Flight:
     seals: list[SealBatch]
     zeros: int
     launched_s: float
+    checks: np.ndarray
+    verifies: bool
+
+    @property
+    def sealed(self) -> np.ndarray:
+        """uint64[k] handles of the pages that the plan seals."""
+        return self.plan.seals[: self.plan.seals.size - self.checks.size]
 
 
 @dataclass(slots=True)

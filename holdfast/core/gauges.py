@@ -37,6 +37,11 @@ class Gauges:
             "tokens_generated_total": self.committer.tokens_generated,
             "pages_evicted_total": ledger.evicted,
             "preemptions_total": scheduler.preempted,
+            "pages_kept_total": ledger.kept,
+            "pages_dropped_total": ledger.dropped,
+            "pages_verified_total": scheduler.checks.verified,
+            "pages_scrubbed_total": scheduler.checks.scrubbed,
+            "tokens_recomputed_total": scheduler.recomputed,
         }
         if (drafts := scheduler.drafts) is not None:
             now["draft_tokens_total"] = drafts.proposed

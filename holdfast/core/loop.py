@@ -29,7 +29,7 @@ import msgspec
 from holdfast.errors import LinkClosed, LinkError, WorkerFault
 from holdfast.wire.copies import CopyAcks
 from holdfast.wire.link import Frame, Kind, Link
-from holdfast.wire.messages import End, State, ToCore, decode_to_core, encode
+from holdfast.wire.messages import End, Memory, State, ToCore, decode_to_core, encode
 from holdfast.wire.plan import StepPlan, StepResult
 
 EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h; the supervisor starts a new core from the journal
@@ -59,7 +59,9 @@ class BrainLike(Protocol):
     def commit(self, result: StepResult, now_s: float) -> None: ...
     def copied(self, acks: CopyAcks, now_s: float) -> None: ...
     def take_output(self) -> list[tuple[int, int, bytes]]: ...
-    def new_epoch(self, epoch: int, now_s: float, *, implicates: bool = False) -> None: ...
+    def new_epoch(
+        self, epoch: int, now_s: float, *, implicates: bool = False, memory: Memory = Memory.LOST
+    ) -> None: ...
     def suspend(self) -> None: ...
     def drop_api(self, api: int, now_s: float) -> None: ...
     def drain(self) -> None: ...
@@ -265,7 +267,8 @@ class CoreLoop:
         """One control message; the table is in proc.child. Unknown ones are a protocol error."""
         kind, now_s = message.get("type"), self._clock()
         if kind == "worker":
-            self._new_worker(message["epoch"], fds)
+            # Of a memory that nobody speaks of, nothing may be believed.
+            self._new_worker(message["epoch"], Memory(message.get("memory", Memory.LOST)), fds)
         elif kind == "worker_lost":
             if self._worker is not None and self._worker.link.epoch <= message["epoch"]:
                 self._lose_worker(message["detail"])
@@ -288,11 +291,12 @@ class CoreLoop:
         else:
             raise LinkError(f"control message {kind!r} from the supervisor")
 
-    def _new_worker(self, epoch: int, fds: list[int]) -> None:
+    def _new_worker(self, epoch: int, memory: Memory, fds: list[int]) -> None:
         if self._worker is not None:
             raise LinkError(f"worker of epoch {epoch} while {self._worker.link.epoch} is here")
         link = Link(_socket_of(fds), epoch=epoch)
-        self.brain.new_epoch(epoch, self._clock(), implicates=self._implicates)
+        now_s = self._clock()
+        self.brain.new_epoch(epoch, now_s, implicates=self._implicates, memory=memory)
         self._implicates = False
         self._worker = self._register(link, ("worker", 0))
         self._step_s = self._clock()

@@ -54,6 +54,7 @@ ROUTES = (
 CODES = ("200", "400", "401", "404", "405", "408", "413", "429", "499", "500", "503", "504")
 REFUSALS = ("refused", "queue_full", "never_fits")
 CANCELS = ("disconnect", "slow_reader", "deadline", "core_lost", "fault", "refused", "shutdown")
+FOUND_BY = ("promotion", "scrub", "store")
 TIER_FAILURES = ("failed", "bad_sum", "late")
 TIER_SKIPS = ("busy", "full", "disk_busy")
 ROLES = ("api", "core", "worker", "standby", "keeper")
@@ -109,6 +110,13 @@ METRICS: tuple[Declared, ...] = (
     _counter("stale_results_total", "Results of an older epoch or step, dropped"),
     _counter("digest_mismatches_total", "Results that contradicted the plan; each ends an epoch"),
     _counter("pages_evicted_total", "Cached pages given up for new ones"),
+    _counter("pages_kept_total", "Sealed KV pages that outlived their worker"),
+    _counter("pages_dropped_total", "Sealed KV pages given up: a worker's end, a wrong sum"),
+    _counter("pages_verified_total", "Kept KV pages found unchanged before they were used again"),
+    _counter("pages_scrubbed_total", "KV pages that the scrub found unchanged"),
+    _counter("pages_failed_total", "Sealed KV pages that had changed", found=FOUND_BY),
+    _counter("tokens_recomputed_total", "Tokens computed again after a fault"),
+    _counter("tokens_doubtful_total", "Tokens emitted before wrong weights were found"),
     _counter("pages_stored_total", "KV pages copied to the host tier"),
     _counter("pages_loaded_total", "KV pages copied back from the host tier"),
     _counter("pages_spilled_total", "KV pages moved from host to disk"),

@@ -56,6 +56,7 @@ class Request:
     __slots__ = (
         "admission",
         "cached_tokens",
+        "computed",
         "deadline_s",
         "emitted",
         "end",
@@ -79,6 +80,9 @@ class Request:
         self.phase = Phase.WAITING
         self.row = 0
         self.loads = 0  # times it has waited for slower tiers since it last had a row
+        # Tokens whose KV was there when a fault voided it: computed again as far as no page of them
+        # is found when it gets a row.
+        self.computed = 0
         self.end = End.NONE
         # Other choices of the same prompt, held back until this one's prompt pages are shared.
         self.followers: list[Request] = []

@@ -21,6 +21,7 @@ import numpy as np
 
 from holdfast.config import Limits
 from holdfast.core.admission import WaitingQueue
+from holdfast.core.checks import PageChecks
 from holdfast.core.draft import DraftPolicy
 from holdfast.core.flight import Flight, PlanParts, SealBatch, concat, spread
 from holdfast.core.request import Phase, Request
@@ -36,6 +37,8 @@ from holdfast.wire.rows import RowTable
 # one now: page events then come every few steps for many rows, instead of every step for a few
 # (64 rows: 4 pages a step, of which the array calls alone cost 40 us).
 PAGE_AHEAD_TOKENS = 4
+
+_NOTHING = np.empty(0, np.uint64)
 
 # A request waits so often for pages of slower tiers before it computes what is missing: from disk
 # to host, from host to device, and as often again because they were evicted on the way.
@@ -53,6 +56,7 @@ class Scheduler:
         running: RunningRows,
         mirror: RowTable,
         tag: bytes,
+        checks: PageChecks,
         tiers: Tiers | None = None,
     ) -> None:
         self.limits = limits
@@ -62,11 +66,13 @@ class Scheduler:
         self.mirror = mirror
         self.tag = tag
         self.tiers = tiers
+        self.checks = checks
         self.step = 0  # last launched
         self._page_range = np.arange(limits.page_tokens)
         self._ones = np.ones(limits.rows_total, np.int32)
         self.drafts = DraftPolicy(limits) if limits.draft_depth else None
         self.preempted = 0
+        self.recomputed = 0  # tokens computed again after a fault
         self.alone: Request | None = None  # nobody else may have a row (core.quarantine)
         self.starved: list[Request] = []  # cannot go on though nothing else holds pages
         self.clears: list[int] = []
@@ -77,19 +83,32 @@ class Scheduler:
     # --- the plan ---
 
     def plan(self, epoch: int, in_flight: int, now_s: float) -> Flight | None:
-        """The next plan, or None when nothing can be launched now."""
+        """The next plan, or None when nothing can be launched now.
+
+        After a worker's end no row is in a plan before all pages that were kept are verified.
+        """
+        if self.ledger.unverified:
+            return self._verify(epoch, now_s)
         if self._windows is not None:
             self._windows.drop_unseen(self.running, self.mirror, self.step)
         parts = self._fill()
         while not parts.rows and in_flight == 0 and not self._pending() and self._unblock():
             parts = self._fill()
-        if not parts.rows and (in_flight or not self._pending()):
+        if not parts.rows and (in_flight or not (self._pending() or self.checks.due_s() <= now_s)):
             return None
-        return self._launch(parts, epoch, now_s)
+        checks = self.checks.take_scrub(now_s) if self.checks.pages_s else _NOTHING
+        return self._launch(parts, epoch, now_s, checks)
 
     def _pending(self) -> bool:
         """Whether a plan without rows has something to do: leases come back with its result."""
         return bool(self.seals or self.zeros or (self.tiers and self.tiers.pending))
+
+    def _verify(self, epoch: int, now_s: float) -> Flight | None:
+        """A plan that only reads pages that were kept, while there are any to be asked for."""
+        handles = self.checks.take_unverified()
+        if handles.size == 0:
+            return None
+        return self._launch(PlanParts(), epoch, now_s, handles, verifies=True)
 
     def _fill(self) -> PlanParts:
         parts = PlanParts()
@@ -103,7 +122,15 @@ class Scheduler:
             self._admit(parts, budget)
         return parts
 
-    def _launch(self, parts: PlanParts, epoch: int, now_s: float) -> Flight:
+    def _launch(
+        self,
+        parts: PlanParts,
+        epoch: int,
+        now_s: float,
+        checks: np.ndarray,
+        *,
+        verifies: bool = False,
+    ) -> Flight:
         run = self.running
         self.step += 1
         rows = concat(parts.rows, np.int32)
@@ -141,13 +168,15 @@ class Scheduler:
         if self._windows is not None:
             parts.writes.extend(self._windows.take(run))
         parts.put_into(plan)
-        if seals:
-            plan.seals = concat([batch.handles for batch in seals], np.uint64)
+        if seals or checks.size:
+            plan.seals = concat([*(batch.handles for batch in seals), checks], np.uint64)
+            self.ledger.read(checks, self.step)
         if zeros:
             plan.zeros = concat(zeros, np.uint64)
         if self.tiers is not None and self.tiers.pending:
             plan.copies = self.tiers.take_copies(now_s)
-        return Flight(plan, run.life[rows], run.ids[rows], seals, leased, now_s)
+        life, ids = run.life[rows], run.ids[rows]
+        return Flight(plan, life, ids, seals, leased, now_s, checks, verifies)
 
     # --- decode ---
 
@@ -276,6 +305,10 @@ class Scheduler:
             chain = Chain(shared[-1] if shared else root, len(shared), waits, request)
             if self.limits.groups > 1:
                 chain.stood.extend(shared)
+            if request.computed:
+                again = request.computed - len(shared) * self.limits.page_tokens
+                self.recomputed += max(0, again)
+                request.computed = 0
             if request.emitted == 0:
                 request.cached_tokens = len(shared) * self.limits.page_tokens
             row = self.running.enter(request, hits, chain)
@@ -381,6 +414,14 @@ class Scheduler:
         self.waiting.push_front(request)
         self.release_followers(request)
         self.preempted += 1
+
+    def recompute(self, row: int) -> None:
+        """Preempt a row because a fault has voided what was computed of it."""
+        request = self.running.requests[row]
+        assert request is not None
+        if self.mirror.records["owner"][row] == self.running.life[row]:  # else not admitted yet
+            request.computed = max(request.computed, int(self.mirror.length[row]))
+        self.preempt(row)
 
     def drop_row(self, row: int) -> None:
         """A row's request leaves: its leases go once every launched step is over."""

@@ -5,10 +5,13 @@ Verbs, in the life of a page: `reserve` (a row gets it), `launch` (a step will w
 at a step: the page is *retired*, never freed), `acknowledge` (that step's result came: only now
 leases drop, and a page without any becomes free, or stays cached when the prefix index knows it).
 Copies between tiers: `load` and `loaded` or `not_loaded` (a copy fills a page; nobody else knows it
-until then), `lend` and `repay` (a copy reads a sealed page).
+until then), `lend` and `repay` (a copy reads a sealed page). When a worker has ended, `survive`
+says what is kept; with `read` and `judge` a step sums sealed pages again, and `drop` gives up what
+is not as it was sealed, with all that was computed from it.
 
 Invariants, of which this file is the home: a lease is released exactly once; a stale generation is
-refused; a page gets no new owner while a launched step may touch it. `verify` recounts all of it.
+refused; a page gets no new owner while a launched step may touch it; nothing is found or handed out
+while a page that outlived its worker is not verified. `verify` recounts all of it.
 
 Called by core.scheduler and core.commit; integers only; no request, no text, no device.
 """
@@ -21,8 +24,9 @@ from holdfast.config import Limits
 from holdfast.errors import InvariantError, require
 from holdfast.kv.pages import PagePool, PageState
 from holdfast.kv.prefix import PrefixIndex
+from holdfast.kv.soil import Soil
 from holdfast.kv.window import WindowCache
-from holdfast.wire.plan import TRASH_PAGE, handle_groups
+from holdfast.wire.plan import handle_groups, handle_pages
 
 # Plain integers: reading a member of an IntEnum costs a microsecond in Python 3.11.
 _FREE, _RESERVED, _WRITING, _SEALED, _LOADING, _RETIRING, _TRASH = (
@@ -37,6 +41,9 @@ _FREE, _RESERVED, _WRITING, _SEALED, _LOADING, _RETIRING, _TRASH = (
         PageState.TRASH,
     )
 )
+# Of so many steps before a worker's end nothing is believed, their sums included: what faults may
+# have gone wrong before it says so, and the sum be of bytes that were wrong already.
+RECENT_STEPS = 2
 
 
 class Ledger:
@@ -53,20 +60,25 @@ class Ledger:
         # Of each page, whether one of its leases is lent. Such a lease keeps the page from being
         # free, but not in the trie: or a copy of a leaf would hold back the pages above it.
         self.lent = np.zeros(limits.pages, np.bool_)
+        self._lent_pages = 0
         self.windows = [
             WindowCache(pages, window, limits.page_tokens)
             for pages, window in zip(limits.pages_by_group[1:], limits.windows[1:], strict=True)
         ]
         self._cached = [0] * limits.groups  # sealed, indexed, without a lease: free on demand
         self._retiring = [0] * limits.groups  # leases waiting for a step's result
-        # Pages whose bytes may be anything (0 * NaN is NaN): zeroed before their next use.
-        self._dirty = [np.zeros(pages, np.bool_) for pages in limits.pages_by_group]
-        self._dirty_pages = 0
+        self._soil = Soil(limits.pages_by_group)
         self.evicted = 0
+        # Pages that outlived their worker and were not summed since.
+        self._unverified = [np.zeros(pages, np.bool_) for pages in limits.pages_by_group]
+        self.unverified = 0
+        self.kept = self.dropped = 0  # of the sealed pages, at workers' ends and by wrong sums
         self._acknowledged = 0
         self._clock = 0
         # step -> (group, handles) whose leases drop with its result. A handful of steps at most.
         self._retired: dict[int, list[tuple[int, np.ndarray]]] = {}
+        # step -> the same of leases that a step has for its sums alone (`read`).
+        self._read: dict[int, list[tuple[int, np.ndarray]]] = {}
 
     # --- room ---
 
@@ -106,6 +118,7 @@ class Ledger:
         many sets."""
         if count > self.available():
             return None
+        require(self.unverified == 0, "pages are given out before all that were kept are verified")
         handles = np.empty((len(self.pools), count), np.uint64)
         for group, pool in enumerate(self.pools):
             if count > pool.free:
@@ -116,31 +129,20 @@ class Ledger:
     def soiled(self, handles: np.ndarray) -> np.ndarray:
         """uint64[k]: those of these newly reserved handles whose pages must be zeroed before they
         are used. Each is told once: the plan that first uses the page zeroes it."""
-        if self._dirty_pages == 0:
+        if self._soil.count == 0:
             return handles[:0].reshape(-1)
-        found = []
-        for group, mine in enumerate(handles):
-            pages = self.pools[group].pages_of(mine)
-            dirty = self._dirty[group][pages]
-            found.append(mine[dirty])
-            self._dirty[group][pages[dirty]] = False
-            self._dirty_pages -= np.count_nonzero(dirty)
-        return np.concatenate(found)
+        return np.concatenate(
+            [
+                mine[self._soil.wipe(group, self.pools[group].pages_of(mine))]
+                for group, mine in enumerate(handles)
+            ]
+        )
 
     def soil(self, group: int, pages: np.ndarray) -> None:
         """These distinct pages int32[k] hold what is not finite, unless they are sealed (then it
         was written to another page of the row) or the trash page."""
         state = self.pools[group].state[pages]
-        pages = pages[(state != _SEALED) & (state != _TRASH)]
-        dirty = self._dirty[group]
-        self._dirty_pages += pages.size - np.count_nonzero(dirty[pages])
-        dirty[pages] = True
-
-    def _soil_all(self) -> None:
-        """Nobody knows what the pages hold."""
-        for dirty in self._dirty:
-            dirty[TRASH_PAGE + 1 :] = True
-        self._dirty_pages = sum(self.limits.pages_by_group) - len(self.pools)
+        self._soil.mark(group, pages[(state != _SEALED) & (state != _TRASH)])
 
     def launch(self, handles: np.ndarray) -> None:
         """The next step writes these reserved pages, uint64[groups, k]."""
@@ -156,6 +158,7 @@ class Ledger:
         """Handles of the longest cached prefix, for each group: uint64[k] of group 0, and of a
         window group those that the token behind the k pages can see. No lease yet, so `acquire`
         comes next."""
+        require(self.unverified == 0, "a prefix is looked for before all that was kept is verified")
         found = self.index.walk(root, tokens, self.limits.page_tokens, pages_max)
         if self.windows and found:
             depths = [set(cache.usable(found)) for cache in self.windows]
@@ -200,8 +203,12 @@ class Ledger:
             for group, handles in self._retired.pop(due):
                 self._retiring[group] -= handles.size
                 self._drop(group, self.pools[group].pages_of(handles))
+        for due in sorted(at for at in self._read if at <= step) if self._read else ():
+            for group, handles in self._read.pop(due):
+                self._finish_read(group, handles)
 
-    def _drop(self, group: int, pages: np.ndarray) -> None:
+    def _drop(self, group: int, pages: np.ndarray, *, used: bool = True) -> None:
+        """One lease fewer on each of these pages. used: whether that was a use of them."""
         pool = self.pools[group]
         left = pool.leases[pages] - 1
         require(np.count_nonzero(left < 0) == 0, "a lease was dropped twice")
@@ -212,32 +219,38 @@ class Ledger:
             return
         idle = pages[left == 0]
         if group != 0:
-            self._drop_beside(group, idle)
+            self._drop_beside(group, idle, used=used)
             return
         known = self.index.indexed[idle]
         pool.give_back(idle[~known])
         kept = idle[known]
         self._cached[0] += kept.size
-        self.index.used[kept] = self._clock
+        if used:
+            self.index.used[kept] = self._clock
         for page in kept[self.index.children[kept] == 0]:
             self.index.offer(self._handle(int(page)), int(page))
         self._offer_lent(pages)
         if self.index.offered() > 4 * self.limits.pages:
             self._compact_leaves()
 
-    def _drop_beside(self, group: int, idle: np.ndarray) -> None:
+    def _drop_beside(self, group: int, idle: np.ndarray, *, used: bool) -> None:
         """Pages int32[k] of a window group have lost their last lease."""
         pool, cache = self.pools[group], self.windows[group - 1]
         known = cache.indexed[idle]
         pool.give_back(idle[~known])
         kept = idle[known]
         self._cached[group] += kept.size
-        cache.used[kept] = self._clock
+        if used:
+            cache.used[kept] = self._clock
         for page in kept.tolist():
             cache.offer(int(pool.current[page]), page)
         if cache.offered() > 4 * pool.pages:
-            unleased = np.flatnonzero((pool.leases == 0) & cache.indexed).tolist()
-            cache.rebuild([(int(cache.used[p]), int(pool.current[p])) for p in unleased])
+            self._compact_beside(group)
+
+    def _compact_beside(self, group: int) -> None:
+        pool, cache = self.pools[group], self.windows[group - 1]
+        unleased = np.flatnonzero((pool.leases == 0) & cache.indexed).tolist()
+        cache.rebuild([(int(cache.used[p]), int(pool.current[p])) for p in unleased])
 
     # --- sealing ---
 
@@ -261,6 +274,7 @@ class Ledger:
         )
         pool.state[pages] = _SEALED
         pool.sums[pages] = checksums
+        pool.sealed_at[pages] = self._clock
 
     def share(self, handle: int, parent: int, tokens: bytes) -> int | None:
         """Put a sealed page into the prefix index under `parent`, a handle or a root.
@@ -290,10 +304,12 @@ class Ledger:
         """A copy will fill these reserved pages."""
         self._turn(handles, _RESERVED, _LOADING)
 
-    def loaded(self, handle: int, checksum: int) -> None:
-        """The copy is over and the page's bytes have this sum, the one they were sealed with."""
+    def loaded(self, handle: int, checksum: int, sealed_at: int) -> None:
+        """The copy is over and the page's bytes have this sum, the one they were sealed with
+        then."""
         page = self._turn(np.array([handle], np.uint64), _LOADING, _SEALED)
         self.pools[0].sums[page] = checksum
+        self.pools[0].sealed_at[page] = sealed_at
 
     def not_loaded(self, handle: int) -> None:
         """The copy is over and the page's bytes are not what they should be."""
@@ -314,15 +330,17 @@ class Ledger:
         require(not self.lent[page], f"page {page} is lent twice")
         self.acquire(np.array([handle], np.uint64))
         self.lent[page] = True
+        self._lent_pages += 1
 
     def repay(self, handle: int) -> None:
         """The copy is over."""
         self.lent[handle & 0xFF_FFFF] = False
+        self._lent_pages -= 1
         self.release(np.array([handle], np.uint64), 0)
 
     def _offer_lent(self, pages: np.ndarray) -> None:
         """Of pages that lost a lease: those whose last one is lent may leave the trie."""
-        if self.index.chains is None:
+        if self._lent_pages == 0:
             return
         for page in pages[self.lent[pages]].tolist():
             if self._evictable(self._handle(page), page):
@@ -378,9 +396,7 @@ class Ledger:
                 if (beside := cache.beside(handle)) is not None:
                     self._free_beside(group, beside)
             if parent >= 0:
-                parent_page = parent & 0xFF_FFFF
-                if self._evictable(parent, parent_page):
-                    self.index.offer(parent, parent_page)
+                self._offer_parent(parent)
 
     def _evictable(self, handle: int, page: int) -> bool:
         pool = self.pools[0]
@@ -400,25 +416,183 @@ class Ledger:
     def _handle(self, page: int) -> int:
         return int(self.pools[0].current[page])
 
+    # --- what outlives a worker, and what is found to have changed ---
+
+    @property
+    def clock(self) -> int:
+        """Results taken so far, in all epochs: the moment at which a page was sealed."""
+        return self._clock
+
+    @property
+    def reading(self) -> int:
+        """Pages of group 0 that steps in flight sum again."""
+        return sum(mine.size for reads in self._read.values() for of, mine in reads if of == 0)
+
     def reset(self) -> None:
-        """The device's memory is void (a new epoch, nothing verified): every page is free again.
+        """The device's memory is void: every page is free again.
 
         What a process leaves that was ended in the middle of a step, or by a fault, may be anything
         anywhere, a NaN row's values among it; and what a dead core knew of that is gone with it.
         """
-        for pool in self.pools:
-            pool.leases[:] = 0
-            held = np.flatnonzero((pool.state != _FREE) & (pool.state != _TRASH))
-            pool.give_back(held.astype(np.int32))
-        self._soil_all()
         self.index.clear()
         for cache in self.windows:
             cache.clear()
-        self.lent[:] = False
-        self._retired.clear()
-        self._cached = [0] * len(self.pools)
+        self._start_over([np.empty(0, np.uint64)] * len(self.pools))
+
+    def survive(self, sealed_until: int | None) -> np.ndarray:
+        """The worker has ended and the memory is the same: uint64[k] handles of what is kept, which
+        is sealed, can be found, was not sealed in the last steps nor after `sealed_until`, and
+        whose prefix is kept too. Parents come first. All else is free and soiled.
+
+        None of it may be used before `judge` has found all of it unchanged.
+        """
+        newest = self._clock - RECENT_STEPS
+        if sealed_until is not None:
+            newest = min(newest, sealed_until)
+        trusted = [(pool.state == _SEALED) & (pool.sealed_at <= newest) for pool in self.pools]
+        trie = self.index.retain(trusted[0])
+        kept = [np.array(trie, np.uint64)]
+        for cache, mine in zip(self.windows, trusted[1:], strict=True):
+            kept.append(cache.retain(set(trie), mine))
+        self._start_over(kept)
+        return np.concatenate(kept)
+
+    def _start_over(self, kept: list[np.ndarray]) -> None:
+        """No lease, no step in flight; pages but for the handles kept in each group are free."""
+        for group, (pool, handles) in enumerate(zip(self.pools, kept, strict=True)):
+            stays = self._unverified[group]
+            stays[:] = False
+            stays[handle_pages(handles)] = True
+            self.kept += handles.size
+            self.dropped += np.count_nonzero(pool.state == _SEALED) - handles.size
+            pool.leases[:] = 0
+            gone = ~stays & (pool.state != _FREE) & (pool.state != _TRASH)
+            pool.give_back(np.flatnonzero(gone).astype(np.int32))
+            self._soil.mark_all_but(group, stays)
+        self.unverified = sum(handles.size for handles in kept)
+        self._cached = [handles.size for handles in kept]
         self._retiring = [0] * len(self.pools)
+        self.lent[:] = False
+        self._lent_pages = 0
+        self._retired.clear()
+        self._read.clear()
         self._acknowledged = 0
+        self._compact_leaves()
+        for group in range(1, len(self.pools)):
+            self._compact_beside(group)
+
+    def sealed_from(self, group: int, page: int, count: int) -> np.ndarray:
+        """uint64[k <= count] handles of sealed pages from `page` on that no copy or step reads for
+        its sum yet."""
+        pool = self.pools[group]
+        sealed = pool.state[page:] == _SEALED
+        if group == 0:
+            sealed &= ~self.lent[page:]
+        return pool.current[page + np.flatnonzero(sealed)[:count]]
+
+    def read(self, handles: np.ndarray, step: int) -> None:
+        """The step that is launched now sums these sealed pages: each has one more lease until its
+        result is in, of the kind that keeps no page in the trie."""
+        groups = handle_groups(handles)
+        for group, pool in enumerate(self.pools):
+            mine = handles[groups == group]
+            if mine.size == 0:
+                continue
+            pages = pool.pages_of(mine)
+            sealed = np.count_nonzero(pool.state[pages] == _SEALED)
+            require(sealed == pages.size, "a page is read again that is not sealed")
+            self.acquire(mine, group)
+            self._retiring[group] += mine.size
+            self._read.setdefault(step, []).append((group, mine))
+            if group == 0:
+                require(not self.lent[pages].any(), "a page is read again while a copy reads it")
+                self.lent[pages] = True
+                self._lent_pages += pages.size
+
+    def _finish_read(self, group: int, handles: np.ndarray) -> None:
+        pages = self.pools[group].pages_of(handles)
+        self._retiring[group] -= pages.size
+        if group == 0:
+            self.lent[pages] = False
+            self._lent_pages -= pages.size
+        self._drop(group, pages, used=False)
+
+    def judge(self, handles: np.ndarray, sums: np.ndarray) -> np.ndarray:
+        """uint64[k]: which of these pages are not what was sealed, their sums being uint64 `sums`.
+        One that was given up meanwhile is nobody's any more."""
+        groups, held = handle_groups(handles), self.are_sealed(handles)
+        wrong = np.zeros(handles.size, np.bool_)
+        for group, pool in enumerate(self.pools):
+            at = held & (groups == group)
+            pages = handle_pages(handles[at])
+            same = pool.sums[pages] == sums[at]
+            self._unverified[group][pages[same]] = False
+            wrong[at] = ~same
+        self._recount_unverified()
+        return handles[wrong]
+
+    def _recount_unverified(self) -> None:
+        if self.unverified:
+            self.unverified = sum(np.count_nonzero(one) for one in self._unverified)
+
+    def is_sealed(self, handle: int) -> bool:
+        """Whether this handle is not stale and its page still counts as sealed."""
+        return bool(self.are_sealed(np.array([handle], np.uint64))[0])
+
+    def are_sealed(self, handles: np.ndarray) -> np.ndarray:
+        """bool[k]: `is_sealed` of each of uint64[k] handles."""
+        groups, sealed = handle_groups(handles), np.zeros(handles.size, np.bool_)
+        for group, pool in enumerate(self.pools):
+            at = groups == group
+            pages = handle_pages(handles[at])
+            sealed[at] = (pool.current[pages] == handles[at]) & (pool.state[pages] == _SEALED)
+        return sealed
+
+    def drop(self, handles: set[int]) -> set[int]:
+        """These sealed pages are not what they were: they are given up with all that hangs below
+        them and beside that, and soiled. Returns the handles of all that was.
+
+        Of a window group's page that is what hangs below the trie's page it is beside: the tokens
+        behind may have seen it.
+        """
+        over = {
+            beside
+            for handle in handles
+            if handle >> 56 and (beside := self.windows[(handle >> 56) - 1].of(handle)) is not None
+        }
+        trie = self.index.below(handles, over)
+        doomed = handles | set(trie)
+        for handle in reversed(trie):
+            parent = self.index.remove(handle, handle & 0xFF_FFFF)
+            if parent >= 0 and parent not in doomed:
+                self._offer_parent(parent)
+        for group, cache in enumerate(self.windows, start=1):
+            doomed |= {one for handle in trie if (one := cache.beside(handle)) is not None}
+            for handle in sorted(doomed):
+                if handle >> 56 == group and cache.of(handle) is not None:
+                    cache.remove(handle, handle & 0xFF_FFFF)
+        self._give_up(doomed)
+        return doomed
+
+    def _offer_parent(self, parent: int) -> None:
+        if self._evictable(parent, parent & 0xFF_FFFF):
+            self.index.offer(parent, parent & 0xFF_FFFF)
+
+    def _give_up(self, doomed: set[int]) -> None:
+        """These pages have left trie and caches: free, or retiring while they have leases."""
+        handles = np.array(sorted(doomed), np.uint64)
+        groups = handle_groups(handles)
+        for group, pool in enumerate(self.pools):
+            pages = pool.pages_of(handles[groups == group])
+            sealed = pages[pool.state[pages] == _SEALED]
+            self.dropped += sealed.size
+            self._unverified[group][pages] = False
+            self._soil.mark(group, pages)
+            leased = pool.leases[sealed] > 0
+            pool.state[sealed[leased]] = _RETIRING
+            self._cached[group] -= np.count_nonzero(~leased)
+            pool.give_back(sealed[~leased])
+        self._recount_unverified()
 
     def verify(self) -> None:
         """Recount everything. Raises InvariantError naming what does not add up."""
@@ -437,16 +611,20 @@ class Ledger:
         known_handles = set(self.index.handles()) if self.windows else set()
         for cache in self.windows:
             cache.verify(known_handles)
-        dirty = sum(np.count_nonzero(one) for one in self._dirty)
-        require(dirty == self._dirty_pages, f"{self._dirty_pages} dirty pages, found {dirty}")
+        self._soil.verify()
+        unverified = sum(np.count_nonzero(one) for one in self._unverified)
+        require(unverified == self.unverified, f"{self.unverified} unverified, found {unverified}")
         handles = np.array(self.index.handles(), np.uint64)
         self.pools[0].pages_of(handles)  # raises on a stale one
         late = [step for step in self._retired if step <= self._acknowledged]
         require(not late, f"leases of steps {late} wait though {self._acknowledged} is over")
         for group, told in enumerate(self._retiring):
-            retired = [entry for entries in self._retired.values() for entry in entries]
+            leaving = (*self._retired.values(), *self._read.values())
+            retired = [entry for entries in leaving for entry in entries]
             waiting = sum(handles.size for of, handles in retired if of == group)
             require(waiting == told, f"retiring count of group {group} is {told}, found {waiting}")
-        astray = self.lent & ((pool.leases == 0) | (pool.state != _SEALED))
+        require(int(self.lent.sum()) == self._lent_pages, "lent pages miscounted")
+        held = (pool.state == _SEALED) | (pool.state == _RETIRING)
+        astray = self.lent & ((pool.leases == 0) | ~held)
         if np.count_nonzero(astray):
             raise InvariantError(f"pages lent but not held: {np.flatnonzero(astray)}")

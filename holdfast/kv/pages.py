@@ -28,7 +28,7 @@ class PageState(enum.IntEnum):
     SEALED = 3  # full, committed, checksummed; never written again
     LOADING = 4  # a copy fills it
     RETIRING = 5  # given up by its owner; a launched step may still touch it
-    QUARANTINED = 6  # an old epoch may still write it
+    QUARANTINED = 6  # an old epoch may still write it; unused while promotion follows the fence
     TRASH = 7
 
 
@@ -44,8 +44,9 @@ _NEEDS_LEASE = np.isin(
 class PagePool:
     """One group's pages. P = pages of the pool, the trash page included.
 
-    state: uint8[P]; leases: int32[P]; sums: uint64[P] (valid when SEALED). current: uint64[P], the
-    one handle of each page that is not stale, its generation included.
+    state: uint8[P]; leases: int32[P]; sums: uint64[P], sealed_at: int64[P] on the ledger's clock
+    (both valid when SEALED). current: uint64[P], the one handle of each page that is not stale, its
+    generation included.
     """
 
     def __init__(self, group: int, pages: int) -> None:
@@ -55,6 +56,7 @@ class PagePool:
         self.current = handles_of(group, np.arange(pages), np.ones(pages, np.uint32))
         self.leases = np.zeros(pages, np.int32)
         self.sums = np.zeros(pages, np.uint64)
+        self.sealed_at = np.zeros(pages, np.int64)
         self.state[TRASH_PAGE] = PageState.TRASH
         # A stack; low pages on top, so that short runs stay in few pages.
         self._free = np.arange(pages - 1, 0, -1, dtype=np.int32)

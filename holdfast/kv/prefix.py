@@ -120,6 +120,34 @@ class PrefixIndex:
         """Every indexed handle."""
         return list(self._keys)
 
+    def below(self, doomed: set[int], over: set[int]) -> list[int]:
+        """Handles that are in `doomed` or below one of those or of `over`, parents first."""
+        found: dict[int, None] = {}
+        for handle, (parent, _) in self._keys.items():  # in the order of insertion: parents first
+            if handle in doomed or parent in found or parent in over:
+                found[handle] = None
+        return list(found)
+
+    def retain(self, trusted: np.ndarray) -> list[int]:
+        """Forget every page but those of bool[pages] `trusted` whose parents stay as well; returns
+        the handles that stay, parents first. Whoever calls offers the leaves anew."""
+        kept: dict[int, tuple[int, bytes]] = {}
+        for handle, key in self._keys.items():  # in the order of insertion: parents first
+            if trusted[handle & 0xFF_FFFF] and (key[0] < 0 or key[0] in kept):
+                kept[handle] = key
+        self._keys = kept
+        self._handles = {key: handle for handle, key in kept.items()}
+        self._leaves.clear()
+        if self.chains is not None:
+            self.chains = {of: key for of, key in self.chains.items() if of < 0 or of in kept}
+        self.children[:] = 0
+        self.indexed[:] = False
+        for handle, key in kept.items():
+            self.indexed[handle & 0xFF_FFFF] = True
+            if key[0] >= 0:
+                self.children[key[0] & 0xFF_FFFF] += 1
+        return list(kept)
+
     def clear(self) -> None:
         """Forget everything but the roots: the pool's contents are void."""
         self._handles.clear()
@@ -133,13 +161,14 @@ class PrefixIndex:
     def verify(self) -> None:
         """Recount children and the two dicts against each other. Raises InvariantError."""
         require(len(self._keys) == len(self._handles), "trie: keys and handles differ in number")
-        parents = []
+        parents, before = [], set()
         for handle, key in self._keys.items():
             if self._handles.get(key) != handle:
                 raise InvariantError(f"trie: {handle:#x} is not under its key")
+            before.add(handle)
             if key[0] >= 0:
-                if key[0] not in self._keys:
-                    raise InvariantError(f"trie: the parent of {handle:#x} is gone")
+                if key[0] not in before:
+                    raise InvariantError(f"trie: the parent of {handle:#x} is gone or came later")
                 parents.append(key[0] & 0xFF_FFFF)
         children = np.bincount(np.array(parents, np.int64), minlength=self.children.size)
         require((children == self.children).all(), "trie: children counts differ")

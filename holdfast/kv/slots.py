@@ -36,11 +36,13 @@ _FREE, _FILLING, _HELD, _LEAVING, _QUARANTINED = SlotState
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What one page holds, wherever it is. tokens: its ids as bytes; sum: its sealed checksum."""
+    """What one page holds, wherever it is. tokens: its ids as bytes; sum: its sealed checksum;
+    sealed_at: when it was sealed, on the ledger's clock."""
 
     key: Key
     tokens: bytes
     sum: int
+    sealed_at: int = 0
 
 
 class Slots:
@@ -131,6 +133,13 @@ class Slots:
         before = self.state[slot]
         require(before not in (_FREE, _HELD), f"slot {slot} is {before.name} and not in motion")
         self._move(slot, before, _FREE)
+
+    def drop_since(self, sealed_until: int) -> None:
+        """Give up every held content that was sealed later, unless an order reads it."""
+        for slot in list(self._slots.values()):
+            held = self.state[slot] is _HELD and self.leases[slot] == 0
+            if held and self.entry(slot).sealed_at > sealed_until:
+                self.drop(slot)
 
     def counts(self) -> dict[SlotState, int]:
         return {state: self.state.count(state) for state in SlotState}

@@ -67,13 +67,14 @@ class _Copy:
 
 @dataclass(slots=True)
 class _Move:
-    """One MOVE; `late` once nobody waits for it any more."""
+    """One MOVE; `late` once nobody waits for it any more, `void` once what it moves is no good."""
 
     kind: int
     slot: int
     block: int
     job: Job | None = None
     late: bool = False
+    void: bool = False
     issued_s: float = float("inf")
 
 
@@ -94,6 +95,8 @@ class Tiers:
         self.counts: dict[tuple[str, str], int] = {}
         # Pages whose loads went wrong: to be zeroed before they are free, since 0 * NaN is NaN.
         self.spoiled: list[np.ndarray] = []
+        # Device pages whose copies to the host had not the sum that they were sealed with.
+        self.changed: list[int] = []
         self._tickets = itertools.count(1)
         self._copies: dict[int, _Copy] = {}  # by ticket, oldest first, as are the moves
         self._moves: dict[int, _Move] = {}
@@ -118,7 +121,8 @@ class Tiers:
         if not self.ready or len(self._copies) >= self.limits.copies_max:
             self._count("skip", "busy")
             return
-        entry = Entry(key, tokens, int(self.ledger.pools[_GROUP].sums[handle & 0xFF_FFFF]))
+        pool, page = self.ledger.pools[_GROUP], handle & 0xFF_FFFF
+        entry = Entry(key, tokens, int(pool.sums[page]), int(pool.sealed_at[page]))
         slot = self._host_slot(entry)
         if slot is None:
             self._count("skip", "full")
@@ -328,6 +332,8 @@ class Tiers:
             good = self._judge(status, total, copy.entry)
             if copy.kind == STORE:
                 self._stored(copy, good)
+                if status == COPY_OK and not good:
+                    self.changed.append(copy.handle)
             else:
                 waiters += self._loaded(copy, good)
         self._make_room()
@@ -357,7 +363,7 @@ class Tiers:
         self.host.release(copy.slot)
         if good:
             job.good[copy.at] = True
-            self.ledger.loaded(copy.handle, copy.entry.sum)
+            self.ledger.loaded(copy.handle, copy.entry.sum, copy.entry.sealed_at)
             self._count("loaded", "")
         else:
             self.ledger.not_loaded(copy.handle)
@@ -409,14 +415,14 @@ class Tiers:
 
     def _spilled(self, move: _Move, status: int, total: int) -> None:
         self.host.empty(move.slot)
-        if self._judge(status, total, self.disk.entry(move.block)):
+        if self._judge(status, total, self.disk.entry(move.block)) and not move.void:
             self.disk.filled(move.block)
             self._count("spilled", "")
         else:
             self.disk.empty(move.block)
 
     def _fetched(self, move: _Move, status: int, total: int) -> list[Any]:
-        good = self._judge(status, total, self.disk.entry(move.block))
+        good = self._judge(status, total, self.disk.entry(move.block)) and not move.void
         self.disk.release(move.block)
         if not good:
             self.disk.drop(move.block)
@@ -463,9 +469,10 @@ class Tiers:
                 waiters += self._part(move.job) if move.job else []
         return waiters
 
-    def new_epoch(self) -> list[Any]:
-        """The old worker is fenced and the device's pages are void: so are its copies, and the
-        slots they filled are free. Returns everybody who waits; moves go on for nobody."""
+    def new_epoch(self, sealed_until: int | None = None) -> list[Any]:
+        """The old worker is fenced: its copies are void, and the slots they filled are free. What
+        was sealed after `sealed_until` is no good in any tier. Returns everybody who waits; moves
+        go on for nobody."""
         jobs: dict[int, Job] = {}
         for copy in self._copies.values():
             if copy.kind == STORE:
@@ -478,10 +485,16 @@ class Tiers:
             if move.job is not None and not move.late:
                 jobs[id(move.job)] = move.job
             move.job = None
+            if sealed_until is not None and move.kind != RESET:
+                move.void |= self.disk.entry(move.block).sealed_at > sealed_until
+        if sealed_until is not None:
+            self.host.drop_since(sealed_until)
+            self.disk.drop_since(sealed_until)
         self._copies.clear()
         self._copies_new.clear()
         self._arriving.clear()
         self.spoiled.clear()
+        self.changed.clear()
         return [waiter for job in jobs.values() for waiter in job.waiters]
 
     # --- checks ---
@@ -511,7 +524,7 @@ class Tiers:
             ("leased slots", sum(self.host.leases), len(loads)),
             ("filling blocks", disk[SlotState.FILLING], spills),
             ("leased blocks", sum(self.disk.leases), len(fetches)),
-            ("lent pages", lent, len(copies) - len(loads)),
+            ("lent pages", lent - self.ledger.reading, len(copies) - len(loads)),
             ("loading pages", pool.counts()[PageState.LOADING], len(loads)),
         ):
             require(found == wanted, f"{what}: {found}, orders say {wanted}")

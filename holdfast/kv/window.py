@@ -17,6 +17,7 @@ import heapq
 import numpy as np
 
 from holdfast.errors import require
+from holdfast.wire.plan import handle_pages
 from holdfast.wire.rows import first_column
 
 
@@ -49,6 +50,26 @@ class WindowCache:
 
     def beside(self, trie_handle: int) -> int | None:
         return self._beside.get(trie_handle)
+
+    def of(self, handle: int) -> int | None:
+        """The trie's handle that this page of ours hangs beside."""
+        return self._of.get(handle)
+
+    def retain(self, trie: set[int], trusted: np.ndarray) -> np.ndarray:
+        """Forget every page but those of bool[pages] `trusted` beside one of `trie`; returns the
+        uint64[k] handles that stay. Whoever calls offers them anew."""
+        kept = {
+            ours: beside
+            for ours, beside in self._of.items()
+            if beside in trie and trusted[ours & 0xFF_FFFF]
+        }
+        self._of = kept
+        self._beside = {beside: ours for ours, beside in kept.items()}
+        self._idle.clear()
+        handles = np.array(list(kept), np.uint64)
+        self.indexed[:] = False
+        self.indexed[handle_pages(handles)] = True
+        return handles
 
     def usable(self, trie_handles: list[int]) -> list[int]:
         """Depths 0 .. len(trie_handles) at which a prefix can be continued, deepest first."""

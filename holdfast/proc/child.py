@@ -34,7 +34,8 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     supervisor  api    core_lost          detail; hold the streams until `core` comes
     supervisor  core   drain              refuse new requests
     supervisor  core   end_all            end (wire.messages.End), message: end what is live
-    supervisor  core   worker             epoch, fd: link to the worker of that epoch
+    supervisor  core   worker             epoch, memory (wire.messages; none: lost), fd: link to
+                                          the worker of that epoch
     supervisor  core   worker_lost        epoch, detail: it is over and fenced; implicates: it
                                            ended by its own fault
     supervisor  core   api                index, process, fresh (a new one), fd: link to it

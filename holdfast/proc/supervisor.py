@@ -281,12 +281,12 @@ class Supervisor:
                     self._children[process].kill()
             case Tell(process, message):
                 return self._say(process, dict(message))
-            case Promote(process, epoch, core):
+            case Promote(process, epoch, core, memory):
                 self._estate.metrics.set("worker_epoch", epoch)
                 if self._provoker is not None:
                     for order in self._provoker.promoting(process):
                         self._order(process, order)
-                ours = {"type": "worker", "epoch": epoch}
+                ours = {"type": "worker", "epoch": epoch, "memory": str(memory)}
                 return self._link(process, {"type": "promote", "epoch": epoch}, core, ours)
             case Introduce(process, index, core, fresh):
                 ours = {"type": "api", "index": index, "process": process, "fresh": fresh}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from holdfast.api.generation import Generation
@@ -27,7 +28,7 @@ from holdfast.errors import (
     QueueFull,
     RequestError,
 )
-from holdfast.sim.oracle import ClientView
+from holdfast.sim.oracle import ClientView, answer_to
 from holdfast.sim.violation import Violation
 from holdfast.sim.vocabulary import Vocabulary
 from holdfast.sim.world import Job, prompt_array
@@ -275,7 +276,9 @@ class _Client:
         self.transcript = Transcript(Vocabulary(), job.prompt, resolved)
         for choice in generation.choices:
             answer = self.sim.answer_to(job, choice.index)
-            view = ClientView(job, f"{self.name} choice {choice.index}", choice.id, answer)
+            again = partial(answer_to, job, choice.index, self.sim.limits)
+            name = f"{self.name} choice {choice.index}"
+            view = ClientView(job, name, choice.id, answer, again)
             self.views.append(view)
             self.sim.witness.register(view, self.deadline)
         self.api.clients.append(self)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from holdfast.kv.slots import SlotState
 from holdfast.sim.copy_watch import CopyWatch
 from holdfast.sim.fake_mover import FakeMover, TierMemory, Transfer
+from holdfast.sim.rot import Cell
 from holdfast.sim.violation import Violation
-from holdfast.wire.copies import COPY_FAILED, COPY_OK, CopyAcks, MoveOrders
+from holdfast.wire.copies import COPY_FAILED, COPY_OK, STORE, CopyAcks, MoveOrders
 from holdfast.wire.link import Kind
 from holdfast.wire.plan import StepPlan
 
@@ -33,6 +34,8 @@ class CopyTraffic:
         self.mover = FakeMover(self.memory)
         self.watch = CopyWatch()
         self._said: list[CopyAcks] = []  # by all workers
+        # (epoch, ticket) of a store -> rotten cells that it read
+        self._rotten: dict[tuple[int, int], set[Cell]] = {}
         self.fences: dict[int, int] = {}  # epoch -> when nothing of it writes any more
 
     # --- copies of the worker ---
@@ -56,8 +59,10 @@ class CopyTraffic:
                 cells[self.rng.choice(held), 0] ^= 1
 
     def worker_receives(self, plan: StepPlan) -> None:
-        for transfer in self.memory.copies_of(plan):
-            self._run(transfer, self.sim.world.copy_time, "copy", "copy_late", "copy_failed")
+        time = self.sim.world.copy_time
+        for transfer, copy in zip(self.memory.copies_of(plan), plan.copies, strict=True):
+            page = int(copy["handle"]) & 0xFF_FFFF if copy["kind"] == STORE else None
+            self._run(transfer, time, "copy", "copy_late", "copy_failed", page)
 
     def kill(self, epoch: int, fenced_at: int) -> None:
         self.fences[epoch] = fenced_at
@@ -65,8 +70,16 @@ class CopyTraffic:
     def _alive(self, transfer: Transfer, kind: str) -> bool:
         return kind != "copy" or self.sim.now < self.fences.get(transfer.epoch, self.sim.now + 1)
 
-    def _run(self, transfer: Transfer, time: int, kind: str, late: str, failed: str) -> None:
-        """Schedule both halves and the end of a transfer."""
+    def _run(
+        self,
+        transfer: Transfer,
+        time: int,
+        kind: str,
+        late: str,
+        failed: str,
+        page: int | None = None,
+    ) -> None:
+        """Schedule both halves and the end of a transfer; `page`: of the device, which it reads."""
         fails = self.sim.chance(failed, self.rng)
         name = f"{kind} {transfer.epoch}:{transfer.ticket}"
         read_after, write_after = self.rng.randint(0, time), self.rng.randint(1, time)
@@ -78,6 +91,9 @@ class CopyTraffic:
         def read() -> None:
             if self._alive(transfer, kind):
                 transfer.read()
+                if page is not None:
+                    key = (transfer.epoch, transfer.ticket)
+                    self._rotten[key] = self.sim.rot.among([page])
                 self.sim.after(write_after, write, f"{name} writes")
 
         def write() -> None:
@@ -118,6 +134,10 @@ class CopyTraffic:
         for ticket in acks.tickets.tolist():
             self.watch.close("worker", acks.epoch, ticket)
             self.sim.core.order.copied(ticket)
+        for ticket, status in zip(acks.tickets.tolist(), acks.status.tolist(), strict=True):
+            cells = self._rotten.pop((acks.epoch, ticket), set())
+            if status == COPY_OK and not self.sim.core.brain.suspended:
+                self.sim.rot.known(cells)
         self.sim.core.brain.copied(acks, self.sim.now_s)
 
     # --- the mover ---
@@ -128,6 +148,7 @@ class CopyTraffic:
         if orders is None:
             return
         self.watch.order(orders, self.sim.now)
+        self.sim.core.kept.order(orders)
         self.sim.core.order.order(orders)
         frame = orders.encode()
         self.sim.after(self.sim.world.channel_time, lambda: self._mover_receives(frame), "orders")

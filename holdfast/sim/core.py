@@ -5,18 +5,23 @@ leave and results arrive.
 
 from __future__ import annotations
 
+from random import Random
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from holdfast.core.brain import POISON_MESSAGE, Brain
 from holdfast.core.journal import Journal, recover
 from holdfast.errors import WorkerFault
+from holdfast.kv.pages import PageState
 from holdfast.proc.lifecycle.states import Event
 from holdfast.sim.checkers import PageWatch, Suspects, check_bounds, check_sums
+from holdfast.sim.kept_pages import KeptPages
 from holdfast.sim.page_order import PageOrder
 from holdfast.sim.violation import Violation
 from holdfast.sim.worker import SimWorker
 from holdfast.wire.link import Kind, MemoryLink
-from holdfast.wire.messages import End, Ended, TokenBatch, decode_to_api, decode_to_core
+from holdfast.wire.messages import End, Ended, Memory, TokenBatch, decode_to_api, decode_to_core
 from holdfast.wire.plan import StepPlan, StepResult
 
 if TYPE_CHECKING:
@@ -46,6 +51,7 @@ class SimCore:
         self._known: set[int] = set()  # numbers of those that it has ever been linked to
         self._unread: list[tuple[int, bytes, int]] = []  # of api processes that it will meet
         self.flights: dict[int, list[tuple[int, int, int]]] = {}  # step -> what it computes
+        self._rot_rng = Random(sim.world.seed * 0x1656_67B1 + life)
         self._implicates = self._draining = False
 
     def start(self) -> None:
@@ -58,7 +64,10 @@ class SimCore:
             epoch=self._first_epoch,
             life=self.life,
             wall_ns=lambda: self.sim.now * 1000,
+            scrub_pages_s=self.sim.world.scrub_pages_s,
         )
+        self.brain.checks.verify_pages = self.sim.world.verify_pages
+        self.kept = KeptPages()
         self.link, _ = MemoryLink.pair()
         self.link.epoch = self._first_epoch
         self.order = PageOrder(self.limits)
@@ -85,7 +94,7 @@ class SimCore:
         """A word of the supervisor."""
         kind = message["type"]
         if kind == "worker":
-            self._new_worker(message["epoch"], message["worker"])
+            self._new_worker(message["epoch"], message["worker"], Memory(message["memory"]))
         elif kind == "worker_lost":
             if self.worker is not None and self.worker.epoch <= message["epoch"]:
                 self._lose_worker(message["detail"])
@@ -102,7 +111,7 @@ class SimCore:
             self.brain.end_all(End(message["end"]), message["message"], self.sim.now_s)
         self.tick()
 
-    def _new_worker(self, epoch: int, worker: SimWorker) -> None:
+    def _new_worker(self, epoch: int, worker: SimWorker, memory: Memory) -> None:
         if self.worker is not None:
             raise Violation(f"epoch {epoch} comes to a core that has epoch {self.worker.epoch}")
         if self._implicates:
@@ -112,12 +121,14 @@ class SimCore:
         self.sim.copies.watch.fence(epoch)
         self.order.fence()
         self._new_watch()
+        self.brain.new_epoch(epoch, self.sim.now_s, implicates=self._implicates, memory=memory)
+        self.kept.new_epoch(memory, self.brain.ledger)
         self.sim.pages_void = False
-        self.brain.new_epoch(epoch, self.sim.now_s, implicates=self._implicates)
         self._implicates = False
 
     def _new_watch(self) -> None:
-        self.watch = PageWatch(self.limits, self.sim.copies.watch, self.order)
+        before = getattr(self, "watch", None)
+        self.watch = PageWatch(self.limits, self.sim.copies.watch, self.order, before)
         self.flights = {}
 
     def _lose_worker(self, why: str, *, hung: bool = False) -> None:
@@ -185,6 +196,8 @@ class SimCore:
         if not self.up:
             return
         self.sim.touched = True
+        if self.sim.now >= self.sim.world.faults_until:
+            self.brain.checks.pages_s = 0.0  # or an idle engine would never be over
         if self.sim.chance("api_death"):
             self.sim.processes.kill_api(self.sim.rng.randrange(self.limits.api_processes))
         for kind, payload in self.link.drain():
@@ -203,6 +216,8 @@ class SimCore:
                 return
             if self.brain.in_flight < before:
                 self.watch.acknowledge(result)
+                self.kept.taken(result, self.brain.ledger)
+                self.sim.rot.told((result.epoch, result.step))
         try:
             self.brain.expire(self.sim.now_s)
         except WorkerFault as fault:
@@ -215,12 +230,14 @@ class SimCore:
             return
         while self.worker is not None and (plan := self.brain.plan(self.sim.now_s)) is not None:
             self.sim.steps += 1
+            self.kept.launch(plan)
             self.watch.launch(plan, self._tenant_of, self._handle_of)
             requests = self.brain.scheduler.running.ids[plan.rows].tolist()
             key = (plan.epoch, plan.step)
             self.sim.witness.plan(key, requests, self.sim.now, self._linked_since)
             self.flights[plan.step] = self._computes(plan)
             self.sim.copies.launch(plan)
+            self._rot()
             self._send_plan(plan, self.worker)
         self.sim.copies.pump()
         self._flush()
@@ -230,6 +247,16 @@ class SimCore:
         deadline = self.brain.next_deadline_s
         if deadline is not None and deadline < 1e5:
             self.sim.at(max(self.sim.now + 1, int(deadline * 1e6) + 1), self._wake, "core wakes")
+
+    def _rot(self) -> None:
+        """At the pace of steps, a cell of some sealed page changes while everything runs."""
+        if self.kept.waiting or not self.sim.chance("page_rot", self._rot_rng):
+            return
+        ledger = self.brain.ledger
+        sealed = np.flatnonzero(ledger.pools[0].state == PageState.SEALED).tolist()
+        if sealed:
+            page = self._rot_rng.choice(sealed)
+            self.sim.rot.strike(page, self._rot_rng.randrange(self.limits.page_tokens))
 
     def _computes(self, plan: StepPlan) -> list[tuple[int, int, int]]:
         """(request, first, last) for each row of a plan that was launched: positions computed."""
@@ -331,8 +358,10 @@ class SimCore:
         """After every event that reached it."""
         self.brain.verify()
         self.checks += 1
-        if self.checks % SCRUB_EVERY == 0 and not self.sim.pages_void:
-            check_sums(self.brain.ledger, self.sim.memory, self.limits)
+        void = self.sim.pages_void or self.kept.waiting
+        if self.checks % SCRUB_EVERY == 0 and not void:
+            rotten = {page for page, _ in self.sim.rot.cells}
+            check_sums(self.brain.ledger, self.sim.memory, self.limits, rotten)
         self.sim.copies.check()
         admission = self.brain.admission
         check_bounds(

@@ -24,6 +24,7 @@ import numpy as np
 from holdfast.config import Limits
 from holdfast.errors import WorkerFault
 from holdfast.sim.fake_graphs import Capture, FakeGraphs, FirstSeen, StagedRows
+from holdfast.sim.rot import Cell, Rot
 from holdfast.wire.checksum import page_sums, weights
 from holdfast.wire.plan import (
     ROW_NOT_FINITE,
@@ -102,7 +103,7 @@ class FakeWorker:
     """Executes plans in the order that wire.plan states. One instance is one epoch's device.
 
     `pages`: memory that outlives it (memory_of), or None for memory of its own. `inherited`: graphs
-    of the worker before (sim.fake_graphs).
+    of the worker before (sim.fake_graphs). `rot`: told of what is read of rotten cells.
     """
 
     def __init__(
@@ -111,8 +112,13 @@ class FakeWorker:
         epoch: int = 1,
         pages: list[np.ndarray] | None = None,
         inherited: Iterable[Capture] = (),
+        rot: Rot | None = None,
     ) -> None:
         self.limits = limits
+        self.rot = rot
+        # (place in the plan, position of the token, rotten cells in sight) of the last step's draws
+        self.misread: list[tuple[int, int, set[Cell]]] = []
+        self._place = 0
         self.epoch = epoch
         self.step = 0
         self.rows = RowTable(limits)
@@ -141,6 +147,10 @@ class FakeWorker:
         rows.apply(plan)
         digest = rows.digest_full(plan)
         self._zero(plan.zeros)
+        self.misread = []
+        if self.rot is not None:
+            mine = plan.seals[handle_groups(plan.seals) == 0]
+            self.rot.summed((plan.epoch, plan.step), handle_pages(mine).tolist())
         sums = self.sums(plan.seals)
         tokens, accepted, faults = self._forward(plan, spoil)
         rows.advance(plan, tokens, accepted)
@@ -215,6 +225,7 @@ class FakeWorker:
         slot = 0
         for at, (row, length) in enumerate(zip(plan.rows.tolist(), lengths, strict=True)):
             count = int(drafts[at]) if drafts.size else 0
+            self._place = at
             # Looked at in the middle of a prompt too, where nothing is drawn.
             said = self._say(rows, first_seen, row, length, count)
             if said is None:
@@ -273,6 +284,8 @@ class FakeWorker:
             start = first_seen(group, length)
             column = start // size
             table = rows.page_table[group, row, column : -(-length // size)]
+            if group == 0 and self.rot is not None and self.rot.cells:
+                self._note_rot(table.tolist(), column, start, length)
             cells = self.pages[group][table].reshape(-1)
             if np.count_nonzero(cells == NOT_FINITE):
                 return None
@@ -281,6 +294,17 @@ class FakeWorker:
         record = rows.records[row]
         seed = int(record["seed"]) if record["temperature"] > 0 else 0
         return _token_of(total, self.limits.vocab_size, seed)
+
+    def _note_rot(self, table: list[int], column: int, start: int, length: int) -> None:
+        """The token at `length` is drawn from positions `start` on, in these pages of group 0."""
+        assert self.rot is not None
+        size, seen = self.limits.page_tokens, set()
+        for page, at in self.rot.among(table):
+            places = [(column + k) * size + at for k, one in enumerate(table) if one == page]
+            if any(start <= place < length for place in places):
+                seen.add((page, at))
+        if seen:
+            self.misread.append((self._place, length, seen))
 
     def _say(
         self,

@@ -7,7 +7,7 @@ arrives with it, piece by piece as a prefix and at the end exactly, with the rea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,13 +50,20 @@ class Answer:
     logprobs: tuple[int, ...]
 
 
-def answer_to(job: Job, choice: int, limits: Limits) -> Answer:
-    """The one right answer to a choice of a job."""
+def answer_to(
+    job: Job, choice: int, limits: Limits, excused: Mapping[int, int] | None = None
+) -> Answer:
+    """The one right answer to a choice of a job. excused: tokens by index that were drawn from a
+    page that had changed, and are facts: what follows them is right again."""
+    excused = excused or {}
     seed = job.seeds[choice] if job.sampled else 0
     history, tokens, end = list(job.prompt), [], End.LENGTH
     while len(tokens) < job.max_tokens:
         seen = np.array(history, np.int32)
-        tokens.append(expected_token(seen, limits.vocab_size, seed, limits.windows))
+        drawn = excused.get(len(tokens))
+        if drawn is None:
+            drawn = expected_token(seen, limits.vocab_size, seed, limits.windows)
+        tokens.append(drawn)
         history.append(tokens[-1])
         if tokens[-1] in job.stop_ids:
             end = End.STOP
@@ -108,8 +115,18 @@ def _first_stop(text: str, stops: Sequence[str], begin: int) -> tuple[int, int] 
 class ClientView:
     """What the client of one choice has seen, against its answer. `name` is for people."""
 
-    def __init__(self, job: Job, name: str, request: int, answer: Answer) -> None:
+    def __init__(
+        self,
+        job: Job,
+        name: str,
+        request: int,
+        answer: Answer,
+        again: Callable[[Mapping[int, int]], Answer],
+    ) -> None:
+        """again: the answer with some tokens excused (answer_to)."""
         self.job = job
+        self._again = again
+        self.excused: dict[int, int] = {}
         self.name = name
         self.request = request
         self.answer = answer
@@ -123,6 +140,12 @@ class ClientView:
 
     def wrong(self, what: str) -> Violation:
         return Violation(f"{self.name} ({self.request:#x}): {what}")
+
+    def excuse(self, index: int, token: int) -> None:
+        """This token was drawn from a page that had changed, and the core says it."""
+        if self.excused.get(index, self.answer.tokens[index]) != token:
+            self.excused[index] = token
+            self.answer = self._again(self.excused)
 
     def token(self, event: Token) -> None:
         """The api process delivered this token, before anything is made of it."""

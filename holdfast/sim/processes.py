@@ -33,6 +33,7 @@ from holdfast.sim.core import SimCore
 from holdfast.sim.fake_worker import NOT_FINITE
 from holdfast.sim.violation import Violation
 from holdfast.sim.worker import EXIT_FAULT, SimWorker
+from holdfast.wire.messages import Memory
 
 if TYPE_CHECKING:
     from holdfast.sim.simulator import Simulation
@@ -252,8 +253,8 @@ class Processes:
                         self.dies(number, _SIGKILL)
                 case Tell(number, message):
                     self._tell(number, dict(message))
-                case Promote(number, epoch, core):
-                    self._promote(number, epoch, core)
+                case Promote(number, epoch, core, memory):
+                    self._promote(number, epoch, core, memory)
                 case Introduce(core=core) if core in self._unstarted:
                     pass  # As in the supervisor: the machine was told.
                 case Introduce(number, index, core, fresh):
@@ -403,7 +404,7 @@ class Processes:
             process.verified = good
             self._say(Event.GOOD if good else Event.BAD, process)
 
-    def _promote(self, number: int, epoch: int, core: int) -> None:
+    def _promote(self, number: int, epoch: int, core: int, memory: Memory) -> None:
         process, life = self._running(number), self._running(core).core
         assert process.worker is not None
         for other in self.running.values():
@@ -418,6 +419,10 @@ class Processes:
         if process.dying:  # Its end of file is on the way.
             self._blame(process)
         self._tell(number, {"type": "promote"})
-        self._tell(core, {"type": "worker", "epoch": epoch, "worker": process.worker})
+        if self._strikes("memory_lost"):
+            memory = Memory.LOST
+            self._corrupt()
+        told = {"epoch": epoch, "memory": str(memory), "worker": process.worker}
+        self._tell(core, {"type": "worker", **told})
         if process.dying:
             process.worker.close()

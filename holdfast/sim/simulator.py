@@ -25,6 +25,7 @@ from holdfast.sim.fake_graphs import Capture
 from holdfast.sim.fake_worker import memory_of
 from holdfast.sim.oracle import Answer, answer_to
 from holdfast.sim.processes import Processes
+from holdfast.sim.rot import Rot
 from holdfast.sim.violation import Violation
 from holdfast.sim.witness import Witness
 from holdfast.sim.world import Job, World
@@ -61,7 +62,6 @@ class Simulation:
         self.touched = False  # whether the event at hand reached the core
         self.steps = 0
         self.faults: dict[str, int] = {}
-        self.witness = Witness(self.limits, world.channel_time)
         self.refusals = 0  # at the api process's own door
         self._answers: dict[tuple[int, int], Answer] = {}
         # In the liveness phase everything ends long before.
@@ -69,6 +69,8 @@ class Simulation:
         self.journal = memoryview(bytearray(Journal.size(self.limits)))
         self.metrics = Metrics(memoryview(bytearray(Metrics.size(1))), 0)
         self.memory = memory_of(self.limits)
+        self.rot = Rot(self.memory[0])
+        self.witness = Witness(self.limits, world.channel_time, self.rot)
         self.pages_void = False  # changed by a worker that ended, and not dropped yet
         self.captures: list[Capture] = []  # graphs of the worker before
         self.old_results: list[tuple[int, bytes]] = []

@@ -13,6 +13,7 @@ from holdfast.api.generation import TIMEOUT_MIN_S
 from holdfast.config import Limits
 from holdfast.core.request import Request
 from holdfast.sim.oracle import ClientView
+from holdfast.sim.rot import Cell, Rot
 from holdfast.sim.violation import Violation
 from holdfast.sim.world import Job
 from holdfast.wire.messages import (
@@ -31,9 +32,10 @@ from holdfast.wire.messages import (
 class Witness:
     """`grace`: virtual time in which a word from api reaches the core."""
 
-    def __init__(self, limits: Limits, grace: int) -> None:
+    def __init__(self, limits: Limits, grace: int, rot: Rot) -> None:
         self.limits = limits
         self.grace = grace
+        self.rot = rot
         self.views: dict[int, ClientView] = {}
         self.poison: dict[int, int] = {}  # request -> position whose computation kills the worker
         self.not_finite: set[int] = set()  # requests with a row that the world made so
@@ -104,7 +106,11 @@ class Witness:
     def tokens(self, life: int, api: int, batch: TokenBatch, now: int) -> None:
         """The core of this life sends tokens: none unasked, none after it was told to stop, none to
         another api process, none too late."""
-        for request, index in zip(batch.requests.tolist(), batch.indexes.tolist(), strict=True):
+        for request, index, token in zip(
+            batch.requests.tolist(), batch.indexes.tolist(), batch.tokens.tolist(), strict=True
+        ):
+            if self.rot.excuses(request, index):
+                self.views[request].excuse(index, token)
             if request in self._over:
                 raise Violation(f"request {request:#x}: a token after its cancel or finish")
             if (life, request) not in self._asked:
@@ -138,6 +144,13 @@ class Witness:
     def spoil(self, key: tuple[int, int], row: int) -> None:
         """The world makes place `row` of plan `key` not finite."""
         self.not_finite.add(self._rows[key][row])
+
+    def misread(self, key: tuple[int, int], place: int, position: int, cells: set[Cell]) -> None:
+        """The row at `place` of plan `key` draws its token at `position` with rotten cells in
+        sight."""
+        request = self._rows[key][place]
+        index = position - len(self.views[request].job.prompt)
+        self.rot.drawn(key, request, index, cells)
 
     # --- causes ---
 

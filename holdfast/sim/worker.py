@@ -37,7 +37,7 @@ class SimWorker:
     def promoted(self) -> None:
         """It hears of its epoch and gets the core's link."""
         sim = self.sim
-        self.device = FakeWorker(sim.limits, self.epoch, sim.memory, sim.captures)
+        self.device = FakeWorker(sim.limits, self.epoch, sim.memory, sim.captures, sim.rot)
         sim.captures = list(self.device.graphs.captures.values())
 
     def receives(self, frame: bytes) -> None:
@@ -84,6 +84,8 @@ class SimWorker:
             return
         if spoil is not None:
             sim.witness.spoil((self.epoch, plan.step), spoil)
+        for place, position, cells in self.device.misread:
+            sim.witness.misread((self.epoch, plan.step), place, position, cells)
         if sim.chance("crash_after"):
             self._dies(EXIT_CRASH)
             return

@@ -14,6 +14,7 @@ from random import Random
 import numpy as np
 
 from holdfast.config import Limits
+from holdfast.core.checks import SCRUB_PAGES, VERIFY_PAGES
 from holdfast.proc.lifecycle.policy import Policy
 from holdfast.proc.lifecycle.states import Standby
 from holdfast.sim.vocabulary import VOCAB, draw_stops
@@ -64,6 +65,8 @@ class Rates:
     spawn_fails: float = 0.0  # no process can be made
     never_ready: float = 0.0  # a process says nothing while it starts
     page_corrupt: float = 0.0  # a worker that ends has changed pages that were not its business
+    page_rot: float = 0.0  # per step: a cell of a sealed page changes while everything runs
+    memory_lost: float = 0.0  # per promotion: the pool is new memory
     poison: float = 0.0  # per request: the worker dies whenever it computes a certain token of it
 
 
@@ -85,6 +88,7 @@ PROCESS_RATES = (
     "never_ready",
     "page_corrupt",
 )
+PAGE_RATES = ("page_rot", "memory_lost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +149,8 @@ class World:
     resume_timeout: int = 60 * SECOND
     copy_time: int = 1  # bounds of each half of a copy and of a move
     disk_time: int = 1
+    scrub_pages_s: float = 0.0
+    verify_pages: int = VERIFY_PAGES
 
     @property
     def immortal(self) -> bool:
@@ -180,6 +186,7 @@ def draw(seed: int, profile: str = "short") -> World:
     fence_time = rng.choice([1, 30]) * step_time
     respawn_time = rng.choice([1, 10, 50]) * step_time
     rates, policy, second = _draw_processes(seed, limits, rates, step_time, respawn_time)
+    rates, scrub_pages_s, verify_pages = _draw_checks(seed, rates, fault_chance, step_time)
     return World(
         seed=seed,
         limits=limits,
@@ -198,7 +205,25 @@ def draw(seed: int, profile: str = "short") -> World:
         second=second,
         copy_time=copy_time,
         disk_time=disk_time,
+        scrub_pages_s=scrub_pages_s,
+        verify_pages=verify_pages,
     )
+
+
+def _draw_checks(
+    seed: int, rates: Rates, fault_chance: float, step_time: int
+) -> tuple[Rates, float, int]:
+    """How fast sealed pages are read again, how many at once after a worker's end, and how often
+    one has changed, from a Random of their own. Where they change there often is a scrub, and where
+    there is none they change all the same."""
+    rng = Random(seed * 0x94D0_49BB + 15)
+    rotten, exponent = rng.random() < fault_chance, rng.uniform(-1.7, -0.5)
+    lost = 10.0 ** rng.uniform(-1.0, 0.0) if rng.random() < fault_chance / 3 else 0.0
+    every_steps = rng.choice([2, 8, 60])
+    on = rng.random() < (0.8 if rotten else 0.3)
+    rates = replace(rates, page_rot=10.0**exponent if rotten else 0.0, memory_lost=lost)
+    scrub_pages_s = SCRUB_PAGES / (every_steps * step_time * 1e-6) if on else 0.0
+    return rates, scrub_pages_s, rng.choice([1, 4, VERIFY_PAGES])
 
 
 def _draw_tiers(
@@ -319,7 +344,8 @@ def _draw_limits(rng: Random, shortage: float) -> Limits:
 
 def _draw_rates(rng: Random, fault_chance: float) -> Rates:
     drawn = {}
-    drawn_later = (*TIER_RATES, *PROCESS_RATES, "poison")  # each with a Random of its own
+    # Each of these with a Random of its own.
+    drawn_later = (*TIER_RATES, *PROCESS_RATES, *PAGE_RATES, "poison")
     for rate in (rate for rate in fields(Rates) if rate.name not in drawn_later):
         # Every rate is drawn, used or not, so that one coin does not shift all the others.
         on, exponent = rng.random() < fault_chance, rng.uniform(-2.5, -0.7)

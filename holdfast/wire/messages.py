@@ -32,6 +32,15 @@ class End(enum.IntEnum):
     SHUTDOWN = 7  # the server drained past its own deadline
 
 
+class Memory(enum.StrEnum):
+    """What became of the device's memory between two workers: whose word the brain takes for it."""
+
+    KEPT = "kept"  # weights verified after the fence: the bytes that were loaded; pages outlived it
+    RELOADED = "reloaded"  # weights failed their check and were loaded anew: what they computed
+    # since they were last found good is void
+    LOST = "lost"  # the pool is new memory: every page is void
+
+
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """Resolved sampling parameters of a request: validated, with ids only (see plan.ADMIT).
 

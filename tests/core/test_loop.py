@@ -16,7 +16,7 @@ from holdfast.errors import LinkClosed, WorkerFault
 from holdfast.proc.control import Control
 from holdfast.wire.copies import CopyAcks
 from holdfast.wire.link import Kind, Link
-from holdfast.wire.messages import Cancel, End, State, decode_to_api, encode
+from holdfast.wire.messages import Cancel, End, Memory, State, decode_to_api, encode
 from holdfast.wire.plan import StepPlan, StepResult
 
 
@@ -71,7 +71,10 @@ class ScriptedBrain:
             self.calls.append(("output", len(output)))
         return output
 
-    def new_epoch(self, epoch: int, now_s: float, *, implicates: bool = False) -> None:
+    def new_epoch(
+        self, epoch: int, now_s: float, *, implicates: bool = False, memory: Memory = Memory.LOST
+    ) -> None:
+        self.memory = memory
         self.calls.append(("new_epoch", epoch))
         self.implicated = implicates
         self.epoch, self.suspended = epoch, False

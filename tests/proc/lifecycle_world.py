@@ -250,7 +250,7 @@ class World:
                     self._running(process, action)
                 case Tell(process, message):
                     self._told(process, dict(message), action)
-                case Promote(process, epoch, core):
+                case Promote(process, epoch, core, _):
                     self._promote(process, epoch, core, action)
                 case Introduce(process, _, core, _):
                     for number in (process, core):

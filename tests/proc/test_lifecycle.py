@@ -22,6 +22,7 @@ from holdfast.proc.lifecycle.policy import RESTART_WINDOW_S, STANDBY_PAUSE_S, Po
 from holdfast.proc.lifecycle.states import EVENTS, STATES, Event, Phase, Role, Standby, State, Turn
 from holdfast.proc.lifecycle.table import ROWS, TABLE, Step, table
 from holdfast.proc.lifecycle.turns import TURNS
+from holdfast.wire.messages import Memory
 
 DOCS = Path(__file__).parents[2] / "docs" / "processes.md"
 WALKS: dict[str, dict[str, Any]] = {
@@ -197,7 +198,7 @@ def test_a_warm_standby_is_promoted_right_after_the_fence_and_the_next_one_waits
     script.happens(Role.WORKER, Event.SUM, weights_sum=7)
     assert script.told() == ["weights_sum"]
     script.happens(Role.WORKER, Event.GOOD)
-    assert script.kinds(Promote) == [Promote(standby, 2, machine.core.process)]
+    assert script.kinds(Promote) == [Promote(standby, 2, machine.core.process, Memory.KEPT)]
     assert not script.kinds(Spawn)
     assert machine.next_s == NOW_S + 2 * STANDBY_PAUSE_S
     assert [s.role for s in script.with_standby().machine.slots if s.process is None] == []

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast.proc.lifecycle.states import Event, Role
+from holdfast.wire.messages import Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +65,14 @@ class Tell:
 class Promote:
     """Give worker `process` the epoch and one end of a new link, the core the other end.
 
-    Every process of an older epoch is gone, and the weights were verified after that.
+    Every process of an older epoch is gone, and the weights were verified after that. memory: what
+    became of the pages since the promotion before.
     """
 
     process: int
     epoch: int
     core: int
+    memory: Memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from holdfast.proc.lifecycle.joints import Fact
 from holdfast.proc.lifecycle.policy import Policy
 from holdfast.proc.lifecycle.slot import Slot
 from holdfast.proc.lifecycle.states import LIVE, Phase, Role, Standby, State, Turn, Wait
-from holdfast.wire.messages import End
+from holdfast.wire.messages import End, Memory
 
 EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
 EXIT_OPERATOR = 2
@@ -36,7 +36,8 @@ EXIT_OPERATOR = 2
 class Steps:
     """Slots, phase, epoch, and the actions of the event that is being handled.
 
-    weights_held: the keeper knows the sum of what was loaded. deadline_s: of the phase.
+    weights_held: the keeper knows the sum of what was loaded. memory: what became of the pages
+    since the last promotion. deadline_s: of the phase.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -46,6 +47,7 @@ class Steps:
         self.exit_code = 0
         self.operator_error = ""
         self.weights_held = False
+        self.memory = Memory.LOST
         self.core_was_ready = False
         self.deadline_s: float | None = None
         self.keeper = Slot(Role.KEEPER)
@@ -172,6 +174,8 @@ class Steps:
 
     def _forget(self, slot: Slot, _: Happened) -> None:
         self.weights_held = False
+        if self.memory is Memory.KEPT:
+            self.memory = Memory.RELOADED
         self._tell(self.keeper, "weights_forget")
 
     def _kill_keeper(self, slot: Slot, _: Happened) -> None:
@@ -183,7 +187,8 @@ class Steps:
         self.epoch += 1
         slot.epoch = self.epoch
         process, core = self._process(slot), self._process(self.core)
-        self._actions.append(Promote(process, self.epoch, core))
+        self._actions.append(Promote(process, self.epoch, core, self.memory))
+        self.memory = Memory.KEPT
         self._show_up(slot, {"epoch": self.epoch})
 
     def _take(self, slot: Slot, _: None) -> None:
