@@ -138,6 +138,15 @@ class Brain:
         return len(self.requests)
 
     @property
+    def tokens_generated(self) -> int:
+        """Output tokens committed since the start."""
+        return self.committer.tokens_generated
+
+    def context_tokens(self, plan: StepPlan) -> int:
+        """Tokens, summed over its rows, that the plan just given reads or computes."""
+        return int(self.scheduler.running.planned[plan.rows].sum())
+
+    @property
     def next_deadline_s(self) -> float | None:
         """When `expire`, or on an idle engine `plan`, has something to do next."""
         deadline_s = self._deadlines[0][0] if self._deadlines else math.inf

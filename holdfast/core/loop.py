@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from holdfast.core.clocks import StepClocks
 from holdfast.errors import LinkClosed, LinkError, WorkerFault
 from holdfast.wire.copies import CopyAcks
 from holdfast.wire.link import Frame, Kind, Link
@@ -38,9 +39,9 @@ EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h; the supervisor starts a new core f
 API_MESSAGES_A_TICK = 32
 # Upper bound of one sleep, so that a missed wake-up costs a second and not the server.
 SLEEP_S_MAX = 1.0
-# A step that is not back after so long makes the server not ready (a CPU step of a large model
-# takes seconds); whether it is hung is the supervisor's to decide.
-STEP_S_READY = 30.0
+# A select that wakes so much later than asked, or a tick that takes so long, is time in which this
+# process did not run: no clock of the worker's counts it.
+LAPSE_S = 0.1
 
 
 class BrainLike(Protocol):
@@ -54,6 +55,9 @@ class BrainLike(Protocol):
     def live(self) -> int: ...
     @property
     def next_deadline_s(self) -> float | None: ...
+    @property
+    def tokens_generated(self) -> int: ...
+    def context_tokens(self, plan: StepPlan) -> int: ...
     def receive(self, api: int, message: ToCore, now_s: float) -> None: ...
     def plan(self, now_s: float) -> StepPlan | None: ...
     def commit(self, result: StepResult, now_s: float) -> None: ...
@@ -62,6 +66,7 @@ class BrainLike(Protocol):
     def new_epoch(
         self, epoch: int, now_s: float, *, implicates: bool = False, memory: Memory = Memory.LOST
     ) -> None: ...
+    def weights_good(self, now_s: float) -> None: ...
     def suspend(self) -> None: ...
     def drop_api(self, api: int, now_s: float) -> None: ...
     def drain(self) -> None: ...
@@ -102,9 +107,14 @@ class CoreLoop:
         *,
         clock: Callable[[], float] = time.monotonic,
         spent: Callable[[float], None] = lambda seconds: None,
+        clocks: StepClocks | None = None,
+        watch: Callable[[int | None], None] = lambda pid: None,
     ) -> None:
-        """`spent` is told the seconds from a result read to the next plan sent."""
+        """`spent` is told the seconds from a result read to the next plan sent, `watch` the pid of
+        each new worker."""
         self.brain = brain
+        self.clocks = clocks or StepClocks()
+        self._watch_worker = watch
         self._spent = spent
         self._control = control
         self._clock = clock
@@ -116,7 +126,9 @@ class CoreLoop:
         self._state = State(ready=False, detail="the worker is starting")
         self._worker_detail = "the worker is starting"
         self._implicates = False
-        self._step_s = clock()
+        self._looked_s = clock()
+        # Of the last worker that came: epoch, requests that waited for it, tokens until then.
+        self._resuming: tuple[int, int, int] | None = None
         self._draining = False
         self._drained = False
         self._stopping = False
@@ -140,7 +152,7 @@ class CoreLoop:
 
     def tick(self, timeout_s: float) -> None:
         """Wait for events at most `timeout_s`, then handle all that is there, in a fixed order."""
-        events = {key.data: mask for key, mask in self._selector.select(timeout_s)}
+        events = {key.data: mask for key, mask in self._select(timeout_s)}
         read = {data for data, mask in events.items() if mask & selectors.EVENT_READ}
         for data, mask in sorted(events.items()):
             if mask & selectors.EVENT_WRITE:
@@ -153,6 +165,7 @@ class CoreLoop:
             self._commit(self._worker)
             self._launch()
             self._spent(self._clock() - started_s)
+        self._watch_step()
         for index in sorted(self._apis):
             self._listen(index, ("api", index) in read)
         try:
@@ -161,12 +174,37 @@ class CoreLoop:
             self._lose_worker(str(error))
         self._launch()
         self._send_output()
+        self._tell_resumed()
         self._update_state()
         self._watch_control()
 
+    def _select(self, timeout_s: float) -> list[tuple[selectors.SelectorKey, int]]:
+        """What is there; and how long this process did not run, by the way."""
+        asked_s = self._clock()
+        events = self._selector.select(timeout_s)
+        now_s = self._clock()
+        for lapse_s in (asked_s - self._looked_s, now_s - asked_s - timeout_s):
+            if lapse_s > LAPSE_S:
+                self.clocks.lapse(lapse_s)
+        self._looked_s = now_s
+        return events
+
     # --- the worker ---
 
+    def _watch_step(self) -> None:
+        """Give up a worker whose step takes too long, unless its result is there by now."""
+        worker = self._worker
+        if worker is None or not self.clocks.hung(self._clock()):
+            return
+        self._commit(worker)
+        now_s = self._clock()
+        if self._worker is worker and self.clocks.hung(now_s):
+            seconds = now_s - self.clocks.started_s
+            detail = f"no result for {seconds:.2f} s"
+            self._lose_worker(detail, hung=True, since_s=self.clocks.started_s)
+
     def _commit(self, worker: _Peer) -> None:
+        now_s = self._clock()
         try:
             for kind, payload in worker.link.drain():
                 now_s = self._clock()
@@ -175,28 +213,39 @@ class CoreLoop:
                     continue
                 if kind != Kind.RESULT:
                     raise LinkError(f"frame of kind {kind} from the worker")
+                before = self.brain.in_flight
                 self.brain.commit(StepResult.decode(payload), now_s)
-                self._step_s = now_s
+                if self.brain.in_flight < before:
+                    self.clocks.done(now_s)
+        except LinkClosed as error:
+            self._lose_worker(str(error), closed=True)
         except (LinkError, WorkerFault) as error:
-            self._lose_worker(str(error))
+            self._lose_worker(str(error), since_s=now_s)
 
     def _launch(self) -> None:
         """Send every plan that the brain gives: it stops at `steps_ahead` plans in flight."""
         while self._worker is not None:
-            if self.brain.in_flight == 0:
-                self._step_s = self._clock()
             plan = self.brain.plan(self._clock())
             if plan is None:
                 return
+            self.clocks.sent(plan, self.brain.context_tokens(plan), self._clock())
             try:
                 self._worker.link.send(Kind.PLAN, plan.encode())
             except LinkError as error:
-                self._lose_worker(str(error))
+                self._lose_worker(str(error), closed=isinstance(error, LinkClosed))
                 return
             self._watch(self._worker)
 
-    def _lose_worker(self, detail: str) -> None:
-        """The epoch is over for us; the supervisor fences it and brings another worker."""
+    def _lose_worker(
+        self,
+        detail: str,
+        *,
+        hung: bool = False,
+        closed: bool = False,
+        since_s: float | None = None,
+    ) -> None:
+        """The epoch is over for us; the supervisor fences it and brings another worker. hung: its
+        step, begun at `since_s`, took too long. closed: only its link's end was seen."""
         if self._worker is None:
             return
         epoch = self._worker.link.epoch
@@ -204,7 +253,10 @@ class CoreLoop:
         self._worker = None
         self._worker_detail = f"the worker is being replaced: {detail}"
         self.brain.suspend()
-        self._report({"type": "worker_fault", "epoch": epoch, "detail": detail})
+        self.clocks.reset()
+        self._resuming = None
+        fault = {"type": "worker_fault", "epoch": epoch, "detail": detail, "hung": hung}
+        self._report({**fault, "closed": closed, "since_s": since_s})
 
     # --- api processes ---
 
@@ -251,8 +303,8 @@ class CoreLoop:
             ready, detail = False, self._worker_detail
         elif self._draining:
             ready, detail = False, "the server is shutting down"
-        elif self.brain.in_flight and self._clock() - self._step_s > STEP_S_READY:
-            ready, detail = False, f"no step finished for {STEP_S_READY:.0f} s"
+        elif self.clocks.late(self._clock()):
+            ready, detail = False, "the worker takes long for its step"
         if self._state != (state := State(ready=ready, detail=detail)):
             self._state = state
             for index in sorted(self._apis):
@@ -267,8 +319,13 @@ class CoreLoop:
         """One control message; the table is in proc.child. Unknown ones are a protocol error."""
         kind, now_s = message.get("type"), self._clock()
         if kind == "worker":
-            # Of a memory that nobody speaks of, nothing may be believed.
-            self._new_worker(message["epoch"], Memory(message.get("memory", Memory.LOST)), fds)
+            # Without a word of it nothing may be believed of the pages.
+            memory = Memory(message.get("memory", Memory.LOST))
+            self._new_worker(message["epoch"], memory, message.get("pid"), fds)
+        elif kind == "weights_good":
+            self.brain.weights_good(now_s)
+        elif kind == "ping":
+            self._report({"type": "pong"})
         elif kind == "worker_lost":
             if self._worker is not None and self._worker.link.epoch <= message["epoch"]:
                 self._lose_worker(message["detail"])
@@ -291,15 +348,28 @@ class CoreLoop:
         else:
             raise LinkError(f"control message {kind!r} from the supervisor")
 
-    def _new_worker(self, epoch: int, memory: Memory, fds: list[int]) -> None:
+    def _new_worker(self, epoch: int, memory: Memory, pid: int | None, fds: list[int]) -> None:
         if self._worker is not None:
             raise LinkError(f"worker of epoch {epoch} while {self._worker.link.epoch} is here")
         link = Link(_socket_of(fds), epoch=epoch)
+        self.clocks.reset()
+        self._watch_worker(pid)
         now_s = self._clock()
         self.brain.new_epoch(epoch, now_s, implicates=self._implicates, memory=memory)
         self._implicates = False
         self._worker = self._register(link, ("worker", 0))
-        self._step_s = self._clock()
+        self._resuming = (epoch, self.brain.live, self.brain.tokens_generated)
+
+    def _tell_resumed(self) -> None:
+        """The first new token of an epoch, or that nobody waits for one."""
+        if self._resuming is None:
+            return
+        epoch, streams, tokens = self._resuming
+        if self.brain.live and self.brain.tokens_generated == tokens:
+            return
+        self._resuming = None
+        resumed = {"type": "resumed", "epoch": epoch, "streams": streams, "at_s": self._clock()}
+        self._report(resumed)
 
     def _new_api(self, index: int, process: int, *, fresh: bool, fds: list[int]) -> None:
         if index in self._apis:
@@ -324,7 +394,8 @@ class CoreLoop:
         """Until the next deadline of the brain; zero while an inbox still holds messages."""
         if any(peer.inbox for peer in self._apis.values()):
             return 0.0
-        deadline_s = self.brain.next_deadline_s
+        deadlines = (self.brain.next_deadline_s, self.clocks.deadline_s)
+        deadline_s = min((at for at in deadlines if at is not None), default=None)
         if deadline_s is None:
             return SLEEP_S_MAX
         return min(SLEEP_S_MAX, max(0.0, deadline_s - self._clock()))

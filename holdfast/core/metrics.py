@@ -38,6 +38,8 @@ _CELL_BYTES = 8
 _STEP_BUCKETS = tuple(m * 10.0**e for e in range(-4, 1) for m in (1, 2, 5))
 # 1 ms (between two tokens) to 500 s (a long answer).
 _WAIT_BUCKETS = tuple(m * 10.0**e for e in range(-3, 3) for m in (1, 2.5, 5))
+# 1 ms (an end of file) to 100 s (a large model's weights are loaded anew).
+_FAULT_BUCKETS = (*(m * 10.0**e for e in range(-3, 2) for m in (1, 2, 5)), 100.0)
 
 ENDS = ("stop", "length", "cancelled", "deadline", "engine_fault", "not_finite", "shutdown")
 ROUTES = (
@@ -58,6 +60,25 @@ FOUND_BY = ("promotion", "scrub", "store")
 TIER_FAILURES = ("failed", "bad_sum", "late")
 TIER_SKIPS = ("busy", "full", "disk_busy")
 ROLES = ("api", "core", "worker", "standby", "keeper")
+# What is lost, and of a worker how: ended by a signal or an exit code of its own, by SIGKILL from
+# outside, no result in time, its own word, a result or frame that the core refused, silence where
+# it should have spoken to the supervisor; weights: they were not the bytes that were loaded; page:
+# one was not what was sealed; unstarted: no process could be made.
+FAULTS = (
+    "worker_crash",
+    "worker_killed",
+    "worker_hang",
+    "worker_fault",
+    "worker_rejected",
+    "worker_stuck",
+    "weights",
+    "page",
+    "core",
+    "api",
+    "keeper",
+    "standby",
+    "unstarted",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +157,26 @@ METRICS: tuple[Declared, ...] = (
     _counter("process_restarts_total", "Processes replaced after their end, by role", role=ROLES),
     _gauge("processes_ready", "Processes that are up, by role; a standby: prepared", role=ROLES),
     _gauge("worker_epoch", "Number of the present worker, from 1"),
+    _counter("faults_total", "Processes lost by a fault, and damage found, by kind", kind=FAULTS),
+    _counter("resumes_total", "Recoveries that ended: a worker computes again"),
+    _counter("streams_resumed_total", "Live requests that went on after a recovery"),
+    _histogram(
+        "noticed_seconds",
+        "From a lost worker's word, or of a hang from the start of its step, to the notice. A death"
+        " without a word is seen by the end of its socket and not counted here",
+        _FAULT_BUCKETS,
+    ),
+    _histogram(
+        "fenced_seconds",
+        "From the notice that a process is lost to its pidfd: nothing of it runs any more",
+        _FAULT_BUCKETS,
+    ),
+    _histogram(
+        "resumed_seconds",
+        "From the notice to the first new token, or to the next worker when no stream waited",
+        _FAULT_BUCKETS,
+    ),
+    _counter("compiles_after_ready_total", "Kernels or graphs that a worker made while it served"),
     _counter("http_requests_total", "HTTP requests answered", route=ROUTES, code=CODES),
     _gauge("streams_open", "Generations a client is waiting for"),
     _counter("stream_cancelled_total", "Generations given up before their end", reason=CANCELS),

@@ -185,6 +185,9 @@ class ApiProcess:
             self._client.lose_link(message["detail"])
         elif kind == "drain":
             self._client.drain()
+        elif kind == "ping":
+            self._control.send({"type": "pong"})
+            self._flush()
         elif kind == "stop":
             self._client.drain()
             self._server.should_exit = True

@@ -12,11 +12,13 @@ import time
 
 from holdfast.core import journal
 from holdfast.core.brain import Brain
+from holdfast.core.clocks import StepClocks
 from holdfast.core.loop import CoreLoop
 from holdfast.core.metrics import Metrics
 from holdfast.errors import HoldfastError
 from holdfast.proc import memfd
 from holdfast.proc.child import EXIT_OPERATOR, Boot, boot
+from holdfast.proc.starvation import Starvation
 
 METRICS_SLOT = 0
 
@@ -50,9 +52,16 @@ def main() -> int:
     gc.collect()
     gc.freeze()
     control.ready(recovered=recovered)
-    metrics = brain.metrics
+    metrics, starvation = brain.metrics, Starvation()
+    clocks = StepClocks(
+        start.config["step_timeout_s"], starved=starvation.starved, rested=starvation.rested
+    )
     return CoreLoop(
-        brain, control, spent=lambda seconds: metrics.observe("brain_seconds", seconds)
+        brain,
+        control,
+        spent=lambda seconds: metrics.observe("brain_seconds", seconds),
+        clocks=clocks,
+        watch=starvation.watch,
     ).run()
 
 

@@ -50,6 +50,7 @@ class Estate:
             raise
 
     def _open(self, options: ServeOptions) -> None:
+        self._cleanup.callback(lambda: self.drop(*self.fds))
         if warning := raise_file_limit():
             self.warnings.append(warning)
         count = options.limits.api_processes
@@ -74,10 +75,15 @@ class Estate:
         self._catch_signals()
 
     def take(self, fds: dict[str, int]) -> None:
-        """These descriptors are ours from now on."""
+        """These descriptors are ours from now on; those of the same names are given up."""
+        self.drop(*fds)
         self.fds.update(fds)
-        for fd in fds.values():
-            self._cleanup.callback(os.close, fd)
+
+    def drop(self, *names: str) -> None:
+        """Give up these descriptors, so that their memory is free once nobody maps it."""
+        for name in names:
+            if name in self.fds:
+                os.close(self.fds.pop(name))
 
     def stop_listening(self) -> None:
         """No process will be started on these sockets again: new connections are refused once the

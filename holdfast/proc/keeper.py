@@ -55,6 +55,8 @@ class Keeper:
             self._control.send({"type": "weights", **verdict})
         elif message["type"] == "weights_forget":
             self._weights_sum = None
+        elif message["type"] == "ping":
+            self._control.send({"type": "pong"})
         else:
             raise LinkError(f"control message {message['type']!r} from the supervisor")
 

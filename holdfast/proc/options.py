@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from holdfast.config import Limits
+from holdfast.core.clocks import STEP_TIMEOUT_S
 from holdfast.errors import OptionError
 from holdfast.proc.child import limits_config
+from holdfast.proc.lifecycle.policy import HEARTBEAT_S
 from holdfast.proc.lifecycle.states import Standby
 
 JOURNAL_SYNCS = ("none", "interval", "step")
@@ -63,6 +65,12 @@ class ServeOptions:
     body_bytes_max: int = 16 << 20
     start_timeout_s: float = 600.0
     """A process that is starting and says nothing for so long has failed."""
+    heartbeat_timeout_s: float = HEARTBEAT_S
+    """A core, api process, keeper or waiting standby that answers nothing for so long hangs."""
+    step_timeout_s: float = STEP_TIMEOUT_S
+    """A step of the worker never takes longer; how long it may take is learnt (core.clocks)."""
+    scrub_gbps: float = 0.0
+    """GB a second of weights, then of sealed pages, that are read again in the background."""
     restarts_per_minute: int = 5
     """Of one process; one more and the server gives up."""
     journal_dir: Path | None = None
@@ -95,6 +103,8 @@ class ServeOptions:
             "keepalive_s",
             "body_bytes_max",
             "start_timeout_s",
+            "heartbeat_timeout_s",
+            "step_timeout_s",
             "journal_sync_interval_s",
             "journal_file_mb",
             "journal_files",
@@ -105,6 +115,8 @@ class ServeOptions:
         for name in ("restarts_per_minute", "drain_timeout_s"):
             if not getattr(self, name) >= 0:
                 raise OptionError("--" + name.replace("_", "-"), "must not be negative")
+        if not 0 <= self.scrub_gbps < math.inf:
+            raise OptionError("--scrub", f"GB a second, 0 or more, got {self.scrub_gbps}")
 
     @property
     def weights_bytes(self) -> int:
@@ -142,13 +154,15 @@ class ServeOptions:
             "seed": self.seed,
             "threads": self.threads,
             "loaded": loaded,
+            "scrub_gbps": self.scrub_gbps,
             **self.extra,
         }
 
     def core_config(self, epoch: int, *, recover: bool) -> dict[str, Any]:
         limits = limits_config(self.limits)
         config = {"limits": limits, "epoch": epoch, "tag": self.tag, "recover": recover}
-        return {**config, **self.extra}
+        times = {"step_timeout_s": self.step_timeout_s, "scrub_gbps": self.scrub_gbps}
+        return {**config, **times, **self.extra}
 
     def api_config(self) -> dict[str, Any]:
         return {

@@ -25,6 +25,8 @@ from holdfast.proc import status
 from holdfast.proc.child import Child, spawn
 from holdfast.proc.control import Message
 from holdfast.proc.estate import Estate
+from holdfast.proc.fault_clocks import FaultClocks
+from holdfast.proc.heartbeat import Heartbeat
 from holdfast.proc.lifecycle.actions import (
     Action,
     ClosePort,
@@ -32,6 +34,7 @@ from holdfast.proc.lifecycle.actions import (
     Happened,
     Introduce,
     Kill,
+    Lost,
     Notice,
     Promote,
     Spawn,
@@ -39,11 +42,14 @@ from holdfast.proc.lifecycle.actions import (
 )
 from holdfast.proc.lifecycle.machine import Lifecycle
 from holdfast.proc.lifecycle.policy import FENCE_S, Policy
-from holdfast.proc.lifecycle.states import Event, Phase, Role, Standby, State
+from holdfast.proc.lifecycle.states import PINGED, Event, Phase, Role, Standby, State
 from holdfast.proc.options import ServeOptions
 from holdfast.proc.provoker import REFUSAL, Provoker
 
+# At least so often does it look whom to ask whether it is there (proc.heartbeat).
 _SLEEP_S_MAX = 1.0
+# What the keeper gives, in its order, and what ends with it.
+_MEMORY = ("weights", "pool")
 
 
 class Supervisor:
@@ -65,8 +71,10 @@ class Supervisor:
                 restarts_per_minute=options.restarts_per_minute,
                 start_timeout_s=options.start_timeout_s,
                 drain_timeout_s=options.drain_timeout_s,
+                heartbeat_timeout_s=options.heartbeat_timeout_s,
             )
         )
+        self._heartbeat = Heartbeat(options.heartbeat_timeout_s, time.monotonic())
         self._on_event = on_event
         self._modules = dict(modules or {})
         self._children: dict[int, Child] = {}
@@ -84,6 +92,7 @@ class Supervisor:
         require(threading.current_thread() is threading.main_thread(), "run in the main thread")
         self._estate = Estate(self.options)
         self.port = self._estate.port
+        self._fault_clocks = FaultClocks(self._estate.metrics)
         try:
             self._selector.register(self._estate.wake, selectors.EVENT_READ, ("signal", 0))
             self._selector.register(self._estate.status, selectors.EVENT_READ, ("status", 0))
@@ -178,6 +187,18 @@ class Supervisor:
         while self._estate.warnings:
             self._on_event(Notice("warning", "holdfast serve", self._estate.warnings.popleft()))
         self._act(self.lifecycle.tick(time.monotonic()))
+        self._ask()
+
+    def _ask(self) -> None:
+        """Whether those are there that nothing else watches."""
+        slots = self.lifecycle.slots
+        watched = [s.process for s in slots if s.process and PINGED.get(s.role) is s.state]
+        ask, silent = self._heartbeat.tick(watched, time.monotonic())
+        for process in silent:
+            self._happened(Happened(Event.SILENT, process))
+        for process in ask:
+            if (failed := self._say(process, {"type": "ping"})) is not None:
+                self._happened(failed)
 
     def _sleep_s(self) -> float:
         next_s = self.lifecycle.next_s
@@ -214,7 +235,7 @@ class Supervisor:
         kind, slot = message["type"], self.lifecycle.slot_of(process)
         role = None if slot is None else slot.role
         if kind == "ready" and role is Role.KEEPER:
-            self._estate.take(dict(zip(("weights", "pool"), fds, strict=True)))
+            self._estate.take(dict(zip(_MEMORY, fds, strict=True)))
         else:
             for fd in fds:
                 os.close(fd)
@@ -229,7 +250,8 @@ class Supervisor:
                 self._on_event(Notice("progress", slot.title, message["what"], **facts))
         elif kind == "fault":
             said, operator = message["message"], message["operator"]
-            happened = Happened(Event.FAULT, process, said, operator=operator)
+            since_s = message.get("at_s")
+            happened = Happened(Event.FAULT, process, said, operator=operator, since_s=since_s)
         elif kind == "weights_sum" and role in (Role.WORKER, Role.STANDBY):
             happened = Happened(Event.SUM, process, weights_sum=message["sum"])
         elif kind == "weights" and role is Role.KEEPER:
@@ -241,10 +263,16 @@ class Supervisor:
             happened = Happened(Event.DRAINED, process)
         elif kind == "worker_fault" and role is Role.CORE:
             accused = self.lifecycle.worker_of(message["epoch"])
-            detail, hung = message["detail"], message.get("hung", False)
-            happened = accused and Happened(Event.ACCUSED, accused, detail, hung=hung)
+            how = {name: message.get(name, False) for name in ("hung", "closed")}
+            how["since_s"] = message.get("since_s")
+            happened = accused and Happened(Event.ACCUSED, accused, message["detail"], **how)
         elif kind == "api_fault" and role is Role.CORE:
             happened = Happened(Event.ACCUSED, message["process"], message["detail"])
+        elif kind == "resumed" and role is Role.CORE:
+            for notice in self._fault_clocks.resumed(message["streams"], message["at_s"]):
+                self._on_event(notice)
+        elif kind == "pong":
+            self._heartbeat.answered(process)
         else:
             raise LinkError(f"unknown message {kind!r}")
         if happened:
@@ -259,6 +287,8 @@ class Supervisor:
         if code is None:
             return  # Not gone after all: the pidfd stays readable and is looked at again.
         self._forget(process)
+        if process == self.lifecycle.keeper.process:
+            self._estate.drop(*_MEMORY)
         self._happened(Happened(Event.EXITED, process, code=code))
 
     # --- actions ---
@@ -286,7 +316,9 @@ class Supervisor:
                 if self._provoker is not None:
                     for order in self._provoker.promoting(process):
                         self._order(process, order)
-                ours = {"type": "worker", "epoch": epoch, "memory": str(memory)}
+                child = self._children.get(process)
+                pid = None if child is None else child.pid
+                ours = {"type": "worker", "epoch": epoch, "memory": str(memory), "pid": pid}
                 return self._link(process, {"type": "promote", "epoch": epoch}, core, ours)
             case Introduce(process, index, core, fresh):
                 ours = {"type": "api", "index": index, "process": process, "fresh": fresh}
@@ -295,6 +327,8 @@ class Supervisor:
                 self._estate.stop_listening()
             case Count(role):
                 self._estate.metrics.add("process_restarts_total", labels=(str(role),))
+            case Lost():
+                self._fault_clocks.lost(action)
             case Notice("ready", title):
                 facts = {"host": self.options.host, "port": self.port}
                 self._on_event(Notice("ready", title, facts=facts))
@@ -314,7 +348,7 @@ class Supervisor:
                 config = self.options.worker_config(loaded=action.loaded)
                 if self._provoker is not None:
                     config |= self._provoker.config(action.role)
-                return self._start(action, config, {n: fds[n] for n in ("weights", "pool")})
+                return self._start(action, config, {n: fds[n] for n in _MEMORY})
             case Role.API:
                 return self._spawn_api(action)
 

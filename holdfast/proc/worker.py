@@ -157,6 +157,8 @@ def wait_for_epoch(
                 provocations.at("verify")
             weights_sum = slab_sum(memory.weights, Progress(control, "weights check"))
             control.send({"type": "weights_sum", "sum": weights_sum})
+        elif message["type"] == "ping":
+            control.send({"type": "pong"})
         elif message["type"] == "promote" and len(fds) == 1:
             return message["epoch"], Link(socket.socket(fileno=fds[0]), epoch=message["epoch"])
         else:
@@ -280,6 +282,7 @@ def _report(control: Control, error: Exception) -> None:
         "operator": False,
         "message": str(error) or type(error).__name__,
         "kind": type(error).__name__,
+        "at_s": time.monotonic(),
         "traceback": text[-TRACEBACK_CHARS:],
     }
     # A supervisor that is gone or does not read sees the exit code.

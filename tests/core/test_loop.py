@@ -36,6 +36,7 @@ class ScriptedBrain:
         self.next_deadline_s: float | None = None
         self.fault: Exception | None = None
         self.late: Exception | None = None  # raised by the next `expire` that is due
+        self.tokens_generated = 0
         self.on_commit: Callable[[int], None] = lambda step: None
 
     @property
@@ -71,11 +72,17 @@ class ScriptedBrain:
             self.calls.append(("output", len(output)))
         return output
 
+    def context_tokens(self, plan: StepPlan) -> int:
+        return 1
+
+    def weights_good(self, now_s: float) -> None:
+        self.calls.append(("weights_good",))
+
     def new_epoch(
-        self, epoch: int, now_s: float, *, implicates: bool = False, memory: Memory = Memory.LOST
+        self, epoch: int, now_s: float, *, implicates: bool = False, memory: Memory = Memory.KEPT
     ) -> None:
-        self.memory = memory
         self.calls.append(("new_epoch", epoch))
+        self.memory = memory
         self.implicated = implicates
         self.epoch, self.suspended = epoch, False
         self.steps.clear()
@@ -134,11 +141,13 @@ class Bench:
         self.control.send(message)
         self.loop.tick(0)
 
-    def heard(self) -> list[dict[str, Any]]:
+    def heard(self, *, resumed: bool = False) -> list[dict[str, Any]]:
+        """What the core said; that it resumed, or else all the rest."""
         try:
-            return [message for message, _ in self.control.receive()]
+            said = [message for message, _ in self.control.receive()]
         except LinkClosed:
             return []
+        return [message for message in said if (message["type"] == "resumed") is resumed]
 
     def close(self) -> None:
         for link in self.links:
@@ -248,7 +257,8 @@ def test_the_death_of_the_worker_suspends_the_brain_until_another_epoch(bench: B
     worker.close()
     bench.loop.tick(0)
     assert bench.brain.suspended and not states(api)[-1].ready
-    assert bench.heard() == [{"type": "worker_fault", "epoch": 1, "detail": "peer closed the link"}]
+    fault = {"type": "worker_fault", "epoch": 1, "detail": "peer closed the link"}
+    assert bench.heard() == [{**fault, "hung": False, "closed": True, "since_s": None}]
     bench.say(type="worker_lost", epoch=1, detail="killed by SIGKILL")
     assert "killed by SIGKILL" in states(api)[-1].detail
     bench.brain.wants = 1
@@ -399,22 +409,162 @@ def test_it_sleeps_until_the_next_deadline_and_no_longer_than_its_bound(bench: B
     assert bench.brain.calls == [("expire",)]
 
 
+class Time:
+    """The loop's clock in our hands: it goes on while the loop waits, unless an event is there."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.now_s = 100.0
+        self.bench = bench
+        self.select = bench.loop._selector.select
+        self.stopped_s = 0.0  # the process is stopped for so long in its next wait
+        bench.loop._clock = lambda: self.now_s
+        bench.loop._looked_s = self.now_s
+        bench.loop._selector.select = self.wait
+
+    def wait(self, timeout_s: float) -> list[Any]:
+        events = self.select(0)
+        self.now_s += self.stopped_s + (0.0 if events else timeout_s)
+        self.stopped_s = 0.0
+        return events or self.select(0)
+
+    def run(self, seconds: float) -> None:
+        """Ticks, each as long as the loop would sleep, for so long."""
+        end_s = self.now_s + seconds
+        while self.now_s < end_s:
+            self.bench.loop.tick(min(self.bench.loop._sleep_s(), end_s - self.now_s))
+
+
+def answered(bench: Bench, time: Time, worker: Link, steps: int, seconds: float) -> int:
+    """So many steps, one after the other, each answered after so long: the last one's number."""
+    for _ in range(steps):
+        bench.brain.wants = 1
+        bench.loop.tick(0)
+        time.run(seconds)
+        worker.send(Kind.RESULT, result(bench.brain.next_step, bench.brain.epoch))
+        bench.loop.tick(0)
+    return bench.brain.next_step
+
+
 def test_a_step_that_does_not_come_back_makes_the_server_not_ready(bench: Bench) -> None:
-    now = 100.0
-    bench.loop._clock = lambda: now
+    time = Time(bench)
     worker, api = bench.worker(), bench.api()
     bench.brain.wants = 1
     bench.loop.tick(0)
     assert states(api)[-1].ready
-    now += loop_module.STEP_S_READY + 1
-    bench.loop.tick(0)
-    assert "no step finished" in states(api)[-1].detail
+    time.run(31)
+    assert "takes long" in states(api)[-1].detail
     worker.send(Kind.RESULT, result(1))
     bench.loop.tick(0)
     assert states(api)[-1].ready
-    now += 1000
-    bench.loop.tick(0)
+    time.run(1000)
     assert states(api) == []  # Idle and able is ready.
+
+
+def test_a_step_far_beyond_its_like_is_a_hang_and_the_loop_wakes_for_it(bench: Bench) -> None:
+    time = Time(bench)
+    worker = bench.worker()
+    answered(bench, time, worker, 40, 0.05)
+    bench.brain.wants = 1
+    bench.loop.tick(0)
+    sent_s = time.now_s
+    time.run(0.6)
+    assert bench.heard() == []
+    time.run(0.4)
+    [fault] = bench.heard()
+    assert (fault["type"], fault["hung"], fault["since_s"]) == ("worker_fault", True, sent_s)
+    assert bench.brain.suspended
+
+
+def test_a_step_counts_from_the_end_of_the_one_before_it(bench: Bench) -> None:
+    time = Time(bench)
+    worker = bench.worker()
+    answered(bench, time, worker, 40, 0.5)
+    # The bound is some 2.5 s; two steps of 2 s are sent at once.
+    first = bench.brain.next_step + 1
+    bench.brain.wants = 2
+    bench.loop.tick(0)
+    for step in (first, first + 1):
+        time.run(2.0)
+        worker.send(Kind.RESULT, result(step))
+        bench.loop.tick(0)
+    assert bench.heard() == [] and not bench.brain.suspended
+
+
+def test_a_core_that_was_stopped_looks_for_the_result_and_blames_nobody(bench: Bench) -> None:
+    time = Time(bench)
+    worker = bench.worker()
+    answered(bench, time, worker, 40, 0.05)
+    bench.brain.wants = 1
+    bench.loop.tick(0)
+    time.stopped_s = 3600
+    time.run(0.3)
+    assert bench.heard() == [] and not bench.brain.suspended
+    # Between two ticks as well; and a worker that hangs meanwhile is found all the same.
+    time.now_s += 3600
+    time.run(0.1)
+    assert bench.heard() == []
+    time.run(1.0)
+    assert [fault["hung"] for fault in bench.heard()] == [True]
+
+
+def test_a_result_that_came_with_the_deadline_is_a_result(bench: Bench) -> None:
+    time = Time(bench)
+    worker = bench.worker()
+    answered(bench, time, worker, 40, 0.05)
+    bench.brain.wants = 1
+    bench.loop.tick(0)
+    step = bench.brain.next_step
+    # It arrives after the wait, when its deadline is over as well.
+    after_wait = time.select
+
+    def late(timeout_s: float) -> list[Any]:
+        events = after_wait(0)
+        time.now_s = bench.loop.clocks.deadline_s + 0.05
+        worker.send(Kind.RESULT, result(step))
+        return events
+
+    bench.loop._selector.select = late
+    bench.loop.tick(bench.loop._sleep_s())
+    assert bench.heard() == [] and ("commit", step) in bench.brain.calls
+
+
+def test_the_first_new_token_of_an_epoch_is_told_with_the_streams_that_waited(
+    bench: Bench,
+) -> None:
+    bench.brain.live = 3
+    worker = bench.worker()
+    bench.brain.wants = 1
+    bench.loop.tick(0)
+    assert bench.heard(resumed=True) == []
+    bench.brain.on_commit = lambda step: setattr(bench.brain, "tokens_generated", 2)
+    worker.send(Kind.RESULT, result(1))
+    bench.loop.tick(0)
+    bench.loop.tick(0)
+    [resumed] = bench.heard(resumed=True)
+    assert (resumed["epoch"], resumed["streams"]) == (1, 3)
+
+
+def test_a_worker_for_whom_nobody_waits_is_told_at_once(bench: Bench) -> None:
+    bench.worker()
+    assert [resumed["streams"] for resumed in bench.heard(resumed=True)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("said", "memory"),
+    [({}, Memory.LOST), *(({"memory": str(one)}, one) for one in Memory)],
+)
+def test_the_brain_is_told_what_became_of_the_memory_and_silence_means_lost(
+    bench: Bench, said: dict[str, str], memory: Memory
+) -> None:
+    bench.connect({"type": "worker", "epoch": 1, **said}, 1)
+    assert bench.brain.memory is memory
+
+
+def test_words_of_the_supervisor_that_need_no_worker(bench: Bench) -> None:
+    bench.say(type="ping")
+    assert bench.heard() == [{"type": "pong"}]
+    bench.say(type="weights_good")
+    assert bench.brain.calls == [("weights_good",)]
 
 
 def test_drained_is_said_once_when_nothing_is_live_any_more(bench: Bench) -> None:

@@ -79,6 +79,9 @@ def main() -> int:
             for message, fds in messages:
                 held += fds
                 kind = message["type"]
+                if kind == "ping":
+                    control.send({"type": "pong"})
+                    continue
                 if kind == "promote":
                     role = "worker"
                     setproctitle.setproctitle(title("worker", start.index))

@@ -16,12 +16,14 @@ from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any
 
+from holdfast.core.metrics import FAULTS
 from holdfast.errors import HoldfastError
 from holdfast.proc.lifecycle.actions import (
     Action,
     Happened,
     Introduce,
     Kill,
+    Lost,
     Notice,
     Promote,
     Spawn,
@@ -30,8 +32,9 @@ from holdfast.proc.lifecycle.actions import (
 from holdfast.proc.lifecycle.machine import Lifecycle
 from holdfast.proc.lifecycle.policy import Policy
 from holdfast.proc.lifecycle.slot import Slot
-from holdfast.proc.lifecycle.states import DYING, EVENTS, LIVE, Event, Phase, Role, State
+from holdfast.proc.lifecycle.states import DYING, EVENTS, LIVE, PINGED, Event, Phase, Role, State
 from holdfast.proc.lifecycle.table import RESTS, TABLE, WAITS_FOR
+from holdfast.wire.messages import Memory
 
 NOW_S = 1000.0
 WORKERS = (Role.WORKER, Role.STANDBY)
@@ -81,12 +84,14 @@ _truths = attrgetter(*(field.name for field in fields(Process)))
 @dataclass(slots=True)
 class World:
     """The machine and the truth. judging: whose sum the keeper has been given and not judged.
-    sound: roles that do nothing but what they should, unless they are told to end."""
+    sound: roles that do nothing but what they should, unless they are told to end. memory: what
+    became of the pages since the last promotion."""
 
     machine: Lifecycle
     sound: tuple[Role, ...] = ()
     processes: dict[int, Process] = field(default_factory=dict)
     judging: int | None = None
+    memory: Memory = Memory.LOST
     epoch: int = 0
     drained: bool = False
     drain_told: bool = False
@@ -108,6 +113,7 @@ class World:
                 slots += (truth.ready, truth.epoch > 0, truth.asked, truth.verified)
                 slots += (slot.fresh, slot.operator, slot.blameless, truth.loaded, slot.loaded)
         flags = (machine.weights_held, machine.core_was_ready, machine.deadline_s is None)
+        flags = (*flags, machine.memory, self.memory)
         truth = (self.judging is None, self.drained, self.drain_told)
         return (machine.phase, *flags, *truth, *slots)
 
@@ -137,7 +143,7 @@ class World:
         truth = self.processes[slot.process]
         dying = slot.state in DYING
         for event in self._words(slot, truth, dying):
-            usual = event in (Event.READY, Event.SUM) and not dying
+            usual = event in (Event.READY, Event.SUM) and not dying and not truth.epoch
             yield Move(event, role, index, event, fault=not usual)
         for history in ("fresh", "paced") if role is Role.WORKER and not dying else ("fresh",):
             yield Move(Event.EOF, role, index, Event.EOF, history)
@@ -148,12 +154,15 @@ class World:
         accused = (role is Role.WORKER and truth.epoch) or role is Role.API
         if accused and self.machine.core.process is not None:
             yield Move(Event.ACCUSED, role, index, Event.ACCUSED)
-        counted = role not in (Role.KEEPER, Role.STANDBY)
-        for history in ("fresh", "limit") if counted else ("fresh",):
+        histories = ("fresh",) if role is Role.STANDBY else ("fresh", "limit")
+        for history in histories:
             usual = dying and history == "fresh"
             yield Move(Event.EXITED, role, index, Event.EXITED, history, fault=not usual)
         if slot.state is State.STARTING:
-            yield Move(Event.UNSTARTED, role, index, Event.UNSTARTED)
+            for history in histories:
+                yield Move(Event.UNSTARTED, role, index, Event.UNSTARTED, history)
+        if PINGED.get(role) is slot.state:
+            yield Move(Event.SILENT, role, index, Event.SILENT)
 
     def _words(self, slot: Slot, truth: Process, dying: bool) -> Iterator[Event]:
         if dying or not truth.ready:
@@ -161,7 +170,8 @@ class World:
         yield Event.PROGRESS
         yield Event.FAULT
         yield Event.BROKEN
-        if slot.role in WORKERS and (dying or truth.asked):
+        # One that serves scrubs, and says its sum unasked: it may, and need not.
+        if slot.role in WORKERS and (dying or truth.asked or truth.epoch):
             yield Event.SUM
         if slot.role is Role.CORE and (
             dying or (truth.ready and self.drain_told and not self.drained)
@@ -189,7 +199,7 @@ class World:
                 slot.ends = HISTORIES[move.history]
                 happened = Happened(move.event, slot.process or 0, "told so", code=1)
                 self._apply(machine.handle(happened, NOW_S))
-        if live and move.event is Event.EXITED:
+        if live and move.event in (Event.EXITED, Event.UNSTARTED):
             self._check_restart(move)
         self._check()
         self._forget()
@@ -227,7 +237,10 @@ class World:
             case Event.SUM:
                 truth.asked = False
             case Event.GOOD | Event.BAD:
-                truth.verified = move.event is Event.GOOD and self.judging == number
+                judged = self.judging == number
+                truth.verified = move.event is Event.GOOD and judged
+                if move.event is Event.BAD and judged and self.memory is Memory.KEPT:
+                    self.memory = Memory.RELOADED
                 self.judging = None
             case Event.DRAINED:
                 self.drained = True
@@ -235,8 +248,8 @@ class World:
                 del self.processes[number]
                 if self.judging == number:
                     self.judging = None
-                if slot.role is Role.KEEPER:
-                    self.judging = None
+                if slot.role is Role.KEEPER and move.event is Event.EXITED:
+                    self.judging, self.memory = None, Memory.LOST
                 if slot.role is Role.CORE:
                     self.drained = self.drain_told = False
 
@@ -250,8 +263,14 @@ class World:
                     self._running(process, action)
                 case Tell(process, message):
                     self._told(process, dict(message), action)
-                case Promote(process, epoch, core, _):
+                case Promote(process, epoch, core, memory):
+                    if memory is not self.memory:
+                        raise Violation(f"memory {memory} is told, it was {self.memory}")
                     self._promote(process, epoch, core, action)
+                    self.memory = Memory.KEPT
+                case Lost(kind=kind):
+                    if kind not in FAULTS:
+                        raise Violation(f"a fault of kind {kind}, which no metric has")
                 case Introduce(process, _, core, _):
                     for number in (process, core):
                         self._running(number, action)
@@ -268,6 +287,8 @@ class World:
         if spawn.process in self.processes:
             raise Violation(f"a number is used twice: {spawn}")
         workers = [p for p in self.processes.values() if p.role in WORKERS]
+        if spawn.role is Role.KEEPER and workers:
+            raise Violation("new memory is made while processes map the old one")
         if spawn.role in WORKERS:
             if not spawn.loaded and workers:
                 raise Violation("weights are to be loaded while another process maps them")
@@ -330,7 +351,8 @@ class World:
         """After an end, the next process comes after a pause, and not at all beyond the limit."""
         if any(isinstance(action, Spawn) and action.role is move.role for action in self.actions):
             raise Violation(f"a {move.role} is started again without a pause")
-        if move.history == "limit" and self.machine.phase in LIVE and not self.blameless:
+        limited = move.history == "limit" and not self.blameless
+        if limited and self.machine.phase in LIVE:
             raise Violation(f"a {move.role} is replaced beyond the limit of restarts")
 
     def _check_wait(self, slot: Slot) -> None:
@@ -342,6 +364,9 @@ class World:
             live = machine.phase in LIVE
             if slot.role in (Role.CORE, Role.API) and live:
                 raise Violation(f"no {slot.role}, and none is planned")
+            waits = (machine.worker, machine.standby)
+            if slot.role is Role.KEEPER and live and all(s.deadline_s is None for s in waits):
+                raise Violation("no keeper, none is planned and nothing is awaited")
             if slot.role is Role.WORKER and live:
                 waits = (machine.keeper, machine.standby)
                 if all(s.deadline_s is None for s in waits):

@@ -109,6 +109,8 @@ def main() -> int:
                 for message, fds in control.receive():
                     if message["type"] == "stop":
                         return 0
+                    if message["type"] == "ping":
+                        control.send({"type": "pong"})
                     if message["type"] == "core":
                         api.resume(fds[0])
             except LinkClosed:

@@ -26,6 +26,9 @@ def promoted() -> tuple[int, Link] | None:
             return None
         if message["type"] == "promote":
             return message["epoch"], Link(socket.socket(fileno=fds[0]), epoch=message["epoch"])
+        if message["type"] == "ping":
+            control.send({"type": "pong"})
+            continue
         assert message["type"] == "verify"
         control.send({"type": "weights_sum", "sum": 11})
 

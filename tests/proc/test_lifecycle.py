@@ -14,7 +14,16 @@ import pytest
 from lifecycle_world import NOW_S, Violation, Walk, walk
 
 from holdfast.errors import LinkError
-from holdfast.proc.lifecycle.actions import Action, Count, Happened, Kill, Promote, Spawn, Tell
+from holdfast.proc.lifecycle.actions import (
+    Action,
+    Count,
+    Happened,
+    Kill,
+    Lost,
+    Promote,
+    Spawn,
+    Tell,
+)
 from holdfast.proc.lifecycle.document import document
 from holdfast.proc.lifecycle.joints import JOINTS, Joint
 from holdfast.proc.lifecycle.machine import Lifecycle
@@ -119,6 +128,14 @@ SABOTAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "an end beyond the limit is like any other": (
         "replaced beyond the limit",
         {"policy": Policy(apis=0, restarts_per_minute=9, standby=Standby.NONE)},
+    ),
+    "new memory is made while the old one is mapped": (
+        "processes map the old one",
+        joint("start the keeper", also={}),
+    ),
+    "a worker goes on over memory that nobody keeps": (
+        "no keeper, none is planned",
+        cell(Role.KEEPER, State.READY, Event.EXITED, do=(Step.LOSE, Step.REPLACE)),
     ),
     "a word that comes late was forgotten": (
         "KeyError",
@@ -343,7 +360,145 @@ def test_a_stuck_keeper_is_found_by_its_deadline_and_not_taken_for_a_bad_worker(
     script.wait(10)
     assert [kill.process for kill in script.kinds(Kill)] == [script.machine.keeper.process]
     script.happens(Role.KEEPER, Event.EXITED, code=-9)
+    assert [kill.process for kill in script.kinds(Kill)] == [script.machine.worker.process]
+
+
+def test_a_dead_keeper_costs_the_memory_and_no_stream() -> None:
+    """Whoever maps the old memory is gone before new memory is made; the core hears that the pages
+    are void, and hears it of this promotion alone."""
+    script = Script().serving().with_standby()
+    machine, epoch = script.machine, script.machine.epoch
+    core, api = machine.core.process, machine.apis[0].process
+    script.happens(Role.KEEPER, Event.EXITED, code=-9)
+    assert sorted(kill.process for kill in script.kinds(Kill)) == sorted(
+        slot.process for slot in (machine.worker, machine.standby)
+    )
+    assert [lost.kind for lost in script.kinds(Lost)] == ["keeper"]
+    script.wait(0)
+    script.happens(Role.STANDBY, Event.EXITED, code=-9)
+    assert not script.kinds(Spawn), "the old worker still maps what the keeper left"
+    script.happens(Role.WORKER, Event.EXITED, code=-9)
+    assert [tell["implicates"] for tell in lost_of(script)] == [False]
+    assert [spawn.role for spawn in script.kinds(Spawn)] == [Role.KEEPER]
+    script.wait(0)
+    script.happens(Role.KEEPER, Event.READY)
+    assert [(s.role, s.loaded) for s in script.kinds(Spawn)] == [(Role.WORKER, False)]
+    script.happens(Role.WORKER, Event.READY)
+    script.promoted()
+    assert [(p.epoch, p.memory) for p in script.kinds(Promote)] == [(epoch + 1, Memory.LOST)]
+    assert (machine.core.process, machine.apis[0].process) == (core, api)
+    script.happens(Role.WORKER, Event.EXITED, code=-9)
+    script.wait(0)
+    script.happens(Role.WORKER, Event.READY)
+    script.promoted()
+    assert [p.memory for p in script.kinds(Promote)] == [Memory.KEPT]
+
+
+def test_a_keeper_that_keeps_dying_is_given_up() -> None:
+    script = Script(standby=Standby.NONE, restarts_per_minute=1).serving()
+    script.happens(Role.KEEPER, Event.EXITED, code=-9)
+    script.happens(Role.WORKER, Event.EXITED, code=-9)
+    script.wait(0)
+    script.happens(Role.KEEPER, Event.UNSTARTED, detail="no memory")
     assert script.machine.phase is Phase.ENDING
+    failed = [a.message for a in script.actions if getattr(a, "kind", "") == "failed"]
+    assert failed == [
+        "holdfast keeper 0 ended 2 times in a minute; last: cannot be started: no memory"
+    ]
+
+
+@pytest.mark.parametrize("role", [Role.CORE, Role.API, Role.WORKER, Role.KEEPER])
+def test_a_process_that_cannot_be_made_is_tried_again(role: Role) -> None:
+    script = Script(standby=Standby.NONE).serving()
+    script.happens(role, Event.EXITED, code=-9)
+    if role is Role.KEEPER:
+        script.happens(Role.WORKER, Event.EXITED, code=-9)
+    script.wait(0)
+    script.happens(role, Event.UNSTARTED, detail="no memory")
+    assert [lost.kind for lost in script.kinds(Lost)] == ["unstarted"]
+    assert role is not Role.CORE or "core_lost" in script.told()
+    assert not script.kinds(Spawn), "not without a pause"
+    script.wait(0.1)
+    assert [spawn.role for spawn in script.kinds(Spawn)] == [role]
+
+
+def test_weights_that_a_scrub_finds_bad_end_the_worker_and_are_loaded_anew() -> None:
+    script = Script(standby=Standby.NONE).serving()
+    script.happens(Role.WORKER, Event.SUM, weights_sum=7)
+    assert script.told() == ["weights_sum"]
+    script.happens(Role.WORKER, Event.GOOD)
+    assert script.told() == ["weights_good"]
+    script.happens(Role.WORKER, Event.SUM, weights_sum=8)
+    script.happens(Role.WORKER, Event.BAD)
+    assert script.kinds(Kill) and script.told() == ["weights_forget"]
+    script.happens(Role.WORKER, Event.EXITED, code=-9)
+    assert [lost.kind for lost in script.kinds(Lost)] == ["weights"]
+    script.wait(0)
+    assert [spawn.loaded for spawn in script.kinds(Spawn)] == [False]
+    script.happens(Role.WORKER, Event.READY)
+    script.promoted()
+    assert [p.memory for p in script.kinds(Promote)] == [Memory.RELOADED]
+
+
+@pytest.mark.parametrize("role", [Role.CORE, Role.API, Role.KEEPER, Role.STANDBY])
+def test_a_process_that_answers_nothing_is_killed_for_it(role: Role) -> None:
+    script = Script(heartbeat_timeout_s=7).serving().with_standby()
+    slot = next(slot for slot in script.machine.slots if slot.role is role)
+    script.happens(role, Event.SILENT)
+    assert [kill.process for kill in script.kinds(Kill)] == [slot.process]
+    assert slot.reason == "it answered nothing for 7 s"
+
+
+@pytest.mark.parametrize(
+    ("events", "code", "kind"),
+    [
+        ([], -11, "worker_crash"),
+        ([], 70, "worker_crash"),
+        ([], -9, "worker_killed"),
+        ([(Event.EOF, {})], -9, "worker_killed"),
+        ([(Event.FAULT, {"detail": "illegal access"})], 70, "worker_fault"),
+        ([(Event.ACCUSED, {"detail": "no result", "hung": True})], -9, "worker_hang"),
+        ([(Event.ACCUSED, {"detail": "digest"})], -9, "worker_rejected"),
+        (
+            [(Event.ACCUSED, {"detail": "peer closed the link", "closed": True})],
+            -11,
+            "worker_crash",
+        ),
+        (
+            [(Event.ACCUSED, {"detail": "peer closed the link", "closed": True})],
+            -9,
+            "worker_killed",
+        ),
+        ([(Event.BROKEN, {"detail": "nonsense"})], -9, "worker_stuck"),
+    ],
+)
+def test_a_lost_worker_is_counted_by_how_it_was_lost(
+    events: list[tuple[Event, dict[str, Any]]], code: int, kind: str
+) -> None:
+    script = Script(standby=Standby.NONE).serving()
+    for event, facts in events:
+        script.happens(Role.WORKER, event, **facts)
+    script.happens(Role.WORKER, Event.EXITED, code=code)
+    assert [lost.kind for lost in script.kinds(Lost)] == [kind]
+
+
+def test_a_lost_worker_tells_its_clocks() -> None:
+    script = Script(standby=Standby.NONE).serving()
+    hung = {"detail": "no result", "hung": True, "since_s": NOW_S - 2}
+    script.happens(Role.WORKER, Event.ACCUSED, **hung)
+    script.now_s += 0.5
+    script.happens(Role.WORKER, Event.EXITED, code=-9)
+    [lost] = script.kinds(Lost)
+    assert (lost.noticed_at_s, lost.noticed_s, lost.fenced_s) == (NOW_S, 2, 0.5)
+    # What was ended for another's sake is no fault of its own.
+    script = Script(standby=Standby.NONE).serving()
+    script.happens(Role.CORE, Event.EXITED, code=-9)
+    script.happens(Role.WORKER, Event.EXITED, code=-9)
+    assert not script.kinds(Lost)
+
+
+def lost_of(script: Script) -> list[dict[str, Any]]:
+    return [dict(t.message) for t in script.kinds(Tell) if t.message["type"] == "worker_lost"]
 
 
 def test_progress_extends_a_deadline_and_silence_does_not() -> None:

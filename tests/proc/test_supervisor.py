@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable
@@ -13,6 +14,11 @@ from conftest import Server, gone, until
 
 Serve = Callable[..., Server]
 ROLES = ("holdfast api 0", "holdfast api 1", "holdfast core", "holdfast keeper 0")
+
+
+def start_real_core(serve: Serve) -> Server:
+    modules = {"api": "fake_role", "worker": "sim_worker"}
+    return serve(api_processes=1, modules=modules, extra={"step_s": 0})
 
 
 def test_every_process_gets_its_descriptors_and_is_titled(serve: Serve) -> None:
@@ -100,19 +106,69 @@ def test_a_late_accusation_of_a_dead_api_process_does_not_hit_the_next_one(serve
     assert len(lost) == 1 and "late" not in lost[0]
 
 
-def test_without_the_keeper_streams_end_with_an_engine_fault_and_the_exit_code_is_70(
+def test_a_dead_keeper_is_replaced_with_new_memory_and_the_core_hears_that_it_is_new(
     serve: Serve,
 ) -> None:
+    server = serve(standby="warm").wait_ready()
+    until("a standby", lambda: server.event("prepared", "standby"))
+    before = server.pids()
+    os.kill(before["holdfast keeper 0"], signal.SIGKILL)
+    until("new worker at the core", lambda: server.messages("core", "worker", epoch=2, fds=1))
+    assert [boot["loaded"] for boot in server.log("worker", "boot")] == [False, False]
+    told = [m["message"]["memory"] for m in server.messages("core", "worker")]
+    assert told == ["lost", "lost"]
+    assert gone(before["holdfast worker 0"]) and gone(before["holdfast standby 0"])
+    after = server.pids()
+    kept = {"holdfast core", "holdfast api 0", "holdfast api 1"}
+    assert {title for title in before if before[title] == after.get(title)} == kept
+    # A worker that is lost now leaves its memory.
+    os.kill(after["holdfast worker 0"], signal.SIGKILL)
+    until("epoch 3", lambda: server.messages("core", "worker", epoch=3, memory="kept"))
+
+
+def test_the_descriptors_of_a_dead_keeper_are_closed(serve: Serve) -> None:
     server = serve().wait_ready()
-    pids = server.pids()
-    os.kill(pids["holdfast keeper 0"], signal.SIGKILL)
-    assert server.wait_exit() == 70
-    assert server.messages("core", "end_all", end=5)
-    assert "keeper" in server.event("failed")[2]
-    assert all(gone(pid) for pid in pids.values())
+
+    def held() -> list[str]:
+        folder = Path(f"/proc/{server.pid}/fd")
+        links = [os.readlink(fd) for fd in folder.iterdir() if fd.exists() or fd.is_symlink()]
+        return sorted(link for link in links if "weights" in link or "pool" in link)
+
+    assert len(held()) == 2
+    os.kill(server.pids()["holdfast keeper 0"], signal.SIGKILL)
+    until("new worker at the core", lambda: server.messages("core", "worker", epoch=2, fds=1))
+    assert len(held()) == 2
 
 
-@pytest.mark.parametrize("role", ["holdfast core", "holdfast worker 0", "holdfast api 0"])
+@pytest.mark.parametrize(
+    "title", ["holdfast core", "holdfast api 0", "holdfast keeper 0", "holdfast standby 0"]
+)
+def test_a_process_that_hangs_without_a_deadline_is_found_by_its_silence(
+    serve: Serve, title: str
+) -> None:
+    server = serve(standby="warm", heartbeat_timeout_s=2.0).wait_ready()
+    until("a standby", lambda: server.event("prepared", "standby"))
+    pid = server.pids()[title]
+    os.kill(pid, signal.SIGSTOP)
+    lost = until("lost", lambda: server.event("lost", title))
+    assert "it answered nothing for 2 s" in lost[2]
+    until("replaced", lambda: server.pids()[title] not in (pid, None))
+
+
+def test_a_fault_is_told_with_its_three_clocks(serve: Serve) -> None:
+    server = start_real_core(serve).wait_ready()
+    os.kill(server.pids()["holdfast worker 0"], signal.SIGKILL)
+    told = until("resumed", lambda: server.event("resumed", "worker"))
+    assert re.fullmatch(
+        r"killed by SIGKILL; noticed by end of file, fenced [0-9.]+ m?s, resumed [0-9.]+ m?s, "
+        r"0 streams",
+        told[2],
+    )
+
+
+@pytest.mark.parametrize(
+    "role", ["holdfast core", "holdfast worker 0", "holdfast api 0", "holdfast keeper 0"]
+)
 def test_a_process_that_keeps_dying_is_given_up_with_one_clear_line(
     serve: Serve, role: str
 ) -> None:
@@ -121,6 +177,7 @@ def test_a_process_that_keeps_dying_is_given_up_with_one_clear_line(
     os.kill(first, signal.SIGKILL)
     second = until("second", lambda: (p := server.pids()[role]) != first and p)
     until("restarted", lambda: server.event("restarted", role))
+    until("a worker", lambda: server.status()["ready"])
     os.kill(second, signal.SIGKILL)
     assert server.wait_exit() == 70
     assert f"{role} ended 2 times in a minute; last: killed by SIGKILL" in server.event("failed")[2]

@@ -18,7 +18,9 @@ from holdfast.wire.messages import Memory
 class Happened:
     """An event of the process with this number. detail: in words. code: EXITED, the exit status,
     negative for a signal. operator: FAULT, the operator can mend it. weights_sum: SUM, uint64.
-    hung: ACCUSED, no result came in time. facts: READY, for the operator's eyes."""
+    hung: ACCUSED, no result came in time. closed: ACCUSED, only its link's end was seen. since_s:
+    FAULT, ACCUSED, when it was said, of a hang when its step began; None: unknown. facts: READY,
+    for the operator's eyes."""
 
     event: Event
     process: int
@@ -26,6 +28,8 @@ class Happened:
     code: int = 0
     operator: bool = False
     hung: bool = False
+    closed: bool = False
+    since_s: float | None = None
     weights_sum: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -98,9 +102,27 @@ class Count:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """A process ended, by a fault and not by our will. kind: as in the metric faults_total.
+
+    noticed_at_s: when its end, or what led to it, was first heard of. noticed_s: seconds from its
+    word (of a hang: from the start of its step) until then, None without a word. fenced_s: from
+    then to the proof that it is gone, None when no process was made.
+    """
+
+    title: str
+    role: Role
+    kind: str
+    detail: str
+    noticed_at_s: float
+    noticed_s: float | None
+    fenced_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Notice:
-    """What the CLI shows. kind: starting | progress | ready | lost | restarted | draining |
-    stopped | warning | failed. done, total: bytes of `message` (progress only)."""
+    """What the CLI shows. kind: starting | progress | ready | lost | restarted | resumed |
+    draining | stopped | warning | failed. done, total: bytes of `message` (progress only)."""
 
     kind: str
     title: str
@@ -110,4 +132,4 @@ class Notice:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-Action = Spawn | Kill | Tell | Promote | Introduce | ClosePort | Count | Notice
+Action = Spawn | Kill | Tell | Promote | Introduce | ClosePort | Count | Lost | Notice

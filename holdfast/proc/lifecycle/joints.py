@@ -51,7 +51,15 @@ class Joint:
 
 
 JOINTS: tuple[Joint, ...] = (
-    Joint("start the keeper", (Phase.STARTING,), (_KEEPER,), (_S.GONE,), do=(Step.START,)),
+    Joint(
+        "start the keeper",
+        LIVE,
+        (_KEEPER,),
+        (_S.GONE,),
+        {_WORKER: EMPTY, _STANDBY: EMPTY},
+        do=(Step.START,),
+        why="who maps the memory of the one before is fenced: there is room for its own",
+    ),
     Joint("start a process", LIVE, (_CORE, _API), (_S.GONE,), do=(Step.START,)),
     Joint(
         "take the place",

@@ -129,8 +129,6 @@ class Lifecycle(Steps):
             unstarted = happened.event is Event.UNSTARTED
             how = "cannot be started" if unstarted else how_it_ended(happened.code)
             slot.ended(f"{how}: {happened.detail}" if unstarted else how, now_s)
-        if rule.then is State.ENDING and happened.event is Event.EOF:
-            slot.reason = slot.reason or happened.detail
         self._enter(slot, rule.then, rule.within, rule.reason or happened.detail)
         for step in rule.do:
             if self.phase is not Phase.OVER:

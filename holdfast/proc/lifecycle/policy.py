@@ -22,6 +22,9 @@ END_S = 5.0
 VERIFY_S = 30.0
 # The keeper compares two integers.
 COMPARE_S = 10.0
+# A core that compacts its journal, or an api process that encodes the longest prompt, is busy for
+# one or two seconds; on a machine with ten times the load that it has cores, for ten times as long.
+HEARTBEAT_S = 20.0
 # Importing and warming takes a core for seconds: not in the first second of a recovery.
 STANDBY_PAUSE_S = 1.0
 
@@ -39,6 +42,7 @@ class Policy:
     restarts_per_minute: int = 5
     start_timeout_s: float = 600.0
     drain_timeout_s: float = 30.0
+    heartbeat_timeout_s: float = HEARTBEAT_S
 
     def seconds(self, wait: Wait) -> float:
         """How long a state with this deadline may last."""
@@ -50,6 +54,7 @@ class Policy:
             Wait.STOP: STOP_S,
             Wait.API_STOP: API_STOP_S,
             Wait.FENCE: FENCE_S,
+            Wait.HEARTBEAT: self.heartbeat_timeout_s,
             Wait.DRAIN: self.drain_timeout_s,
             Wait.END: END_S,
         }[wait]

@@ -17,7 +17,9 @@ class Slot:
     or of PAUSED: is over. epoch (worker): 0 before its promotion. loaded: it found weights.
 
     reason: why we ended it. fault: its own last word. operator: which the operator can mend.
-    hung: the core's word, no result came in time.
+    hung: the core's word, no result came in time. cause: the kind of its fault, as far as it is
+    known before its exit status is. noticed_s: when its end was first heard of; word_s: when that
+    had been said.
     blameless: its end was our doing and does not count. fresh (api): no core that was ready has
     been told of it. detail: how the last one ended. ends: when those that count ended, oldest
     first, of the last minute.
@@ -35,6 +37,9 @@ class Slot:
     fault: str = ""
     operator: bool = False
     hung: bool = False
+    cause: str = ""
+    noticed_s: float | None = None
+    word_s: float | None = None
     blameless: bool = False
     fresh: bool = False
     restarts: int = 0
@@ -55,6 +60,8 @@ class Slot:
         return self.state in ALIVE
 
     def enter(self, state: State, now_s: float, deadline_s: float | None) -> None:
+        if self.alive and state not in ALIVE and self.noticed_s is None:
+            self.noticed_s = now_s
         self.state = state
         self.since_s = now_s
         self.deadline_s = deadline_s
@@ -64,7 +71,8 @@ class Slot:
         self.process = process
         self.epoch = 0
         self.loaded = self.operator = self.hung = self.blameless = self.fresh = False
-        self.reason = self.fault = ""
+        self.reason = self.fault = self.cause = ""
+        self.noticed_s = self.word_s = None
 
     def move_from(self, other: Slot) -> None:
         """The process of `other` is here from now on, in the state that it is in."""
@@ -92,6 +100,14 @@ class Slot:
         if self.blameless:
             return False
         return self.hung or bool(self.fault) or status not in (0, -signal.SIGKILL)
+
+    def kind(self, status: int | None) -> str:
+        """Of its fault, as the metric faults_total has it. status: None when it was not made."""
+        if status is None:
+            return "unstarted"
+        if self.role is not Role.WORKER:
+            return str(self.role)
+        return self.cause or ("worker_killed" if status == -signal.SIGKILL else "worker_crash")
 
     def recent(self, now_s: float) -> tuple[float, ...]:
         """The ends that count at this time."""

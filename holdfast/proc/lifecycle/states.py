@@ -54,6 +54,8 @@ class Event(StrEnum):
     EXITED = "exited"
     UNSTARTED = "unstarted"
     # What the clock says.
+    SILENT = "silent"
+    """It was asked whether it is there, and did not answer in time."""
     DEADLINE = "deadline"
     DUE = "due"
 
@@ -93,6 +95,8 @@ class Wait(StrEnum):
     STOP = "stop"
     API_STOP = "api stop"
     FENCE = "fence"
+    HEARTBEAT = "heartbeat"
+    """Not of a state: how long an answer to a ping may take."""
     DRAIN = "drain"
     END = "end"
 
@@ -123,8 +127,6 @@ STATES: dict[Role, tuple[State, ...]] = {
         if state not in {State.VERIFYING, State.SUMMED, State.VERIFIED, State.READY}
     ),
 }
-# The keeper is never replaced: its end is the end of the memory.
-STATES[Role.KEEPER] = tuple(s for s in STATES[Role.KEEPER] if s is not State.PAUSED)
 
 # A process is here that can be spoken to; one is here and ends; none is here.
 ALIVE = (
@@ -152,11 +154,19 @@ _COMMON = (
     Event.DUE,
 )
 EVENTS: dict[Role, tuple[Event, ...]] = {
-    Role.KEEPER: _COMMON,
-    Role.CORE: (*_COMMON, Event.DRAINED),
-    Role.API: (*_COMMON, Event.ACCUSED),
+    Role.KEEPER: (*_COMMON, Event.SILENT),
+    Role.CORE: (*_COMMON, Event.SILENT, Event.DRAINED),
+    Role.API: (*_COMMON, Event.SILENT, Event.ACCUSED),
     Role.WORKER: (*_COMMON, Event.SUM, Event.GOOD, Event.BAD, Event.ACCUSED),
-    Role.STANDBY: (*_COMMON, Event.SUM),
+    Role.STANDBY: (*_COMMON, Event.SILENT, Event.SUM),
+}
+# Who is asked whether it is there, and in which state: those that wait for nothing and have no
+# deadline. Over a worker that serves watches the core, with a clock for each step (core.clocks).
+PINGED: dict[Role, State] = {
+    Role.KEEPER: State.READY,
+    Role.CORE: State.READY,
+    Role.API: State.READY,
+    Role.STANDBY: State.PREPARED,
 }
 # Words that a child says of itself: one that comes when it cannot is a broken child, not our bug.
 WORDS = (

@@ -18,6 +18,7 @@ from holdfast.proc.lifecycle.actions import (
     Happened,
     Introduce,
     Kill,
+    Lost,
     Notice,
     Promote,
     Spawn,
@@ -26,7 +27,7 @@ from holdfast.proc.lifecycle.actions import (
 from holdfast.proc.lifecycle.joints import Fact
 from holdfast.proc.lifecycle.policy import Policy
 from holdfast.proc.lifecycle.slot import Slot
-from holdfast.proc.lifecycle.states import LIVE, Phase, Role, Standby, State, Turn, Wait
+from holdfast.proc.lifecycle.states import LIVE, Event, Phase, Role, Standby, State, Turn, Wait
 from holdfast.wire.messages import End, Memory
 
 EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
@@ -78,12 +79,14 @@ class Steps:
             return
         if state is State.KILLED:
             slot.reason = slot.reason or self._in_words(reason)
+            if slot.alive:
+                slot.cause = "worker_stuck"
             self._actions.append(Kill(self._process(slot)))
         seconds = None if within is None else self.policy.seconds(within)
         slot.enter(state, self._now_s, None if seconds is None else self._now_s + seconds)
 
     def _in_words(self, reason: str) -> str:
-        for wait in (Wait.START, Wait.VERIFY):
+        for wait in (Wait.START, Wait.VERIFY, Wait.HEARTBEAT):
             reason = reason.replace(f"{{{wait}}}", f"{self.policy.seconds(wait):g}")
         return reason
 
@@ -158,9 +161,15 @@ class Steps:
 
     def _note(self, slot: Slot, happened: Happened) -> None:
         slot.fault, slot.operator = happened.detail, happened.operator
+        slot.cause = slot.cause or "worker_fault"
+        if slot.word_s is None:
+            slot.word_s = happened.since_s
 
     def _keep_hung(self, slot: Slot, happened: Happened) -> None:
-        slot.hung = happened.hung
+        slot.hung, slot.word_s = happened.hung, happened.since_s
+        slot.cause = "worker_hang" if happened.hung else "worker_rejected"
+        if happened.closed:
+            slot.cause = ""  # It was ending already: its exit status says more.
 
     def _verify(self, slot: Slot, _: None) -> None:
         self._tell(slot, "verify")
@@ -173,10 +182,14 @@ class Steps:
         self.weights_held = True
 
     def _forget(self, slot: Slot, _: Happened) -> None:
+        slot.cause = "weights"
         self.weights_held = False
         if self.memory is Memory.KEPT:
             self.memory = Memory.RELOADED
         self._tell(self.keeper, "weights_forget")
+
+    def _tell_good(self, slot: Slot, _: Happened) -> None:
+        self._tell(self.core, "weights_good")
 
     def _kill_keeper(self, slot: Slot, _: Happened) -> None:
         if self.keeper.alive or self.keeper.state is State.ENDING:
@@ -206,16 +219,35 @@ class Steps:
 
     # --- ends of a process ---
 
-    def _lose(self, slot: Slot, _: Happened) -> None:
+    def _lose(self, slot: Slot, happened: Happened) -> None:
         if self.phase is Phase.STOPPING:
             return  # It was told to.
         if slot.operator and slot is not self.standby and self.phase is Phase.STARTING:
             self._turn(Turn.OPERATOR, slot.fault)
             return
         self._notice("lost", slot.title, slot.detail)
+        if not slot.blameless:
+            made = happened.event is Event.EXITED
+            self._actions.append(self._lost(slot, happened.code if made else None))
+
+    def _lost(self, slot: Slot, status: int | None) -> Lost:
+        noticed_s = self._now_s if slot.noticed_s is None else slot.noticed_s
+        return Lost(
+            title=slot.title,
+            role=slot.role,
+            kind=slot.kind(status),
+            detail=slot.detail,
+            noticed_at_s=noticed_s,
+            noticed_s=None if slot.word_s is None else max(0.0, noticed_s - slot.word_s),
+            fenced_s=None if status is None else self._now_s - noticed_s,
+        )
 
     def _lose_memory(self, slot: Slot, _: Happened) -> None:
-        self._turn(Turn.CANNOT, f"the keeper ended ({slot.detail}) and its memory with it")
+        self.weights_held, self.memory = False, Memory.LOST
+        for other in (self.worker, self.standby):
+            if other.alive:
+                other.blameless = True
+                self._enter(other, State.KILLED, Wait.FENCE, "its memory ended with the keeper")
 
     def _lose_core(self, slot: Slot, _: Happened) -> None:
         for api in self.apis:
@@ -245,9 +277,6 @@ class Steps:
         slot.restarts += 1
         self._actions.append(Count(slot.role))
         slot.enter(State.PAUSED, self._now_s, self._now_s + pause_s)
-
-    def _unstarted(self, slot: Slot, happened: Happened) -> None:
-        self._turn(Turn.CANNOT, f"{slot.title} cannot be started: {happened.detail}")
 
     def _unfenced(self, slot: Slot, _: Happened) -> None:
         seconds = self.policy.seconds(Wait.FENCE)

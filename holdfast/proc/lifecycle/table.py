@@ -16,6 +16,7 @@ from holdfast.proc.lifecycle.states import (
     DYING,
     EMPTY,
     EVENTS,
+    PINGED,
     STATES,
     Event,
     Role,
@@ -34,15 +35,15 @@ class Step(StrEnum):
     EXTEND = "extend the deadline"
     NOTE = "keep its last word"
     KEEP_HUNG = "keep whether it hung"
+    TELL_GOOD = "core: the weights are good"
     COMPARE = "keeper: compare the sum"
     HOLD = "the weights are held"
     FORGET = "the weights are not held"
     KILL_KEEPER = "kill the keeper"
     DRAINED = "server: drained"
-    UNSTARTED = "server: cannot go on"
     UNFENCED = "server: unfenced; beside a standby without an epoch it goes on"
     LOSE = "tell how it ended"
-    LOSE_MEMORY = "server: cannot go on"
+    LOSE_MEMORY = "the memory is lost, the weights are not held; kill who maps it"
     LOSE_CORE = "api: core_lost; kill a worker that has an epoch"
     LOSE_API = "core: api_lost"
     LOSE_WORKER = "core: worker_lost, and whether it faulted"
@@ -121,8 +122,14 @@ ROWS: tuple[Row, ...] = (
     Row(
         Event.SUM,
         (_WORKER,),
-        (_S.STARTING, _S.PREPARED, _S.SUMMED, _S.VERIFIED, _S.READY),
+        (_S.STARTING, _S.PREPARED, _S.SUMMED, _S.VERIFIED),
         _never("it was not asked"),
+    ),
+    Row(
+        Event.SUM,
+        (_WORKER,),
+        (_S.READY,),
+        Rule(do=(Step.COMPARE,), why="a scrub: it has read the weights again between its steps"),
     ),
     Row(Event.SUM, (_STANDBY,), ALIVE, _never("it was not asked")),
     Row(Event.SUM, (_WORKER, _STANDBY), DYING, Rule(why="too late")),
@@ -139,11 +146,24 @@ ROWS: tuple[Row, ...] = (
             reason="the weights are not the bytes that were loaded",
         ),
     ),
+    Row(Event.GOOD, (_WORKER,), (_S.READY,), Rule(do=(Step.TELL_GOOD,))),
+    Row(
+        Event.BAD,
+        (_WORKER,),
+        (_S.READY,),
+        Rule(
+            _S.KILLED,
+            Wait.FENCE,
+            (Step.FORGET,),
+            why="a scrub found it: the core drops what was sealed since they were last good",
+            reason="the weights are not the bytes that were loaded",
+        ),
+    ),
     *(
         Row(event, (_WORKER,), states, rule)
         for event in (Event.GOOD, Event.BAD)
         for states, rule in (
-            ((_S.STARTING, _S.VERIFYING, _S.VERIFIED, _S.READY), _never("no sum was given")),
+            ((_S.STARTING, _S.VERIFYING, _S.VERIFIED), _never("no sum was given")),
             ((_S.PREPARED,), Rule(why="too late: the keeper is being killed for it")),
             (DYING, Rule(why="too late")),
         )
@@ -186,7 +206,11 @@ ROWS: tuple[Row, ...] = (
         Event.EXITED,
         (_KEEPER,),
         (*ALIVE, *DYING),
-        Rule(_S.GONE, do=(Step.LOSE, Step.LOSE_MEMORY)),
+        Rule(
+            _S.GONE,
+            do=(Step.LOSE, Step.LOSE_MEMORY, Step.REPLACE),
+            why="the next one makes new memory: weights are loaded, pages computed anew",
+        ),
     ),
     Row(
         Event.EXITED,
@@ -218,15 +242,25 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         Event.UNSTARTED,
-        (_KEEPER, _CORE, _API, _WORKER),
+        (_KEEPER, _API, _WORKER),
         (_S.STARTING,),
-        Rule(_S.GONE, do=(Step.UNSTARTED,), why="no process could be made"),
+        Rule(_S.GONE, do=(Step.LOSE, Step.REPLACE), why="no process could be made; tried again"),
+    ),
+    Row(
+        Event.UNSTARTED,
+        (_CORE,),
+        (_S.STARTING,),
+        Rule(
+            _S.GONE,
+            do=(Step.LOSE, Step.LOSE_CORE, Step.REPLACE),
+            why="no process could be made; tried again. Api processes were introduced to it",
+        ),
     ),
     Row(
         Event.UNSTARTED,
         (_STANDBY,),
         (_S.STARTING,),
-        Rule(_S.GONE, do=(Step.LOSE,), why="no process could be made; it is tried again"),
+        Rule(_S.GONE, do=(Step.LOSE,), why="no process could be made; tried again"),
     ),
     Row(Event.UNSTARTED, _ALL, (*ALIVE[1:], *DYING), _never("it was started")),
     # --- the clock ---
@@ -256,9 +290,27 @@ ROWS: tuple[Row, ...] = (
         Rule(do=(Step.UNFENCED,), why="it may still write: nothing may be started over it"),
     ),
     Row(Event.DEADLINE, _ALL, (_S.PREPARED, _S.VERIFIED, _S.READY), _never("it has none")),
+    *(
+        Row(
+            Event.SILENT,
+            (role,),
+            (PINGED[role],),
+            Rule(_S.KILLED, Wait.FENCE, reason="it answered nothing for {heartbeat} s"),
+        )
+        for role in PINGED
+    ),
+    *(
+        Row(
+            Event.SILENT,
+            (role,),
+            tuple(state for state in (*ALIVE, *DYING) if state is not PINGED[role]),
+            _never("it is not asked"),
+        )
+        for role in PINGED
+    ),
     Row(
         Event.DUE,
-        (_CORE, _API, _WORKER),
+        (_KEEPER, _CORE, _API, _WORKER),
         (_S.PAUSED,),
         Rule(_S.GONE, why="the joint rules start the next one"),
     ),
