@@ -22,14 +22,18 @@ async def worker_kill(stage: Stage) -> None:
     await stage.kill("worker 0")
     stage.report.broken = "SIGKILL of the worker"
     await stage.finish()
-    await judge(stage, WARM_S)
+    await judge(stage, WARM_S, "worker_killed")
 
 
-async def judge(stage: Stage, resume_s: float, notice_s: float | None = NOTICE_S) -> None:
-    """What every loss of a worker promises."""
+async def judge(
+    stage: Stage, resume_s: float, kind: str, *, notice_s: float | None = NOTICE_S
+) -> None:
+    """What every loss of a worker promises; kind: as /metrics must count it."""
     stage.judge()
     stage.judge_clocks("worker 0", resume_s=resume_s, notice_s=notice_s)
     stage.expect_moved("process_restarts_total", role="worker")
+    stage.expect_moved("faults_total", kind=kind)
+    stage.expect_moved("resumes_total")
     await stage.judge_home()
 
 
@@ -47,7 +51,7 @@ async def gpu_fault(stage: Stage) -> None:
     stage.report.broken = f"{kind} in a step of {phase}"
     await stage.fired(kind, since_s)
     await stage.finish()
-    await judge(stage, WARM_S, notice_s=None)
+    await judge(stage, WARM_S, "worker_crash", notice_s=None)
 
 
 async def _fault_of_the_standby(stage: Stage, kind: str) -> None:
@@ -68,6 +72,7 @@ async def _fault_of_the_standby(stage: Stage, kind: str) -> None:
     await stage.fired(kind, since_s)
     await stage.finish()
     stage.judge()
+    stage.expect_moved("faults_total", kind="standby")
     exited = stage.moments("exited", stage.broken_s or 0.0)
     titles = [m["title"] for m in exited]
     stage.expect("lost", titles == ["holdfast standby 0"], f"these ended: {titles}")
@@ -88,7 +93,7 @@ async def hang(stage: Stage) -> None:
         stage.report.broken = "a step that never ends"
         await stage.fired("spin", since_s)
     await stage.finish()
-    await judge(stage, HANG_S, notice_s=HANG_S)
+    await judge(stage, HANG_S, "worker_hang", notice_s=HANG_S)
 
 
 async def zombie_writer(stage: Stage) -> None:
@@ -100,7 +105,7 @@ async def zombie_writer(stage: Stage) -> None:
     stage.report.broken = "the worker goes on writing pages while it is being ended"
     await stage.fired(kind, since_s)
     await stage.finish()
-    await judge(stage, WARM_S, notice_s=None)
+    await judge(stage, WARM_S, "worker_crash", notice_s=None)
 
 
 async def double_fault(stage: Stage) -> None:
@@ -110,7 +115,8 @@ async def double_fault(stage: Stage) -> None:
     await stage.kill("worker 0")
     stage.report.broken = "SIGKILL of the worker; its successor faults while it verifies"
     await stage.finish()
-    await judge(stage, COLD_WORKER_S)
+    await judge(stage, COLD_WORKER_S, "worker_killed")
+    stage.expect_moved("faults_total", kind="worker_crash")
     stage.expect_moved("process_restarts_total", 2, role="worker")
 
 

@@ -25,7 +25,7 @@ async def corrupt_page(stage: Stage) -> None:
     stage.report.broken = "a bit of a sealed page, and then the worker"
     await stage.fired("corrupt-page", since_s)
     await stage.finish()
-    await judge(stage, WARM_S, notice_s=None)
+    await judge(stage, WARM_S, "worker_crash", notice_s=None)
     stage.expect_moved("pages_verified_total")
     stage.expect_moved("pages_failed_total", found="promotion")
 
@@ -42,6 +42,7 @@ async def corrupt_weights(stage: Stage) -> None:
         stage.judge_clocks("worker 0", resume_s=COLD_WORKER_S)
         # One that found them wrong, and one that loaded them.
         stage.expect_moved("process_restarts_total", 2, role="worker")
+        stage.expect_moved("faults_total", kind="weights")
         await stage.judge_home()
 
 

@@ -17,6 +17,7 @@ async def core_kill(stage: Stage) -> None:
     stage.judge()
     stage.judge_clocks("core", resume_s=COLD_CORE_S)
     stage.expect_moved("process_restarts_total", role="core")
+    stage.expect_moved("faults_total", kind="core")
     await stage.judge_home()
 
 
@@ -32,6 +33,7 @@ async def keeper_kill(stage: Stage) -> None:
         return
     stage.judge_clocks("keeper 0", resume_s=COLD_WORKER_S)
     stage.expect_moved("process_restarts_total", role="keeper")
+    stage.expect_moved("faults_total", kind="keeper")
     await stage.judge_home()
 
 
@@ -51,6 +53,7 @@ async def api_kill(stage: Stage) -> None:
     pause_s = stage.report.pause_s = max(stage.gaps(others), default=0.0)
     stage.expect("clock", pause_s < 1.0, f"a stream of the other paused for {pause_s:.2f} s")
     stage.expect_moved("process_restarts_total", role="api")
+    stage.expect_moved("faults_total", kind="api")
     stage.expect_moved("requests_ended_total", len(own), reason="cancelled")
     # Whoever asks again is answered, also by the process that took its place.
     again = await stage.open([s.job for s in own])

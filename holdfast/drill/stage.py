@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from holdfast.api.text import Tokenizer
+from holdfast.core.metrics import METRICS
 from holdfast.drill.client import Stream
 from holdfast.drill.job import TOKENS, Job, make_jobs
 from holdfast.drill.oracle import Explainer, Reference, tau_of
@@ -246,9 +247,6 @@ class Stage:
         """How far a counter went since the case began."""
         return _sum(self.server.metrics(), name, labels) - _sum(self._before, name, labels)
 
-    def has(self, name: str) -> bool:
-        return any(_plain(key) == name for key in self.server.metrics())
-
     async def judge_home(self, *, client_errors: bool = False) -> None:
         """Nothing is held by anybody, no fault was called the client's (unless the drill is one of
         the client's faults), nothing compiled."""
@@ -276,7 +274,7 @@ class Stage:
             ("tokens_recomputed", "tokens_recomputed_total"),
             ("compiles_after_ready", "compiles_after_ready_total"),
         ):
-            if self.has(metric):
+            if metric in _DECLARED:
                 setattr(self.report, name, int(self.moved(metric)))
 
     def expect_moved(self, name: str, least: float = 1, **labels: str) -> None:
@@ -296,6 +294,9 @@ class Stage:
     def _planted(self) -> list[dict[str, Any]]:
         kinds = ("plant-page", "unfenced-writer")
         return [m for m in self.moments("provoked", self._started_s) if m["kind"] in kinds]
+
+
+_DECLARED = {metric.name for metric in METRICS}
 
 
 def _plain(key: str) -> str:
