@@ -184,6 +184,15 @@ class ServerOptions:
             "none when that one is gone",
         ),
     ] = Standby.WARM
+    scrub: Annotated[
+        float,
+        _option(
+            PROCESS_PANEL,
+            "GB a second of weights and sealed KV pages that are read again in the background, to "
+            "find what changed silently; 0 = off",
+            min=0.0,
+        ),
+    ] = 0.0
     journal_dir: Annotated[
         Path | None,
         _option(PROCESS_PANEL, "Keep a copy of the journal here; it holds prompts (mode 0600)"),
@@ -209,6 +218,10 @@ class ServerOptions:
     keepalive_s: Annotated[
         float, _option(TIME_PANEL, "A comment on a stream silent for so long", min=0.1)
     ] = 15.0
+    step_timeout_s: Annotated[
+        float,
+        _option(TIME_PANEL, "No step of the worker takes longer; usual ones are learnt", min=0.1),
+    ] = 60.0
     drain_timeout_s: Annotated[
         float, _option(TIME_PANEL, "After SIGTERM, streams may take so long to end", min=0.0)
     ] = 30.0

@@ -68,6 +68,8 @@ def serve_options(model: str | None, server: ServerOptions, engine: EngineOption
         pool_dtype=prepared.sizing.dtype,
         threads=engine.threads or os.cpu_count() or 1,
         standby=server.standby.value,
+        scrub_gbps=server.scrub,
+        step_timeout_s=server.step_timeout_s,
         drain_timeout_s=server.drain_timeout_s,
         write_timeout_s=server.write_timeout_s,
         keepalive_s=server.keepalive_s,
@@ -99,7 +101,9 @@ class Screen:
             self.close()  # A bar of a worker that was being prepared.
         bad = event.kind in ("lost", "failed", "warning")
         quiet = self._level in (LogLevel.WARNING, LogLevel.ERROR)
-        usual = event.kind in ("starting", "prepared") and self._level is not LogLevel.DEBUG
+        # A recovery is told in one line: resumed, with its clocks.
+        passing = ("starting", "prepared", "restarted")
+        usual = event.kind in passing and self._level is not LogLevel.DEBUG
         if usual or (quiet and not bad):
             return
         line = f"{event.title}: {event.kind}"

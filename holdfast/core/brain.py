@@ -520,6 +520,7 @@ class Brain:
     def _page_faults(self, handles: list[int], found: str) -> None:
         self.faults.fail(handles, found)
         self.metrics.add("pages_failed_total", len(handles), (found,))
+        self.metrics.add("faults_total", len(handles), ("page",))
 
     def restore(self, recovered: dict[int, JournalledRequest], now_s: float) -> None:
         """Take over from a core that died: its live requests wait for a row, in their order.

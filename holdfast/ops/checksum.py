@@ -15,7 +15,7 @@ import torch
 SEED = 0x9AE1_6A3B_2F90_404F
 GOLDEN = 0x9E37_79B9_7F4A_7C15
 # Blocks of a slab, as wire.checksum.bytes_sum chains them.
-_BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20
 # Words widened to 64 bits at a time on a device: bounds the temporary memory to 64 MiB.
 _DEVICE_WORDS = 8 << 20
 
@@ -67,15 +67,38 @@ def slab_sum(slab: torch.Tensor, progress: Callable[[int, int], None] | None = N
 
     progress(bytes done, bytes in all) is called after each block.
     """
-    total, size = SEED, slab.numel()
-    block_sums = PageSums(_BLOCK_BYTES // 4, slab.device)
-    first = np.zeros(1, np.int64)
-    for at in range(0, size, _BLOCK_BYTES):
-        words = slab[at : at + _BLOCK_BYTES].view(torch.int32)[None, :]
-        sums = block_sums
-        if words.shape[1] != block_sums.words:
-            sums = PageSums(words.shape[1], slab.device)
-        total = (total * GOLDEN + int(sums.of(words, first)[0])) % (1 << 64)
+    whole = SlabSum(slab)
+    while (total := whole.advance()) is None:
         if progress is not None:
-            progress(at + words.shape[1] * 4, size)
+            progress(whole.done, slab.numel())
+    if progress is not None:
+        progress(slab.numel(), slab.numel())
     return total
+
+
+class SlabSum:
+    """The same checksum a block at a time, over and over. done: bytes of this pass so far."""
+
+    def __init__(self, slab: torch.Tensor) -> None:
+        """slab: uint8[bytes], bytes a multiple of 4."""
+        self._slab = slab
+        self._blocks = PageSums(BLOCK_BYTES // 4, slab.device)
+        self._first = np.zeros(1, np.int64)
+        self._total = SEED
+        self.done = 0
+
+    def advance(self) -> int | None:
+        """Read the next block: the checksum once all are read, and the next pass begins."""
+        if self.done < self._slab.numel():
+            block = self._slab[self.done : self.done + BLOCK_BYTES]
+            words = block.view(torch.int32)[None, :]
+            sums = self._blocks
+            if words.shape[1] != sums.words:
+                sums = PageSums(words.shape[1], self._slab.device)
+            found = int(sums.of(words, self._first)[0])
+            self._total = (self._total * GOLDEN + found) % (1 << 64)
+            self.done += block.numel()
+        if self.done < self._slab.numel():
+            return None
+        total, self._total, self.done = self._total, SEED, 0
+        return total

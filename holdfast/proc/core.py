@@ -34,6 +34,7 @@ def make_brain(start: Boot) -> tuple[Brain, int]:
         Metrics(memfd.attach(start.fds["metrics"]), METRICS_SLOT),
         epoch=config["epoch"],
         tag=config["tag"],
+        scrub_pages_s=config["scrub_pages_s"],
     )
     if config["recover"]:
         brain.restore(recovered, time.monotonic())

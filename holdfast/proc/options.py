@@ -70,7 +70,7 @@ class ServeOptions:
     step_timeout_s: float = STEP_TIMEOUT_S
     """A step of the worker never takes longer; how long it may take is learnt (core.clocks)."""
     scrub_gbps: float = 0.0
-    """GB a second of weights, then of sealed pages, that are read again in the background."""
+    """GB a second that are read again in the background, half of weights, half of sealed pages."""
     restarts_per_minute: int = 5
     """Of one process; one more and the server gives up."""
     journal_dir: Path | None = None
@@ -154,14 +154,16 @@ class ServeOptions:
             "seed": self.seed,
             "threads": self.threads,
             "loaded": loaded,
-            "scrub_gbps": self.scrub_gbps,
+            "scrub_gbps": self.scrub_gbps / 2,
             **self.extra,
         }
 
     def core_config(self, epoch: int, *, recover: bool) -> dict[str, Any]:
         limits = limits_config(self.limits)
         config = {"limits": limits, "epoch": epoch, "tag": self.tag, "recover": recover}
-        times = {"step_timeout_s": self.step_timeout_s, "scrub_gbps": self.scrub_gbps}
+        page_bytes = self.limits.page_tokens * self.spec.kv_token_bytes(self.pool_dtype)
+        scrub_pages_s = self.scrub_gbps / 2 * 1e9 / page_bytes
+        times = {"step_timeout_s": self.step_timeout_s, "scrub_pages_s": scrub_pages_s}
         return {**config, **times, **self.extra}
 
     def api_config(self) -> dict[str, Any]:

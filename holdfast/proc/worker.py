@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from holdfast.device.memory import DeviceMemory
     from holdfast.device.provoke import Provocations
     from holdfast.device.runner import Runner
+    from holdfast.device.scrub import WeightsScrub
     from holdfast.model.spec import ModelSpec
     from holdfast.model.weights import WeightsLayout
 
@@ -74,19 +75,22 @@ class Progress:
 
 
 class Worker:
-    """A device behind two channels: plans come over `link`, a stop over `control`."""
+    """A device behind two channels: plans come over `link`, a stop over `control`. scrub: reads the
+    weights again between steps; None: nobody does."""
 
     def __init__(
         self,
         runner: Runner,
         control: Control,
         link: Link,
+        scrub: WeightsScrub | None = None,
         provocations: Provocations | None = None,
     ) -> None:
         self._runner = runner
         self._control = control
         self._link = link
         self._provocations = provocations
+        self._scrub = scrub
 
     def run(self) -> None:
         """Answer plans. Raises Stopped when told to, LinkClosed when core or supervisor is gone,
@@ -96,7 +100,7 @@ class Worker:
             for channel in (self._control, self._link):
                 wanted = select.POLLOUT if channel.unsent_bytes else 0
                 poller.register(channel.fileno(), select.POLLIN | wanted)
-            ready = dict(poller.poll(WAIT_S * 1000))
+            ready = dict(poller.poll(self._wait_s() * 1000))
             if self._control.fileno() in ready:
                 self._control.flush()
                 obey(self._control, self._provocations)
@@ -104,6 +108,22 @@ class Worker:
                 self._link.flush()
                 for kind, payload in self._link.drain():
                     self._step(kind, payload)
+            self._read_weights()
+
+    def _wait_s(self) -> float:
+        """Until there is something to do without being told."""
+        if self._scrub is None:
+            return WAIT_S
+        return min(WAIT_S, self._scrub.due_s(time.monotonic()))
+
+    def _read_weights(self) -> None:
+        """A slice of them, when one is due; the keeper judges the sum of all."""
+        now_s = time.monotonic()
+        if self._scrub is None or self._scrub.due_s(now_s) > 0:
+            return
+        weights_sum = self._scrub.read(now_s)
+        if weights_sum is not None:
+            self._control.send({"type": "weights_sum", "sum": weights_sum})
 
     def flush(self) -> None:
         """Give the core what was computed. Raises LinkError when it does not take it in time."""
@@ -211,7 +231,8 @@ def _work(start: Boot, control: Control) -> int:
     epoch, link = wait_for_epoch(runner.memory, control, provocations)
     runner.reset(epoch)
     setproctitle.setproctitle(title("worker", start.index))
-    worker = Worker(runner, control, link, provocations)
+    scrub = make_scrub(runner.memory, config["scrub_gbps"])
+    worker = Worker(runner, control, link, scrub, provocations)
     try:
         worker.run()
     except Stopped:
@@ -255,6 +276,13 @@ def prepare(
         "warm_s": time.monotonic() - loaded_s,
     }
     return runner, facts
+
+
+def make_scrub(memory: DeviceMemory, gbps: float) -> WeightsScrub | None:
+    """What reads the weights again, or None at rate 0."""
+    from holdfast.device.scrub import WeightsScrub
+
+    return WeightsScrub(memory.weights, gbps, time.monotonic()) if gbps else None
 
 
 def load(

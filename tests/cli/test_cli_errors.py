@@ -76,7 +76,7 @@ def test_every_number_option_of_serve_names_its_unit() -> None:
     assert len(numbers) > 12, text
     units = ("-rows", "-pages", "-tokens", "-gib", "-s", "-requests", "-ahead", "-processes")
     for option in numbers:
-        assert option.endswith(units) or option in ("--port", "--threads"), option
+        assert option.endswith(units) or option in ("--port", "--threads", "--scrub"), option
 
 
 def test_version_is_one_line() -> None:

@@ -42,6 +42,7 @@ class Process:
             "seed": 0,
             "threads": 1,
             "loaded": False,
+            "scrub_gbps": 0.0,
             **config,
         }
         self.child: Child = spawn("worker", 0, module="holdfast.proc.worker", config=given, fds=fds)
@@ -175,6 +176,25 @@ def test_a_worker_whose_memory_is_too_small_does_not_start(checkpoint, slabs, pr
     processes.append(process)
     assert "KV pool memory has 4096 bytes" in process.until("fault")["message"]
     assert process.exit_code() == 70
+
+
+def test_a_worker_that_scrubs_says_the_sum_of_its_weights_again_and_again_between_its_steps(
+    checkpoint, slabs, processes
+):
+    process = Process(checkpoint[0], slabs, scrub_gbps=2.0)
+    processes.append(process)
+    at_promotion = process.promote()
+    # Idle, and between steps.
+    assert process.until("weights_sum")["sum"] == at_promotion
+    process.run(StepPlan(epoch=1, step=1))
+    assert process.until("weights_sum")["sum"] == at_promotion
+    with open(f"/proc/{os.getpid()}/fd/{slabs['weights']}", "r+b") as slab:
+        slab.seek(1000)
+        byte = slab.read(1)[0]
+        slab.seek(1000)
+        slab.write(bytes([byte ^ 1]))
+    process.until("weights_sum")  # It may have been read before.
+    assert process.until("weights_sum")["sum"] != at_promotion
 
 
 def test_random_weights_depend_on_the_seed_alone(spec):
