@@ -16,6 +16,7 @@ from holdfast.wire.messages import (
     Accepted,
     End,
     Ended,
+    Memory,
     Refused,
     Sampling,
     Submit,
@@ -44,8 +45,9 @@ def limits_of(**overrides) -> Limits:
 class Driver:
     """One brain, one fake worker, and what clients would have seen."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, scrub_pages_s: float = 0.0) -> None:
         self.limits = limits
+        self.scrub_pages_s = scrub_pages_s
         self.now_s = 100.0
         self.journal_buffer = memoryview(bytearray(Journal.size(limits)))
         self.metrics = Metrics(memoryview(bytearray(Metrics.size(1))), 0)
@@ -63,7 +65,7 @@ class Driver:
 
     def new_brain(self) -> Brain:
         journal = Journal(self.journal_buffer, self.limits)
-        return Brain(self.limits, journal, self.metrics)
+        return Brain(self.limits, journal, self.metrics, scrub_pages_s=self.scrub_pages_s)
 
     def submit(self, request: int, prompt: list[int], max_tokens: int = 8, **options) -> None:
         sampling = options.pop("sampling", Sampling(temperature=0.0))
@@ -115,11 +117,14 @@ class Driver:
                 return
         raise AssertionError(f"not idle after {ticks} ticks; {self.brain.live} live")
 
-    def replace_worker(self, epoch: int, *, implicates: bool = False) -> None:
+    def replace_worker(
+        self, epoch: int, *, implicates: bool = False, memory: Memory = Memory.LOST
+    ) -> None:
         self.brain.suspend()
         self.pending.clear()
-        self.worker = FakeWorker(self.limits, epoch)
-        self.brain.new_epoch(epoch, self.now_s, implicates=implicates)
+        pages = None if memory is Memory.LOST else self.worker.pages
+        self.worker = FakeWorker(self.limits, epoch, pages)
+        self.brain.new_epoch(epoch, self.now_s, implicates=implicates, memory=memory)
         self.collect()
 
     def collect(self) -> None:

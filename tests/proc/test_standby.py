@@ -124,6 +124,13 @@ def real(serve: Serve, standby: str) -> Server:
     return serve(api_processes=1, limits=limits, **options).wait_ready()
 
 
+def counted(server: Server, name: str) -> float:
+    """A counter without labels, or the sum of those with; 0 while there is none."""
+    lines = httpx.get(url(server) + "/metrics").text.splitlines()
+    mine = [line.split() for line in lines if line.startswith(f"holdfast_{name}")]
+    return sum(float(line[1]) for line in mine)
+
+
 @pytest.mark.parametrize("standby", ["warm", "none"])
 def test_the_real_worker_resumes_the_same_text_and_within_its_time(
     serve: Serve, standby: str
@@ -134,8 +141,10 @@ def test_the_real_worker_resumes_the_same_text_and_within_its_time(
         prepared(server)
     gaps: list[float] = []
     at = [0.0]
+    hits = [0.0]
 
     def kill() -> None:
+        hits[0] = counted(server, "prefix_hit_tokens_total")
         at[0] = time.monotonic()
         os.kill(server.pids()[WORKER], signal.SIGKILL)
 
@@ -147,6 +156,10 @@ def test_the_real_worker_resumes_the_same_text_and_within_its_time(
     pause_s = max(after - before for before, after in zip([0.0, *gaps], gaps, strict=False))
     print(f"standby {standby}: {pause_s:.3f} s from SIGKILL to the next token")
     assert standby != "warm" or pause_s < RESUME_S_MAX
+    # What the dead worker had sealed was verified, and found by the request that went on.
+    assert counted(server, "pages_verified_total") > 0
+    assert counted(server, "prefix_hit_tokens_total") > hits[0]
+    assert counted(server, "pages_failed_total") == 0
     metrics = httpx.get(url(server) + "/metrics").text
     assert 'holdfast_processes_ready{role="worker"} 1.0' in metrics
     assert server.status()["epoch"] == 2

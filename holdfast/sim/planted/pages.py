@@ -34,13 +34,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         "newest = self._clock",
     ),
     Mutation(
-        "orphan-kept",
-        "a page is kept only if the pages before it are",
-        _P + "PrefixIndex.retain",
-        "and (key[0] < 0 or key[0] in kept)",
-        "",
-    ),
-    Mutation(
         "children-of-a-failed-page",
         "what hangs below a page that has changed goes with it",
         _P + "PrefixIndex.below",
