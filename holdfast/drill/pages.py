@@ -10,14 +10,19 @@ from holdfast.drill.faults import BEGUN, judge
 from holdfast.drill.server import Needs
 from holdfast.drill.stage import Stage
 
+# Weights and pages of the bundled model once in two seconds or so.
+SCRUBBED = Needs(options=("--scrub", "0.1"))
 # Prompts of 7 to 9 pages each, for a pool of 120.
 CROWD = 20
 TENANTS = ("drill-tenant-one", "drill-tenant-two")
 
 
 async def corrupt_page(stage: Stage) -> None:
-    """The bit flips and the worker dies before a token of it leaves: what is verified at promotion
-    must be found, and what was computed before it must stay."""
+    if stage.case == "scrub":
+        await _scrubbed_page(stage)
+        return
+    # The bit flips and the worker dies before a token of it leaves: what is verified at promotion
+    # must be found, and what was computed before it must stay.
     since_s = time.monotonic()
     streams = await stage.open_sabotaged()
     await stage.have(streams, BEGUN)
@@ -30,20 +35,53 @@ async def corrupt_page(stage: Stage) -> None:
     stage.expect_moved("pages_failed_total", found="promotion")
 
 
-async def corrupt_weights(stage: Stage) -> None:
+async def _scrubbed_page(stage: Stage) -> None:
+    """While its worker lives: what the victim draws from it until the scrub comes by is not
+    promised, whoever asks afterwards is."""
+    since_s = time.monotonic()
+    (job,) = stage.jobs(1, f"scrubbed {stage.sabotage}")
     streams = await stage.open()
     await stage.have(streams, BEGUN)
-    await stage.provoke(do="corrupt-weights", kill=not stage.sabotage)
-    stage.report.broken = "signs of weights, after the worker was killed"
-    stage.report.planted = True
-    await stage.finish()
-    stage.judge()
+    kind, phase = ("plant-page", "prefill") if stage.sabotage else ("corrupt-page", "decode")
+    await stage.arm(kind, phase, tokens=job.prompt)
+    (victim,) = await stage.open([job])
+    stage.report.broken = "a bit of a sealed page, beside streams that go on"
+    await stage.fired(kind, since_s)
+    await stage.finish([*streams, victim])
     if not stage.sabotage:
+        what = "the scrub finds the page"
+        await stage.until(what, lambda: stage.moved("pages_failed_total", found="scrub"))
+    stage.expect("lost", victim.whole, f"the page's own request ended {victim.ended!r}")
+    again = await stage.open([job])
+    await stage.finish(again)
+    stage.judge([*streams, *again])
+    restarts = stage.moved("process_restarts_total")
+    stage.expect("metric", not restarts, f"{restarts:g} processes were restarted for one page")
+    await stage.judge_home()
+
+
+async def corrupt_weights(stage: Stage) -> None:
+    scrub = stage.case == "scrub"
+    streams = await stage.open()
+    await stage.have(streams, BEGUN)
+    await stage.provoke(do="corrupt-weights", kill=not (scrub or stage.sabotage))
+    stage.report.broken = f"signs of weights, {'beside' if scrub else 'after the end of'} a worker"
+    stage.report.planted = stage.sabotage
+    if scrub and not stage.sabotage:
+        # What was emitted from them is gone; what is asked afterwards is promised.
+        await stage.finish()
+        what = "the scrub finds the weights"
+        await stage.until(what, lambda: stage.moved("resumes_total"), COLD_WORKER_S)
+        streams = await stage.open()
+    await stage.finish()
+    stage.judge(streams)
+    if stage.sabotage:
+        return
+    if not scrub:
         stage.judge_clocks("worker 0", resume_s=COLD_WORKER_S)
-        # One that found them wrong, and one that loaded them.
-        stage.expect_moved("process_restarts_total", 2, role="worker")
-        stage.expect_moved("faults_total", kind="weights")
-        await stage.judge_home()
+    stage.expect_moved("process_restarts_total", 1 if scrub else 2, role="worker")
+    stage.expect_moved("faults_total", kind="weights")
+    await stage.judge_home()
 
 
 async def nan_row(stage: Stage) -> None:
@@ -102,15 +140,19 @@ async def tenant_isolation(stage: Stage) -> None:
 DRILLS = (
     Drill(
         name="corrupt-page",
-        what="a bit of a sealed page flips; verification finds it",
+        what="a bit of a sealed page flips; verification at promotion or the scrub finds it",
         play=corrupt_page,
+        cases=("promotion", "scrub"),
+        needs=SCRUBBED,
     ),
     Drill(
         name="corrupt-weights",
         what="weights change; they are loaded anew",
         play=corrupt_weights,
+        cases=("promotion", "scrub"),
+        needs=SCRUBBED,
         ends=2,
-        sabotage="the worker is left alive, so that nobody looks at the weights",
+        sabotage="what is emitted before anybody looks at the weights is judged, too",
         spoils=True,
     ),
     Drill(

@@ -41,7 +41,8 @@ KEEP_ALIVE_S = 75
 # Of one request, its first line included; a chat's headers are some hundred bytes.
 HEADER_BYTES_MAX = 64 << 10
 _TOO_LARGE = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+    b"connection: close\r\ncontent-length: 0\r\n\r\n"
 )
 # One whose head is too large may read that for so long.
 REFUSED_S = 1.0

@@ -18,7 +18,7 @@ from holdfast.drill.runner import Plan, Runner
 STREAMS = {"worker-kill": 32, "abort-storm": 60, "api-overload": 24, "api-kill": 8}
 STREAMS_ELSE = 4
 # The other kinds are signals too (tests/device/test_provoke.py).
-KINDS = ("address", "instruction", "spin", "stop", "")
+KINDS = ("address", "instruction", "spin", "stop", "promotion", "scrub", "")
 
 
 def cases(*, sabotage: bool) -> list[tuple[Drill, str]]:
