@@ -40,6 +40,9 @@ ORDERS_MAX = 16
 _SEALED_AFTER_TOKENS = 8
 # What goes on writing after its process was told to end: longer than any fence on a CPU.
 _WRITER_S = 3.0
+# What no fence covers writes on until its server is gone, and at most so long.
+_UNFENCED_S = 60.0
+_UNFENCED_PAUSE_S = 0.005
 _PROT_NONE = 0
 
 Say = Callable[[dict[str, Any]], None]
@@ -68,6 +71,7 @@ class Provocations:
         self._say = say
         self._hang_up = hang_up
         self._orders: list[Order] = []
+        self._gpu: Any = None
 
     def take(self, message: dict[str, Any]) -> None:
         """Arm an order. Raises LinkError on one that makes no sense."""
@@ -85,6 +89,11 @@ class Provocations:
 
     def at(self, phase: str) -> None:
         """A point of the worker's life that is no step."""
+        if phase == "capture" and self._device != "cpu":
+            from holdfast.device.provoke_cuda import Provoker
+
+            # Now, and not when it is to fault: a compiler is not what a drill times.
+            self._gpu = Provoker()
         for order in list(self._orders):
             if order.phase == phase and self._due(order):
                 self._fault(order.kind)
@@ -136,15 +145,13 @@ class Provocations:
         return None
 
     def _fault(self, kind: str) -> None:
-        if kind == "spin" and self._device == "cpu":
+        if self._gpu is not None:
+            self._gpu.fault(kind)
+        elif kind == "spin":
             while True:
                 pass
-        if self._device == "cpu":
-            _CPU_FAULTS[kind]()
         else:
-            from holdfast.device.provoke_cuda import fault
-
-            fault(kind)
+            _CPU_FAULTS[kind]()
 
     def _write_on(self, runner: Runner, *, fenced: bool) -> None:
         """Write into every page but the trash page for as long as it can, and look dead.
@@ -153,15 +160,21 @@ class Provocations:
         which nobody fences: what the engine does not promise to survive.
         """
         words = runner.memory.page_words[1:]
-        address, size = words.data_ptr(), words.numel() * words.element_size()
+        started_s, supervisor = time.monotonic(), os.getppid()
+
+        def write_words() -> None:
+            while time.monotonic() < started_s + _WRITER_S:
+                words.fill_(0x3F3F3F3F)  # 0.747 in float32 and bfloat16: wrong and finite
 
         def write() -> None:
-            end_s = time.monotonic() + _WRITER_S
-            while time.monotonic() < end_s:
-                ctypes.memset(address, 0x3F, size)  # 0.747 as float32: wrong and finite
+            # In a forked process nothing of a tensor library is safe.
+            address, size = words.data_ptr(), words.numel() * words.element_size()
+            while time.monotonic() < started_s + _UNFENCED_S and _alive(supervisor):
+                ctypes.memset(address, 0x3F, size)
+                time.sleep(_UNFENCED_PAUSE_S)
 
         if fenced:
-            threading.Thread(target=write, daemon=True).start()
+            threading.Thread(target=write_words, daemon=True).start()
         else:
             _in_a_child(write)
         self._hang_up()
@@ -277,6 +290,14 @@ _CPU_FAULTS: dict[str, Callable[[], None]] = {
     "misaligned": _bus_error,
     "dma": _bad_copy,
 }
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _in_a_child(work: Callable[[], None]) -> None:

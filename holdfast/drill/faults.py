@@ -42,16 +42,22 @@ async def gpu_fault(stage: Stage) -> None:
     if phase == "capture":
         await _fault_of_the_standby(stage, kind)
         return
+    late = stage.jobs(2, stage.report.name) if phase == "prefill" else []
+    await stage.prepare(late)
     since_s = time.monotonic()
     streams = await stage.open_sabotaged()
     await stage.have(streams, BEGUN)
     await stage.arm(kind, phase, after=2 if phase == "decode" else 0)
-    if phase == "prefill":
-        await stage.open(stage.jobs(2, stage.report.name))
+    await stage.open(late, clean=False)
     stage.report.broken = f"{kind} in a step of {phase}"
     await stage.fired(kind, since_s)
     await stage.finish()
-    await judge(stage, WARM_S, "worker_crash", notice_s=None)
+    await judge(stage, WARM_S, broke_itself(stage), notice_s=None)
+
+
+def broke_itself(stage: Stage) -> str:
+    """A signal ends a process without a word; a GPU's fault is an error that the worker tells."""
+    return "worker_crash" if stage.device == "cpu" else "worker_fault"
 
 
 async def _fault_of_the_standby(stage: Stage, kind: str) -> None:
@@ -98,8 +104,10 @@ async def hang(stage: Stage) -> None:
 
 async def zombie_writer(stage: Stage) -> None:
     since_s = time.monotonic()
-    kind = "unfenced-writer" if stage.sabotage else "zombie"
-    streams = await stage.open()
+    # On a GPU no process writes that is not fenced: there a wrong page is planted, as elsewhere.
+    unfenced = stage.sabotage and stage.device == "cpu"
+    kind = "unfenced-writer" if unfenced else "zombie"
+    streams = await (stage.open() if unfenced else stage.open_sabotaged())
     await stage.have(streams, BEGUN)
     await stage.arm(kind, "decode")
     stage.report.broken = "the worker goes on writing pages while it is being ended"
@@ -118,7 +126,7 @@ async def double_fault(stage: Stage) -> None:
     stage.report.broken = "SIGKILL of the worker; its successor faults while it verifies"
     await stage.finish()
     await judge(stage, COLD_WORKER_S, "worker_killed")
-    stage.expect_moved("faults_total", kind="worker_crash")
+    stage.expect_moved("faults_total", kind=broke_itself(stage))
     stage.expect_moved("process_restarts_total", 2, role="worker")
 
 
@@ -128,7 +136,7 @@ async def poison_request(stage: Stage) -> None:
     streams = await stage.open_sabotaged()
     await stage.have(streams, BEGUN)
     since_s = time.monotonic()
-    (poisoned,) = await stage.open([poison])
+    (poisoned,) = await stage.open([poison], clean=False)
     stage.report.broken = "a request that kills the worker each time it is computed"
     await stage.fired("address", since_s)
     await stage.finish()

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 from holdfast.drill.drill import COLD_WORKER_S, WARM_S, Drill
-from holdfast.drill.faults import BEGUN, judge
+from holdfast.drill.faults import BEGUN, broke_itself, judge
 from holdfast.drill.server import Needs
 from holdfast.drill.stage import Stage
 
@@ -30,7 +30,7 @@ async def corrupt_page(stage: Stage) -> None:
     stage.report.broken = "a bit of a sealed page, and then the worker"
     await stage.fired("corrupt-page", since_s)
     await stage.finish()
-    await judge(stage, WARM_S, "worker_crash", notice_s=None)
+    await judge(stage, WARM_S, broke_itself(stage), notice_s=None)
     stage.expect_moved("pages_verified_total")
     stage.expect_moved("pages_failed_total", found="promotion")
 
@@ -44,7 +44,7 @@ async def _scrubbed_page(stage: Stage) -> None:
     await stage.have(streams, BEGUN)
     kind, phase = ("plant-page", "prefill") if stage.sabotage else ("corrupt-page", "decode")
     await stage.arm(kind, phase, tokens=job.prompt)
-    (victim,) = await stage.open([job])
+    (victim,) = await stage.open([job], clean=False)
     stage.report.broken = "a bit of a sealed page, beside streams that go on"
     await stage.fired(kind, since_s)
     await stage.finish([*streams, victim])
@@ -52,7 +52,7 @@ async def _scrubbed_page(stage: Stage) -> None:
         what = "the scrub finds the page"
         await stage.until(what, lambda: stage.moved("pages_failed_total", found="scrub"))
     stage.expect("lost", victim.whole, f"the page's own request ended {victim.ended!r}")
-    again = await stage.open([job])
+    again = await stage.open([job], clean=False)
     await stage.finish(again)
     stage.judge([*streams, *again])
     restarts = stage.moved("process_restarts_total")
@@ -97,9 +97,10 @@ async def nan_row(stage: Stage) -> None:
     stage.judge(streams)
     said = victim.error.get("code")
     stage.expect("lost", said == "not_finite", f"the row's request ended {victim.ended!r}")
-    right = stage.judges.reference.tokens([job])[0][: len(victim.tokens)]
-    exact = stage.judges.explainer is not None or victim.tokens == right
-    stage.expect("tokens", exact, "tokens of the row were sent after it was not finite")
+    if stage.judges.explainer is None:
+        right = stage.judges.reference.tokens([job])[0][: len(victim.tokens)]
+        text = "tokens of the row were sent after it was not finite"
+        stage.expect("tokens", victim.tokens == right, text)
     stage.expect_moved("requests_ended_total", reason="not_finite")
     # Its pages have other owners now.
     again = await stage.open([job, *stage.jobs(4, "after-nan")])
@@ -115,20 +116,22 @@ async def tenant_isolation(stage: Stage) -> None:
     (job,) = stage.jobs(1, "planted fact")
     first, second = replace(job, key=one), replace(job, key=one if stage.sabotage else two)
     stage.report.broken = "a second API key asks what the first has cached, while pages are evicted"
+    # Of other prompts: what is run twice is cached.
+    await stage.prepare([replace(each, key=one) for each in stage.jobs(4, "clean")])
     for _ in range(2):
-        (cached,) = await stage.open([first])
+        (cached,) = await stage.open([first], clean=False)
         await stage.finish([cached])
     stage.expect("isolation", cached.cached_tokens, "the first tenant's own prefix was not cached")
     # Other prompts of the first tenant crowd the pool; nobody's pages may become the second's.
     crowd = stage.jobs(max(CROWD, stage.count), "crowd", tokens=16)
-    load = await stage.open([replace(job, key=one) for job in crowd])
+    load = await stage.open([replace(job, key=one) for job in crowd], clean=False)
     await stage.have(load[: len(load) // 2], 1)
-    (foreign,) = await stage.open([second])
+    (foreign,) = await stage.open([second], clean=False)
     await stage.finish([foreign])
     stage.report.planted = stage.sabotage
     text = f"the second tenant got {foreign.cached_tokens} tokens of a prefix cached by the first"
     stage.expect("isolation", foreign.cached_tokens == 0, text)
-    (own,) = await stage.open([second])
+    (own,) = await stage.open([second], clean=False)
     await stage.finish([own])
     stage.expect("isolation", own.cached_tokens, "the second tenant's own prefix was not cached")
     await stage.finish()
@@ -153,6 +156,7 @@ DRILLS = (
         needs=SCRUBBED,
         ends=2,
         sabotage="what is emitted before anybody looks at the weights is judged, too",
+        cpu_only="the supervisor cannot write a GPU's memory, and workers map weights read-only",
         spoils=True,
     ),
     Drill(

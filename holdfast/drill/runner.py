@@ -41,15 +41,17 @@ class Plan:
     threads: int = 1
 
     def cases(self) -> Iterator[tuple[Drill, str]]:
-        """Raises OptionError when no case is of that kind."""
+        """Raises OptionError when no case is of that kind, or for that device."""
         found = [
             (drill, case)
             for drill in self.drills
             for case in drill.cases
             if self.kind is None or self.kind in case.split("/")
+            if not (drill.cpu_only and self.device != "cpu")
         ]
         if not found:
-            raise OptionError("--kind", f"no drill chosen has a case of kind {self.kind!r}")
+            what = f"kind {self.kind!r}" if self.kind else f"a run on {self.device}"
+            raise OptionError("NAME", f"no drill chosen has a case for {what}")
         return iter(found)
 
 

@@ -30,6 +30,7 @@ WARM_S = 90.0
 _POLL_S = 0.01
 # Moments are noted by several processes: one that is this much early is of the same provocation.
 _SLACK_S = 0.05
+CLEAN_STREAMS = 16
 # On a machine that does other work besides; an idle one needs 1 ms (EOF after SIGKILL).
 NOTICE_S = 0.5
 # Faults of the server must never look like faults of the client.
@@ -69,11 +70,15 @@ class Stage:
     def jobs(self, count: int, name: str = "drill", *, tokens: int = TOKENS) -> list[Job]:
         return make_jobs(self.judges.tokenizer.encode, name, count, tokens=tokens)
 
-    async def open(self, jobs: Sequence[Job] | None = None) -> list[Stream]:
-        """Ask all of `jobs` at once (default: as many of the usual ones as the drill has)."""
+    async def open(self, jobs: Sequence[Job] | None = None, *, clean: bool = True) -> list[Stream]:
+        """Ask all of `jobs` at once (default: as many of the usual ones as the drill has).
+
+        clean: where tokens are explained, run them undisturbed first; not to be had once something
+        is armed, or where a second run would find what the first one cached.
+        """
         jobs = list(self.jobs(self.count) if jobs is None else jobs)
-        if self.judges.explainer is not None:
-            await self._run_clean(jobs)
+        if clean:
+            await self.prepare(jobs)
         opened = [Stream(job) for job in jobs]
         for stream in opened:
             stream.start(self.server.address, self.server.name)
@@ -83,14 +88,33 @@ class Stage:
     async def open_sabotaged(self, jobs: Sequence[Job] | None = None) -> list[Stream]:
         """`open`; under sabotage one prompt more, whose pages are wrong before they are sealed."""
         jobs = list(self.jobs(self.count) if jobs is None else jobs)
+        await self.prepare(jobs)
         if self.sabotage:
             victim = self.jobs(1, f"{self.report.name} sabotaged")[0]
             victim = replace(victim, key=jobs[0].key if jobs else None)
-            if self.judges.explainer is not None:
-                await self._run_clean([victim])
             await self.arm("plant-page", "prefill", tokens=victim.prompt, lasting=True)
             jobs = [victim, *jobs]
-        return await self.open(jobs)
+        return await self.open(jobs, clean=False)
+
+    async def prepare(self, jobs: Sequence[Job]) -> None:
+        """Where tokens are explained: the same jobs on the same server before anything is broken,
+        which tau is taken from. Raises OperatorError when one of them does not end well."""
+        if self.judges.explainer is None:
+            return
+        # No more than have rows: nothing of it may be refused.
+        room = asyncio.Semaphore(min(CLEAN_STREAMS, self.server.needs.rows))
+
+        async def run(job: Job) -> None:
+            async with room:
+                stream = Stream(job)
+                stream.start(self.server.address, self.server.name)
+                await stream.finish()
+            if not stream.whole:
+                raise OperatorError(f"a fault-free stream ended {stream.ended!r}: {stream.error}")
+            self._clean[job] = stream.tokens
+
+        missing = [job for job in dict.fromkeys(jobs) if job not in self._clean]
+        await asyncio.gather(*(run(job) for job in missing))
 
     async def until(self, what: str, check: Callable[[], Any], seconds: float = WAIT_S) -> bool:
         """Look again and again; False, and a failure, at the deadline."""
@@ -166,43 +190,36 @@ class Stage:
     def _judge_tokens(self, streams: list[Stream]) -> None:
         """As far as they came: a lost stream is judged too."""
         report, explainer = self.report, self.judges.explainer
-        expected = self._expected([stream.job for stream in streams])
-        tau = 0.0
-        if explainer is not None:
-            clean = ((s.job, self._clean[s.job]) for s in streams)
-            tau = tau_of(explainer.distances(job, tokens) for job, tokens in clean)
-            report.tau = max(report.tau or 0.0, tau)
-        for stream, right in zip(streams, expected, strict=True):
-            pairs = list(zip(stream.tokens, right, strict=False))
-            equal = sum(ours == theirs for ours, theirs in pairs)
+        tau = self._tau()
+        for stream, right in zip(streams, self._expected(streams), strict=True):
             count = len(stream.tokens)
-            explained = equal
+            pairs = zip(stream.tokens, right, strict=False)
+            wrong = [at for at, (ours, theirs) in enumerate(pairs) if ours != theirs]
+            equal = min(count, len(right)) - len(wrong)
             if explainer is not None:
-                near = explainer.distances(stream.job, stream.tokens) <= tau
-                explained = int(near.sum())
+                far = explainer.distances(stream.job, stream.tokens) > tau
+                wrong = far.nonzero()[0].tolist()
             report.tokens += count
             report.tokens_equal += equal
-            report.tokens_explained += explained
-            if explained != count:
-                first = next(i for i, (a, b) in enumerate([*pairs, (0, 1)]) if a != b)
-                self.fail("tokens", f"{count - explained} wrong tokens, the first at {first}")
+            report.tokens_explained += count - len(wrong)
+            if wrong:
+                self.fail(
+                    "tokens", f"{len(wrong)} of {count} tokens wrong, the first at {wrong[0]}"
+                )
 
-    def _expected(self, jobs: list[Job]) -> list[list[int]]:
+    def _tau(self) -> float:
+        """Of all fault-free runs of this case. None is needed where equality is exact."""
+        explainer = self.judges.explainer
+        if explainer is None:
+            return 0.0
+        self.report.tau = tau_of(explainer.distances(*pair) for pair in self._clean.items())
+        return self.report.tau
+
+    def _expected(self, streams: list[Stream]) -> list[list[int]]:
+        """The tokens of each; none where there was no fault-free run of its own."""
         if self.judges.explainer is None:
-            return self.judges.reference.tokens(jobs)
-        return [self._clean[job] for job in jobs]
-
-    async def _run_clean(self, jobs: Sequence[Job]) -> None:
-        """The same jobs on the same server, before anything is broken: what tau is taken from."""
-        missing = [job for job in dict.fromkeys(jobs) if job not in self._clean]
-        streams = [Stream(job) for job in missing]
-        for stream in streams:
-            stream.start(self.server.address, self.server.name)
-        for stream in streams:
-            await stream.finish()
-            if not stream.whole:
-                raise OperatorError(f"a fault-free stream ended {stream.ended!r}: {stream.error}")
-            self._clean[stream.job] = stream.tokens
+            return self.judges.reference.tokens(stream.job for stream in streams)
+        return [self._clean.get(stream.job, []) for stream in streams]
 
     def judge_clocks(
         self, role: str, *, resume_s: float, notice_s: float | None = NOTICE_S
