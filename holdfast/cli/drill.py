@@ -62,6 +62,9 @@ def run_drills(
     sabotage: Annotated[
         bool, typer.Option("--sabotage", help="Break something that the drill must see.")
     ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="On the CPU: judge tokens as on a GPU is done.")
+    ] = False,
     threads: Annotated[
         int, typer.Option(help="CPU threads of the worker and of the reference.", min=1)
     ] = 1,
@@ -85,6 +88,7 @@ def run_drills(
         sabotage=sabotage,
         kind=kind,
         threads=threads,
+        explain=explain,
     )
     for each in plan.drills:
         if each.cpu_only and device is not Device.CPU:

@@ -29,8 +29,8 @@ CASE_S_MAX = 600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What `drill run` was asked for. streams: None is each drill's own. kind: cases that begin
-    so, of drills that have kinds."""
+    """What `drill run` was asked for. streams: None is each drill's own. kind: cases with
+    this word in their name. explain: judge tokens as on a GPU, where equality is not exact."""
 
     drills: tuple[Drill, ...]
     model: str | None = None
@@ -39,6 +39,7 @@ class Plan:
     sabotage: bool = False
     kind: str | None = None
     threads: int = 1
+    explain: bool = False
 
     def cases(self) -> Iterator[tuple[Drill, str]]:
         """Raises OptionError when no case is of that kind, or for that device."""
@@ -61,8 +62,9 @@ class Runner:
     def __init__(self, plan: Plan) -> None:
         spec = ModelSpec.load(resolve_model(plan.model))
         explainer = None
-        if plan.device != "cpu":
-            explainer = Explainer(spec, device=plan.device, dtype="bfloat16")
+        if plan.explain or plan.device != "cpu":
+            dtype = "float32" if plan.device == "cpu" else "bfloat16"
+            explainer = Explainer(spec, device=plan.device, dtype=dtype)
         self._plan = plan
         self._judges = Judges(
             Tokenizer.load(spec.path, vocab_size=spec.vocab_size),

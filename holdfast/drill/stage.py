@@ -26,7 +26,7 @@ from holdfast.errors import OperatorError
 
 # Until every stream has begun, a provocation has fired, a process is up: far above what it takes.
 WAIT_S = 60.0
-WARM_S = 90.0
+WARM_S = 150.0
 _POLL_S = 0.01
 # Moments are noted by several processes: one that is this much early is of the same provocation.
 _SLACK_S = 0.05

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from holdfast.drill.drill import Drill
-from holdfast.drill.registry import DRILLS
+from holdfast.drill.oracle import TAU_MIN
+from holdfast.drill.registry import DRILLS, chosen
 from holdfast.drill.runner import Plan, Runner
 
 # 32 streams are the figure of the first drill; the others are small, so that all fit in minutes.
@@ -59,3 +60,18 @@ def test_the_drill_passes(runner: Runner, drill: Drill, case: str) -> None:
 def test_the_drill_does_not_pass_under_sabotage(runner: Runner, drill: Drill, case: str) -> None:
     report = runner.play(drill, case, streams=min(STREAMS_ELSE, streams(drill)), sabotage=True)
     assert report.passed, (report.planted, report.failures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sabotage", [False, True], ids=["clean", "sabotage"])
+def test_a_judge_that_explains_tokens_passes_and_sees_the_same(sabotage: bool) -> None:
+    """As on a GPU: tau from the same jobs before anything is broken."""
+    (drill,) = chosen("worker-kill")
+    runner = Runner(Plan(drills=(drill,), explain=True))
+    try:
+        report = runner.play(drill, "", streams=STREAMS_ELSE, sabotage=sabotage)
+    finally:
+        runner.close()
+    assert report.passed, report.failures
+    assert report.tau == TAU_MIN
+    assert (report.tokens_explained == report.tokens > 0) != sabotage
