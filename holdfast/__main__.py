@@ -14,6 +14,7 @@ import typer
 from holdfast import __version__
 from holdfast.cli.bench import bench
 from holdfast.cli.chat import chat
+from holdfast.cli.drill import drill
 from holdfast.cli.faults import faults
 from holdfast.cli.generate import generate
 from holdfast.cli.plan import plan
@@ -69,6 +70,7 @@ app.command()(faults)
 app.command()(replay)
 app.command("simulate")(simulate_command)
 app.add_typer(bench, name="bench")
+app.add_typer(drill, name="drill")
 
 
 def main(arguments: list[str] | None = None) -> None:

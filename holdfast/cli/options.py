@@ -224,6 +224,10 @@ class ServerOptions:
         ),
     ] = None
     log_level: Annotated[LogLevel, _option(PROCESS_PANEL, "What goes to stderr")] = LogLevel.INFO
+    drills: Annotated[
+        bool,
+        _option(PROCESS_PANEL, "Let `holdfast drill` break this server on purpose", hidden=True),
+    ] = False
     request_timeout_s: Annotated[
         float | None,
         _option(

@@ -79,6 +79,7 @@ def serve_options(model: str | None, server: ServerOptions, engine: EngineOption
         fault_tokens=server.fault_tokens,
         gpu_coredump=server.gpu_coredump,
         log_level=server.log_level.value,
+        drills=server.drills,
     )
 
 

@@ -40,6 +40,12 @@ log = logging.getLogger("holdfast.api")
 KEEP_ALIVE_S = 75
 # Of one request, its first line included; a chat's headers are some hundred bytes.
 HEADER_BYTES_MAX = 64 << 10
+_TOO_LARGE = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+    b"connection: close\r\ncontent-length: 0\r\n\r\n"
+)
+# One whose head is too large may read that for so long.
+REFUSED_S = 1.0
 # A connection that sends no whole request head in so long is closed.
 HEADER_TIMEOUT_S = 30.0
 
@@ -51,6 +57,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._head_bytes = 0
         self._in_head = True
+        self._refused = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._arm()
 
@@ -59,13 +66,18 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return  # Read and forgotten: an answer is lost when a connection is closed unread.
         if self._in_head:
             self._head_bytes += len(data)
             if self._head_timer is None:
                 self._arm()
         super().data_received(data)
         if self._in_head and self._head_bytes > HEADER_BYTES_MAX:
-            self.drop()
+            self._refused = True
+            self.transport.write(_TOO_LARGE)
+            self._disarm()
+            self._head_timer = self.loop.call_later(REFUSED_S, self.drop)
 
     def on_headers_complete(self) -> None:
         self._in_head = False

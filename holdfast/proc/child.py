@@ -13,7 +13,9 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     worker, weights, pool (memfds of the      limits, model, device, dtype, pool_dtype, load,
     standby keeper)                           seed, threads, loaded (the slab holds the weights
                                               already: do not load), background (a standby
-                                              prepares itself with CPU time that is left over)
+                                              prepares itself with CPU time that is left over);
+                                              drills, provoke (only of a server started with
+                                              --drills)
     core    journal, metrics (memfds)         limits, epoch, tag, recover, fault_tokens
     api     core (link, epoch 0), metrics     limits, model, served_name, api_keys, cors_origins,
             (memfd, slot 2 + index), listen   write_timeout_s, keepalive_s, body_bytes_max,
@@ -26,6 +28,8 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     worker      super  weights_sum        sum (uint64)
     supervisor  worker hurry              it took the worker's place before it was prepared
     supervisor  worker promote            epoch, fd: its link to the core; it may write from now on
+    supervisor  worker provoke            a drill's order (device.provoke)
+    worker      super  provoked           kind, at_s: it does it now
     child       super  fault              operator (bool), message; the child then exits
     supervisor  any    stop               finish what is being written and exit 0
     supervisor  api    drain              refuse new requests with 503, keep streams going

@@ -23,6 +23,8 @@ from holdfast.proc.lifecycle.states import Standby
 JOURNAL_SYNCS = ("none", "interval", "step")
 STANDBYS = tuple(str(standby) for standby in Standby)
 DTYPES = ("float32", "bfloat16")
+# A server that may be broken on purpose is nobody's but this machine's.
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class Spec(Protocol):
@@ -84,12 +86,16 @@ class ServeOptions:
     gpu_coredump: Path | None = None
     """Where the CUDA driver dumps a GPU that faulted (proc.coredump)."""
     log_level: str = "info"
+    drills: bool = False
+    """Processes of this user may break the server on purpose, over its status socket."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Added to the config of every role."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise OptionError("--port", f"0 to 65535, got {self.port}")
+        if self.drills and self.host not in LOOPBACK:
+            raise OptionError("--drills", f"only on {' or '.join(LOOPBACK)}, not {self.host!r}")
         for option, value, choices in (
             ("--journal-sync", self.journal_sync, JOURNAL_SYNCS),
             ("--standby", self.standby, STANDBYS),

@@ -1,19 +1,22 @@
 """What a running server says of itself: `StatusServer` in the supervisor, `read_all` for `ps`.
 
 The supervisor listens on the abstract unix socket `\\0holdfast-<pid>`, which has no file and dies
-with it, and answers every connection of its own user (or root) with one JSON object. A reader
-checks by SO_PEERCRED that the answer comes from that pid. No torch, no secrets: options are never
-part of a status.
+with it. A peer of its own user (or root) sends one line, a JSON object ({} asks for the status),
+and gets one line back; anybody else gets nothing. A reader checks by SO_PEERCRED that the answer
+comes from that pid. No torch, no secrets: options are never part of a status.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import select
 import socket
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +24,100 @@ _NAME = re.compile(r"@holdfast-(\d+)$")
 _CREDENTIALS = struct.Struct("3i")
 ANSWER_BYTES_MAX = 1 << 20
 ANSWER_S_MAX = 2.0
+# A request is a few numbers; a drill's marks a prompt by some tokens.
+REQUEST_BYTES_MAX = 1 << 16
+# Peers that have connected and not sent their line; the oldest makes room for one more.
+PEERS_MAX = 8
+
+Respond = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class StatusServer:
-    """A listening socket for the supervisor's selector; `answer` when it is readable."""
+    """A listening socket and its peers behind one descriptor, for the supervisor's selector;
+    `answer` when it is readable. Never waits for a peer."""
 
     def __init__(self) -> None:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._sock.bind(_address(os.getpid()))
-        self._sock.listen(8)
+        self._sock.listen(PEERS_MAX)
         self._sock.setblocking(False)
+        self._epoll = select.epoll()
+        self._epoll.register(self._sock, select.EPOLLIN)
+        self._peers: dict[int, tuple[socket.socket, bytearray]] = {}
 
     def fileno(self) -> int:
-        return self._sock.fileno()
+        return self._epoll.fileno()
 
-    def answer(self, status: dict[str, Any]) -> None:
-        """Send `status` to one waiting reader, if there is one; never waits for it."""
+    def answer(self, respond: Respond) -> None:
+        """Take new peers, and give each that has sent its line the answer of `respond`."""
+        for number, _ in self._epoll.poll(0):
+            if number == self._sock.fileno():
+                self._accept()
+            else:
+                self._hear(number, respond)
+
+    def close(self) -> None:
+        for number in list(self._peers):
+            self._drop(number)
+        self._epoll.close()
+        self._sock.close()
+
+    def _accept(self) -> None:
         try:
             peer, _ = self._sock.accept()
         except OSError:
             return  # It went away, or descriptors are short: the reader sees its own deadline.
-        with peer:
-            peer.setblocking(False)
-            _, uid, _ = _credentials(peer)
-            if uid not in (0, os.geteuid()):
-                return
-            try:
-                # A status of some kilobytes fits the empty buffer of a new socket.
-                peer.send(json.dumps(status).encode() + b"\n")
-            except OSError:
-                return  # The reader is gone; it alone is concerned.
+        _, uid, _ = _credentials(peer)
+        if uid not in (0, os.geteuid()):
+            peer.close()
+            return
+        if len(self._peers) >= PEERS_MAX:
+            self._drop(next(iter(self._peers)))
+        peer.setblocking(False)
+        self._peers[peer.fileno()] = (peer, bytearray())
+        self._epoll.register(peer, select.EPOLLIN)
 
-    def close(self) -> None:
-        self._sock.close()
+    def _hear(self, number: int, respond: Respond) -> None:
+        peer, heard = self._peers[number]
+        try:
+            piece = peer.recv(REQUEST_BYTES_MAX)
+        except BlockingIOError:
+            return
+        except OSError:
+            piece = b""
+        heard += piece
+        if piece and b"\n" not in heard and len(heard) < REQUEST_BYTES_MAX:
+            return
+        if b"\n" in heard:
+            # An answer of some kilobytes fits the empty buffer of a new socket; a reader that is
+            # gone is alone concerned.
+            with contextlib.suppress(OSError):
+                peer.send(json.dumps(_respond(bytes(heard), respond)).encode() + b"\n")
+        self._drop(number)
+
+    def _drop(self, number: int) -> None:
+        peer, _ = self._peers.pop(number)
+        self._epoll.unregister(peer)
+        peer.close()
+
+
+def _respond(heard: bytes, respond: Respond) -> dict[str, Any]:
+    try:
+        request = json.loads(heard.partition(b"\n")[0])
+    except ValueError:
+        request = None
+    if not isinstance(request, dict):
+        return {"error": "a request is one line with a JSON object"}
+    return respond(request)
 
 
 def read(pid: int) -> dict[str, Any] | None:
     """The status of the server whose supervisor is `pid`; None when it does not answer us."""
+    return ask(pid, {})
+
+
+def ask(pid: int, request: dict[str, Any]) -> dict[str, Any] | None:
+    """What the supervisor `pid` answers to a request; None when it does not answer us."""
     deadline = time.monotonic() + ANSWER_S_MAX
     data = bytearray()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -66,6 +126,7 @@ def read(pid: int) -> dict[str, Any] | None:
             sock.connect(_address(pid))
             if _credentials(sock)[0] != pid:
                 return None  # Somebody else took the name.
+            sock.sendall(json.dumps(request).encode() + b"\n")
             while not data.endswith(b"\n") and len(data) < ANSWER_BYTES_MAX:
                 sock.settimeout(max(0.01, deadline - time.monotonic()))
                 piece = sock.recv(1 << 16)

@@ -44,6 +44,7 @@ from holdfast.proc.lifecycle.machine import Lifecycle
 from holdfast.proc.lifecycle.policy import FENCE_S, Policy
 from holdfast.proc.lifecycle.states import PINGED, Event, Phase, Role, Standby, State
 from holdfast.proc.options import ServeOptions
+from holdfast.proc.provoker import REFUSAL, Provoker
 from holdfast.wire.messages import first_id
 
 # At least so often does it look whom to ask whether it is there (proc.heartbeat).
@@ -80,6 +81,9 @@ class Supervisor:
         self._children: dict[int, Child] = {}
         self._first_ids: dict[int, int] = {}  # of the requests of each api process
         self._hurried: int | None = None
+        self._provoker: Provoker | None = None
+        if options.drills:
+            self._provoker = Provoker(self.lifecycle, self._children, self._order)
         self._selector = selectors.DefaultSelector()
         self._started_s = time.monotonic()
 
@@ -97,6 +101,9 @@ class Supervisor:
             self._selector.register(self._estate.status, selectors.EVENT_READ, ("status", 0))
             address = f"{self.options.host}:{self.port}"
             self._on_event(Notice("starting", "holdfast serve", address))
+            if self._provoker is not None:
+                warning = "--drills: any process of this user may break this server on purpose"
+                self._on_event(Notice("warning", "holdfast serve", warning))
             self._act(self.lifecycle.begin(time.monotonic()))
             while self.lifecycle.phase is not Phase.OVER:
                 self._tick()
@@ -144,7 +151,19 @@ class Supervisor:
         }
         if (copy := self._estate.copy) is not None:
             facts["journal_copy"] = {"bytes": copy.bytes_written, "errors": copy.errors}
+        if self._provoker is not None:
+            facts["drills"] = self._provoker.moments
         return facts
+
+    def respond(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What a peer of the status socket is answered."""
+        if not request:
+            return self.status()
+        if set(request) != {"provoke"}:
+            return {"error": f"unknown request: {', '.join(sorted(request))}"}
+        if self._provoker is None:
+            return {"error": REFUSAL}
+        return self._provoker.obey(request["provoke"], self._estate.fds.get("weights"))
 
     # --- events ---
 
@@ -154,7 +173,7 @@ class Supervisor:
         order = ("signal", "status", "control", "pidfd")
         for kind, process, mask in sorted(ready, key=lambda event: order.index(event[0])):
             if kind == "status":
-                self._estate.status.answer(self.status())
+                self._estate.status.answer(self.respond)
             elif kind == "signal":
                 with contextlib.suppress(BlockingIOError):
                     self._estate.wake.recv(4096)
@@ -191,6 +210,8 @@ class Supervisor:
         return min(_SLEEP_S_MAX, max(0.0, next_s - time.monotonic()))
 
     def _happened(self, happened: Happened) -> None:
+        if self._provoker is not None:
+            self._provoker.saw(happened.event, happened.process)
         self._act(self.lifecycle.handle(happened, time.monotonic()))
 
     def _converse(self, process: int, mask: int) -> None:
@@ -239,6 +260,8 @@ class Supervisor:
         elif kind == "weights" and role is Role.KEEPER:
             verdict = Event.GOOD if message["ok"] else Event.BAD
             happened = Happened(verdict, message["process"])
+        elif kind == "provoked" and self._provoker is not None:
+            self._provoker.provoked(process, message)
         elif kind == "drained" and role is Role.CORE:
             happened = Happened(Event.DRAINED, process)
         elif kind == "worker_fault" and role is Role.CORE:
@@ -296,6 +319,9 @@ class Supervisor:
                 return self._say(process, dict(message))
             case Promote(process, epoch, core, memory):
                 self._estate.metrics.set("worker_epoch", epoch)
+                if self._provoker is not None:
+                    for order in self._provoker.promoting(process):
+                        self._order(process, order)
                 child = self._children.get(process)
                 pid = None if child is None else child.pid
                 ours = {"type": "worker", "epoch": epoch, "memory": str(memory), "pid": pid}
@@ -326,6 +352,8 @@ class Supervisor:
                 return self._start(action, config, {n: fds[n] for n in ("journal", "metrics")})
             case Role.WORKER | Role.STANDBY:
                 config = self.options.worker_config(loaded=action.loaded)
+                if self._provoker is not None:
+                    config |= self._provoker.config(action.role)
                 return self._start(action, config, {n: fds[n] for n in _MEMORY})
             case Role.API:
                 return self._spawn_api(action)
@@ -388,6 +416,11 @@ class Supervisor:
             return Happened(Event.BROKEN, process, str(error))
         self._watch_writing(process)
         return None
+
+    def _order(self, process: int, message: Message) -> None:
+        """A drill's word to a child, outside the actions of the lifecycle."""
+        if failed := self._say(process, message):
+            self._happened(failed)
 
     def _watch_writing(self, process: int) -> None:
         control = self._children[process].control

@@ -44,6 +44,7 @@ from holdfast.wire.plan import StepPlan
 
 if TYPE_CHECKING:
     from holdfast.device.memory import DeviceMemory
+    from holdfast.device.provoke import Provocations
     from holdfast.device.runner import Runner
     from holdfast.device.scrub import WeightsScrub
     from holdfast.model.spec import ModelSpec
@@ -85,11 +86,17 @@ class Worker:
     weights again between steps; None: nobody does."""
 
     def __init__(
-        self, runner: Runner, control: Control, link: Link, scrub: WeightsScrub | None = None
+        self,
+        runner: Runner,
+        control: Control,
+        link: Link,
+        scrub: WeightsScrub | None = None,
+        provocations: Provocations | None = None,
     ) -> None:
         self._runner = runner
         self._control = control
         self._link = link
+        self._provocations = provocations
         self._scrub = scrub
 
     def run(self) -> None:
@@ -103,7 +110,7 @@ class Worker:
             ready = dict(poller.poll(self._wait_s() * 1000))
             if self._control.fileno() in ready:
                 self._control.flush()
-                obey(self._control)
+                obey(self._control, self._provocations)
             if self._link.fileno() in ready:
                 self._link.flush()
                 for kind, payload in self._link.drain():
@@ -132,14 +139,21 @@ class Worker:
     def _step(self, kind: int, payload: bytes) -> None:
         if kind != Kind.PLAN:
             raise LinkError(f"frame of kind {kind} from the core")
-        result = self._runner.run(StepPlan.decode(payload))
+        plan, provocations = StepPlan.decode(payload), self._provocations
+        if provocations is not None:
+            provocations.before(self._runner, plan)
+        result = self._runner.run(plan)
+        if provocations is not None:
+            provocations.after(self._runner, plan)
         self._link.send(Kind.RESULT, result.encode())
 
 
-def obey(control: Control) -> None:
+def obey(control: Control, provocations: Provocations | None = None) -> None:
     """Take what the supervisor has said. Raises Stopped, or LinkError when it makes no sense."""
     for message, _ in control.receive():
-        raise _stop(message)
+        if message["type"] != "provoke" or provocations is None:
+            raise _stop(message)
+        provocations.take(message)
 
 
 def _stop(message: Message) -> Exception:
@@ -148,7 +162,9 @@ def _stop(message: Message) -> Exception:
     return LinkError(f"control message {message['type']!r} from the supervisor")
 
 
-def wait_for_epoch(memory: DeviceMemory, control: Control) -> tuple[int, Link]:
+def wait_for_epoch(
+    memory: DeviceMemory, control: Control, provocations: Provocations | None = None
+) -> tuple[int, Link]:
     """Sum the weights whenever asked, until promoted: the epoch, and the link to its core.
 
     Raises Stopped when told to, LinkClosed when the supervisor is gone.
@@ -163,7 +179,11 @@ def wait_for_epoch(memory: DeviceMemory, control: Control) -> tuple[int, Link]:
         message, fds = received
         if message["type"] == "hurry":
             continue  # It was prepared already.
-        if message["type"] == "verify":
+        if message["type"] == "provoke" and provocations is not None:
+            provocations.take(message)
+        elif message["type"] == "verify":
+            if provocations is not None:
+                provocations.at("verify")
             weights_sum = slab_sum(memory.weights, Progress(control, "weights check"))
             control.send({"type": "weights_sum", "sum": weights_sum})
         elif message["type"] == "ping":
@@ -201,11 +221,12 @@ def _work(start: Boot, control: Control) -> int:
         raise OptionError("--device", f"this build computes on cpu, not {config['device']!r}")
     spec = ModelSpec.load(config["model"])
 
+    provocations = _provocations(start, control)
     # Only now is torch imported: what the operator can mend is said before the seconds it takes.
     if start.role == "standby" and config["background"]:
-        runner, facts = prepare_in_background(start, spec, control)
+        runner, facts = prepare_in_background(start, spec, control, provocations)
     else:
-        runner, facts = prepare(start, spec, control)
+        runner, facts = prepare(start, spec, control, provocations)
     import torch
 
     # Here, since this thread will serve; OMP_NUM_THREADS says the same to one that prepares. The
@@ -215,10 +236,11 @@ def _work(start: Boot, control: Control) -> int:
     gc.collect()
     gc.freeze()
     control.ready(torch=str(torch.__version__), threads=torch.get_num_threads(), **facts)
-    epoch, link = wait_for_epoch(runner.memory, control)
+    epoch, link = wait_for_epoch(runner.memory, control, provocations)
     runner.reset(epoch)
     setproctitle.setproctitle(title("worker", start.index))
-    worker = Worker(runner, control, link, make_scrub(runner.memory, config["scrub_gbps"]))
+    scrub = make_scrub(runner.memory, config["scrub_gbps"])
+    worker = Worker(runner, control, link, scrub, provocations)
     try:
         worker.run()
     except Stopped:
@@ -228,22 +250,37 @@ def _work(start: Boot, control: Control) -> int:
     return 0
 
 
+def _provocations(start: Boot, control: Control) -> Provocations | None:
+    """What a drill may order of this worker; None unless the server was started with --drills."""
+    if not start.config.get("drills"):
+        return None
+    from holdfast.device.provoke import Provocations
+
+    provocations = Provocations(start.config["device"], control.send, control.sock.close)
+    if order := start.config.get("provoke"):
+        provocations.take(order)
+    return provocations
+
+
 def prepare_in_background(
-    start: Boot, spec: ModelSpec, control: Control
+    start: Boot, spec: ModelSpec, control: Control, provocations: Provocations | None = None
 ) -> tuple[Runner, dict[str, Any]]:
     """`prepare`, beside streams that are not to notice, until it is needed or long overdue.
 
     Raises Stopped when told to stop, LinkClosed when the supervisor is gone.
     """
-    work = Background(lambda: prepare(start, spec, control))
+    work = Background(lambda: prepare(start, spec, control, provocations))
     patient_until_s = time.monotonic() + PATIENCE_S
     hurried = False
     while not work.wait(LOOK_S):
         hurry = time.monotonic() > patient_until_s
         for message, _ in control.receive():
-            if message["type"] != "hurry":
+            if message["type"] == "provoke" and provocations is not None:
+                provocations.take(message)
+            elif message["type"] == "hurry":
+                hurry = True
+            else:
                 raise _stop(message)
-            hurry = True
         if hurry and not hurried:
             hurried = True
             if not leave_background():
@@ -251,7 +288,9 @@ def prepare_in_background(
     return work.result()
 
 
-def prepare(start: Boot, spec: ModelSpec, control: Control) -> tuple[Runner, dict[str, Any]]:
+def prepare(
+    start: Boot, spec: ModelSpec, control: Control, provocations: Provocations | None = None
+) -> tuple[Runner, dict[str, Any]]:
     """A warm runner over the keeper's memory, and what to tell of it."""
     from holdfast.device.memory import DeviceMemory
     from holdfast.device.runner import Runner
@@ -274,6 +313,8 @@ def prepare(start: Boot, spec: ModelSpec, control: Control) -> tuple[Runner, dic
     loaded_s = time.monotonic()
     decoder = Decoder(spec, layout.views(memory.weights))
     runner = Runner(start.limits, decoder, memory, epoch=0)
+    if provocations is not None:
+        provocations.at("capture")
     runner.warm_up()
     facts = {
         "weights_bytes": memory.weights.numel(),

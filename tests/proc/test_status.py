@@ -84,7 +84,28 @@ def test_another_user_gets_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX) as reader:
         reader.connect(f"\0holdfast-{os.getpid()}")
         monkeypatch.setattr(status, "_credentials", lambda sock: (1, 12345, 12345))
-        server.answer({"pid": 1})
+        server.answer(lambda request: {"pid": 1})
         reader.settimeout(5)
         assert reader.recv(100) == b""
+    server.close()
+
+
+def test_a_line_that_is_no_request_is_told_so_and_silent_peers_are_bounded() -> None:
+    server = status.StatusServer()
+    silent = [socket.socket(socket.AF_UNIX) for _ in range(status.PEERS_MAX + 1)]
+    for peer in silent:
+        peer.connect(f"\0holdfast-{os.getpid()}")
+        server.answer(lambda request: {})
+    silent[0].settimeout(5)
+    assert silent[0].recv(100) == b"", "the oldest made room"
+    silent[1].sendall(b"[1]\n")
+    server.answer(lambda request: {})
+    silent[1].settimeout(5)
+    assert "one line with a JSON object" in json.loads(silent[1].recv(1000))["error"]
+    silent[2].sendall(b'{"a": 1}\n')
+    server.answer(lambda request: {"heard": request})
+    silent[2].settimeout(5)
+    assert json.loads(silent[2].recv(1000)) == {"heard": {"a": 1}}
+    for peer in silent:
+        peer.close()
     server.close()

@@ -171,7 +171,9 @@ class Steps:
         self._tell(slot, "verify")
 
     def _compare(self, slot: Slot, happened: Happened) -> None:
-        found = {"process": slot.process, "sum": happened.weights_sum, "loaded": slot.loaded}
+        # One that serves loaded nothing since its sum was compared: a scrub must find the same.
+        loaded = slot.loaded or slot.epoch > 0
+        found = {"process": slot.process, "sum": happened.weights_sum, "loaded": loaded}
         self._tell(self.keeper, "weights_sum", **found)
 
     def _hold(self, slot: Slot, _: Happened) -> None:

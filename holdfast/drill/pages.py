@@ -1,0 +1,179 @@
+"""Drills of bytes: a page, the weights, a row that is not finite, pages of another tenant."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from holdfast.drill.drill import COLD_WORKER_S, WARM_S, Drill
+from holdfast.drill.faults import BEGUN, broke_itself, judge
+from holdfast.drill.server import Needs
+from holdfast.drill.stage import Stage
+
+# Weights and pages of the bundled model once in two seconds or so.
+SCRUBBED = Needs(options=("--scrub", "0.1"))
+# Prompts of 7 to 9 pages each, for a pool of 120.
+CROWD = 20
+TENANTS = ("drill-tenant-one", "drill-tenant-two")
+
+
+async def corrupt_page(stage: Stage) -> None:
+    if stage.case == "scrub":
+        await _scrubbed_page(stage)
+        return
+    # The bit flips and the worker dies before a token of it leaves: what is verified at promotion
+    # must be found, and what was computed before it must stay.
+    since_s = time.monotonic()
+    streams = await stage.open_sabotaged()
+    await stage.have(streams, BEGUN)
+    await stage.arm("corrupt-page", "decode", then="address")
+    stage.report.broken = "a bit of a sealed page, and then the worker"
+    await stage.fired("corrupt-page", since_s)
+    await stage.finish()
+    await judge(stage, WARM_S, broke_itself(stage), notice_s=None)
+    stage.expect_moved("pages_verified_total")
+    stage.expect_moved("pages_failed_total", found="promotion")
+
+
+async def _scrubbed_page(stage: Stage) -> None:
+    """While its worker lives: what the victim draws from it until the scrub comes by is not
+    promised, whoever asks afterwards is."""
+    since_s = time.monotonic()
+    (job,) = stage.jobs(1, f"scrubbed {stage.sabotage}")
+    streams = await stage.open()
+    await stage.have(streams, BEGUN)
+    kind, phase = ("plant-page", "prefill") if stage.sabotage else ("corrupt-page", "decode")
+    await stage.arm(kind, phase, tokens=job.prompt)
+    (victim,) = await stage.open([job], clean=False)
+    stage.report.broken = "a bit of a sealed page, beside streams that go on"
+    await stage.fired(kind, since_s)
+    await stage.finish([*streams, victim])
+    if not stage.sabotage:
+        what = "the scrub finds the page"
+        await stage.until(what, lambda: stage.moved("pages_failed_total", found="scrub"))
+    stage.expect("lost", victim.whole, f"the page's own request ended {victim.ended!r}")
+    again = await stage.open([job], clean=False)
+    await stage.finish(again)
+    stage.judge([*streams, *again])
+    restarts = stage.moved("process_restarts_total")
+    stage.expect("metric", not restarts, f"{restarts:g} processes were restarted for one page")
+    await stage.judge_home()
+
+
+async def corrupt_weights(stage: Stage) -> None:
+    scrub = stage.case == "scrub"
+    streams = await stage.open()
+    await stage.have(streams, BEGUN)
+    await stage.provoke(do="corrupt-weights", kill=not (scrub or stage.sabotage))
+    stage.report.broken = f"signs of weights, {'beside' if scrub else 'after the end of'} a worker"
+    stage.report.planted = stage.sabotage
+    if scrub and not stage.sabotage:
+        # What was emitted from them is gone; what is asked afterwards is promised.
+        await stage.finish()
+        what = "the scrub finds the weights"
+        await stage.until(what, lambda: stage.moved("resumes_total"), COLD_WORKER_S)
+        streams = await stage.open()
+    await stage.finish()
+    stage.judge(streams)
+    if stage.sabotage:
+        return
+    if not scrub:
+        stage.judge_clocks("worker 0", resume_s=COLD_WORKER_S)
+    stage.expect_moved("process_restarts_total", 1 if scrub else 2, role="worker")
+    stage.expect_moved("faults_total", kind="weights")
+    await stage.judge_home()
+
+
+async def nan_row(stage: Stage) -> None:
+    since_s = time.monotonic()
+    (job,) = stage.jobs(1, "nan")
+    streams = await stage.open_sabotaged()
+    (victim,) = await stage.open([job])
+    await stage.have([*streams, victim], BEGUN)
+    await stage.arm("nan", "decode", tokens=job.prompt)
+    stage.report.broken = "NaN in the keys and values of one row"
+    await stage.fired("nan", since_s)
+    await stage.finish()
+    stage.judge(streams)
+    said = victim.error.get("code")
+    stage.expect("lost", said == "not_finite", f"the row's request ended {victim.ended!r}")
+    if stage.judges.explainer is None:
+        right = stage.judges.reference.tokens([job])[0][: len(victim.tokens)]
+        text = "tokens of the row were sent after it was not finite"
+        stage.expect("tokens", victim.tokens == right, text)
+    stage.expect_moved("requests_ended_total", reason="not_finite")
+    # Its pages have other owners now.
+    again = await stage.open([job, *stage.jobs(4, "after-nan")])
+    await stage.finish(again)
+    stage.judge(again)
+    restarts = stage.moved("process_restarts_total")
+    stage.expect("metric", not restarts, f"{restarts:g} processes were restarted for one row")
+    await stage.judge_home()
+
+
+async def tenant_isolation(stage: Stage) -> None:
+    one, two = TENANTS
+    (job,) = stage.jobs(1, "planted fact")
+    first, second = replace(job, key=one), replace(job, key=one if stage.sabotage else two)
+    stage.report.broken = "a second API key asks what the first has cached, while pages are evicted"
+    # Of other prompts: what is run twice is cached.
+    await stage.prepare([replace(each, key=one) for each in stage.jobs(4, "clean")])
+    for _ in range(2):
+        (cached,) = await stage.open([first], clean=False)
+        await stage.finish([cached])
+    stage.expect("isolation", cached.cached_tokens, "the first tenant's own prefix was not cached")
+    # Other prompts of the first tenant crowd the pool; nobody's pages may become the second's.
+    crowd = stage.jobs(max(CROWD, stage.count), "crowd", tokens=16)
+    load = await stage.open([replace(job, key=one) for job in crowd], clean=False)
+    await stage.have(load[: len(load) // 2], 1)
+    (foreign,) = await stage.open([second], clean=False)
+    await stage.finish([foreign])
+    stage.report.planted = stage.sabotage
+    text = f"the second tenant got {foreign.cached_tokens} tokens of a prefix cached by the first"
+    stage.expect("isolation", foreign.cached_tokens == 0, text)
+    (own,) = await stage.open([second], clean=False)
+    await stage.finish([own])
+    stage.expect("isolation", own.cached_tokens, "the second tenant's own prefix was not cached")
+    await stage.finish()
+    stage.judge()
+    stage.expect_moved("pages_evicted_total")
+    await stage.judge_home()
+
+
+DRILLS = (
+    Drill(
+        name="corrupt-page",
+        what="a bit of a sealed page flips; verification at promotion or the scrub finds it",
+        play=corrupt_page,
+        cases=("promotion", "scrub"),
+        needs=SCRUBBED,
+    ),
+    Drill(
+        name="corrupt-weights",
+        what="weights change; they are loaded anew",
+        play=corrupt_weights,
+        cases=("promotion", "scrub"),
+        needs=SCRUBBED,
+        ends=2,
+        sabotage="what is emitted before anybody looks at the weights is judged, too",
+        cpu_only="the supervisor cannot write a GPU's memory, and workers map weights read-only",
+        spoils=True,
+    ),
+    Drill(
+        name="nan-row",
+        what="one row is not finite; it fails alone, and its pages are clean",
+        play=nan_row,
+        ends=0,
+    ),
+    Drill(
+        name="tenant-isolation",
+        what="two API keys ask the same; no page crosses over",
+        play=tenant_isolation,
+        caught="refused before launch",
+        streams=16,
+        needs=Needs(kv_pages=120, rows=16, keys=TENANTS),
+        ends=0,
+        sabotage="both ask with the same key",
+        sabotage_kind="isolation",
+    ),
+)

@@ -1,0 +1,25 @@
+"""Every drill there is, in the order of `holdfast drill list` and `run all`."""
+
+from __future__ import annotations
+
+from holdfast.drill import faults, input, load, pages, processes
+from holdfast.drill.drill import Drill
+from holdfast.errors import OptionError
+
+# Neighbours share a server where their needs are equal.
+DRILLS: tuple[Drill, ...] = (
+    *faults.DRILLS,
+    *processes.DRILLS,
+    *pages.DRILLS,
+    *load.DRILLS,
+    *input.DRILLS,
+)
+
+
+def chosen(name: str) -> tuple[Drill, ...]:
+    """The drill of this name, or all. Raises OptionError."""
+    found = tuple(drill for drill in DRILLS if name in ("all", drill.name))
+    if not found:
+        names = ", ".join(drill.name for drill in DRILLS)
+        raise OptionError("NAME", f"no drill is called {name!r}; there are all, {names}")
+    return found

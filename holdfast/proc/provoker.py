@@ -1,0 +1,147 @@
+"""Provoker: how a drill breaks a server that was started with `--drills`. Nothing else may.
+
+Orders come over the supervisor's status socket, hence from its own user, never over HTTP. What is a
+signal or a changed byte the supervisor does itself, by its own children's pidfds; what must happen
+inside a step goes to the worker (device.provoke). Owns the orders that outlive a worker and the
+moments of what happened since. It decides nothing about recovery. No torch.
+
+    {"do": "signal", "signal": "SIGKILL", "roles": ["worker 0", ...]}
+    {"do": "fault", "to": "worker" | "standby", "kind": KIND, "phase": PHASE, ...}
+        "standing": true: also to every worker that is promoted later
+    {"do": "fault", "to": "next", ...}      to the next worker or standby that is started
+    {"do": "corrupt-weights", "kill": true | false}
+    {"do": "forget"}                        no order stands any more
+
+The answer has "at_s" of the monotonic clock, or "error".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from holdfast.proc.child import Child
+from holdfast.proc.control import Message
+from holdfast.proc.lifecycle.machine import Lifecycle
+from holdfast.proc.lifecycle.states import Event, Role
+
+MOMENTS_MAX = 512
+STANDING_MAX = 16
+SIGNALS = ("SIGKILL", "SIGSTOP", "SIGCONT", "SIGSEGV", "SIGILL")
+REFUSAL = "this server was not started with --drills: nothing can be provoked in it"
+# The sign of one float32 in every page of the slab: it moves any answer, and every number stays
+# finite.
+_FLIP_EVERY_BYTES = 4096
+
+Say = Callable[[int, Message], None]
+
+
+class Provoker:
+    """`children` are the supervisor's, by number; `say` sends a control message to one of them."""
+
+    def __init__(self, lifecycle: Lifecycle, children: Mapping[int, Child], say: Say) -> None:
+        self._lifecycle = lifecycle
+        self._children = children
+        self._say = say
+        self._standing: list[Message] = []
+        self._next: Message | None = None
+        self._moments: deque[dict[str, Any]] = deque(maxlen=MOMENTS_MAX)
+
+    def obey(self, order: Any, weights_fd: int | None) -> dict[str, Any]:
+        """Do what a drill asks. An order that makes no sense changes nothing and is told so."""
+        try:
+            match order["do"]:
+                case "signal":
+                    self._signal(order["signal"], order["roles"])
+                case "fault":
+                    self._fault(dict(order))
+                case "corrupt-weights":
+                    self._corrupt_weights(weights_fd, kill=order["kill"])
+                case "forget":
+                    self._standing.clear()
+                    self._next = None
+                case other:
+                    raise ValueError(f"nothing is called {other!r}")
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+        return {"at_s": time.monotonic()}
+
+    @property
+    def moments(self) -> list[dict[str, Any]]:
+        """What happened to processes, oldest first: event, title, at_s of the monotonic clock."""
+        return list(self._moments)
+
+    def saw(self, event: Event, process: int) -> None:
+        """An event of a process, before anything is done about it."""
+        slot = self._lifecycle.slot_of(process)
+        if slot is not None and event in (Event.FAULT, Event.EOF, Event.EXITED, Event.ACCUSED):
+            self._note(str(event), slot.title)
+
+    def provoked(self, process: int, message: Message) -> None:
+        """A worker's word: it does it now."""
+        slot = self._lifecycle.slot_of(process)
+        title = "" if slot is None else slot.title
+        self._note("provoked", title, at_s=message["at_s"], kind=message["kind"])
+
+    def promoting(self, process: int) -> list[Message]:
+        """Orders that a worker gets before it is promoted."""
+        self._note("promoted", "worker", process=process)
+        return list(self._standing)
+
+    def config(self, role: Role) -> dict[str, Any]:
+        """What a process that is being started is told besides its config."""
+        if role not in (Role.WORKER, Role.STANDBY):
+            return {}
+        order, self._next = self._next, None
+        return {"drills": True} if order is None else {"drills": True, "provoke": order}
+
+    def _note(self, event: str, title: str, **facts: Any) -> None:
+        self._moments.append({"event": event, "title": title, "at_s": time.monotonic(), **facts})
+
+    def _signal(self, name: str, roles: list[str]) -> None:
+        if name not in SIGNALS:
+            raise ValueError(f"{name!r} is none of {', '.join(SIGNALS)}")
+        children = [self._child(role) for role in roles]
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(child.pidfd, signal.Signals[name])
+
+    def _fault(self, order: dict[str, Any]) -> None:
+        to, standing = order.pop("to"), order.pop("standing", False)
+        order.pop("do")
+        message = {"type": "provoke", **order}
+        if to == "next":
+            self._next = message
+            return
+        number = self._number(f"{to} 0")
+        if standing:
+            if len(self._standing) >= STANDING_MAX:
+                raise ValueError(f"{STANDING_MAX} orders stand already")
+            self._standing.append(message)
+        self._say(number, message)
+
+    def _corrupt_weights(self, fd: int | None, *, kill: bool) -> None:
+        if fd is None:
+            raise ValueError("there are no weights in memory that the supervisor can write")
+        if kill:
+            # First: what it computes with wrong weights must not leave it.
+            self._child("worker 0").kill()
+        with mmap.mmap(fd, os.fstat(fd).st_size) as slab:
+            signs = slice(3, None, _FLIP_EVERY_BYTES)
+            slab[signs] = bytes(byte ^ 0x80 for byte in slab[signs])
+
+    def _child(self, role: str) -> Child:
+        return self._children[self._number(role)]
+
+    def _number(self, role: str) -> int:
+        """The process in a place such as `worker 0`; the core's is `core`."""
+        for slot in self._lifecycle.slots:
+            if slot.title == f"holdfast {role}" and slot.process in self._children:
+                return slot.process
+        raise ValueError(f"no process is {role!r}")

@@ -1,0 +1,114 @@
+"""The oracles accept what the model says and refuse what it does not: docs/equality.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import holdfast
+from holdfast.drill.job import Job, make_jobs
+from holdfast.drill.oracle import TAU_MIN, Explainer, Reference, tau_of
+from holdfast.model.spec import ModelSpec
+
+MODEL = Path(holdfast.__file__).parent / "assets" / "holdfast-tiny"
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def reference() -> Iterator[Reference]:
+    made = Reference(str(MODEL), threads=1)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def jobs() -> list[Job]:
+    from holdfast.api.text import Tokenizer
+
+    tokenizer = Tokenizer.load(MODEL, vocab_size=6144)
+    return make_jobs(tokenizer.encode, "oracle", 4, tokens=TOKENS)
+
+
+@pytest.fixture(scope="module")
+def answers(reference: Reference, jobs: list[Job]) -> list[list[int]]:
+    return reference.tokens(jobs)
+
+
+@pytest.fixture(scope="module")
+def explainer() -> Explainer:
+    return Explainer(ModelSpec.load(MODEL))
+
+
+def test_a_clean_run_is_explained_without_any_distance(
+    explainer: Explainer, jobs: list[Job], answers: list[list[int]]
+) -> None:
+    """Bit-equal in float32: other batch, other chunks, one page table wider than the other."""
+    assert {job.temperature for job in jobs} == {0.0, 0.8}
+    distances = [explainer.distances(j, t) for j, t in zip(jobs, answers, strict=True)]
+    assert max(float(each.max()) for each in distances) == 0.0
+    assert tau_of(distances) == TAU_MIN
+
+
+def test_a_swapped_token_is_not_explained(
+    explainer: Explainer, jobs: list[Job], answers: list[list[int]]
+) -> None:
+    for job, tokens in zip(jobs, answers, strict=True):
+        wrong = list(tokens)
+        wrong[7] = (wrong[7] + 1) % 6144
+        assert float(explainer.distances(job, wrong)[7]) > 0.05
+        repeated = [*tokens[:9], tokens[8], *tokens[9:-1]]
+        assert float(explainer.distances(job, repeated).max()) > 0.05
+
+
+def test_another_seed_s_draws_are_not_explained(explainer: Explainer, jobs, answers) -> None:
+    drawn = [at for at, job in enumerate(jobs) if job.temperature]
+    for at in drawn:
+        other = replace(jobs[at], seed=jobs[at].seed + 1)
+        assert float(explainer.distances(other, answers[at]).max()) > 0.5
+
+
+def test_tokens_from_a_wrong_page_are_not_explained(
+    explainer: Explainer, reference: Reference, jobs: list[Job]
+) -> None:
+    """The tokens of a prompt whose first page is somebody else's, judged as those of the right
+    one: what a wrong page table gives."""
+    for job, other in zip(jobs, [*jobs[1:], jobs[0]], strict=True):
+        mixed = replace(job, prompt=(*other.prompt[:16], *job.prompt[16:]))
+        (tokens,) = reference.tokens([mixed])
+        if tokens != reference.tokens([job])[0]:
+            assert float(explainer.distances(job, tokens).max()) > 0.05
+            return
+    raise AssertionError("no prompt of these depends on its first page")
+
+
+def test_bfloat16_is_explained_by_a_small_tau_and_wrong_tokens_are_not(
+    jobs: list[Job], answers: list[list[int]]
+) -> None:
+    """The server's pass in float32, judged by one in bfloat16: other roundings, near-ties flip."""
+    explainer = Explainer(ModelSpec.load(MODEL), dtype="bfloat16")
+    clean = [explainer.distances(j, t) for j, t in zip(jobs, answers, strict=True)]
+    tau = tau_of(clean)
+    assert tau < 1.0
+    wrong = list(answers[0])
+    wrong[5] = (wrong[5] + 1) % 6144
+    assert float(explainer.distances(jobs[0], wrong).max()) > tau
+
+
+def test_a_stream_without_tokens_has_no_distances(explainer: Explainer, jobs: list[Job]) -> None:
+    assert explainer.distances(jobs[0], []).size == 0
+    assert tau_of([np.zeros(0, np.float32)]) == TAU_MIN
+    assert torch.get_num_threads() >= 1
+
+
+def test_jobs_are_the_same_in_every_run_and_differ_by_name(jobs: list[Job]) -> None:
+    from holdfast.api.text import Tokenizer
+
+    encode = Tokenizer.load(MODEL, vocab_size=6144).encode
+    assert make_jobs(encode, "oracle", 4, tokens=TOKENS) == jobs
+    assert make_jobs(encode, "others", 1, tokens=TOKENS)[0].prompt != jobs[0].prompt
+    assert all(64 < len(job.prompt) < 200 for job in jobs)
