@@ -126,6 +126,7 @@ METRICS: tuple[Declared, ...] = (
     _histogram("step_seconds", "Device time of a step", _STEP_BUCKETS),
     _histogram("brain_seconds", "Time of the brain for a step", _STEP_BUCKETS),
     _counter("process_restarts_total", "Processes replaced after their end, by role", role=ROLES),
+    _counter("compiles_after_ready_total", "Kernels compiled in a step; each one stalled it"),
     _gauge("processes_ready", "Processes that are up, by role; a standby: prepared", role=ROLES),
     _gauge("worker_epoch", "Number of the present worker, from 1"),
     _counter("http_requests_total", "HTTP requests answered", route=ROUTES, code=CODES),

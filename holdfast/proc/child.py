@@ -9,17 +9,20 @@ the whole group, which are the supervisor's to handle. No torch, no device, no f
 What each role is given (all also have `control`, a proc.control.Control; link = wire.link.Link):
 
     role    descriptors                       config
-    keeper                                    weights_bytes, pool_bytes
-    worker, weights, pool (memfds of the      limits, model, device, dtype, pool_dtype, load,
-    standby keeper)                           seed, threads, loaded (the slab holds the weights
-                                              already: do not load)
+    keeper                                    weights_bytes, pool_bytes, device
+    worker, weights, pool (the keeper's: a    limits, model, device, dtype, pool_dtype, load,
+    standby memfd, or GPU memory behind a     seed, threads, loaded (the slab holds the weights
+            descriptor; absent where such     already: do not load)
+            memory cannot be shared)
     core    journal, metrics (memfds)         limits, epoch, tag, recover
     api     core (link, epoch 0), metrics     limits, model, served_name, api_keys, cors_origins,
             (memfd, slot 2 + index), listen   write_timeout_s, keepalive_s, body_bytes_max,
             (a listening socket)              drain_timeout_s, log_level
 
     from        to     message            carries
-    child       super  ready              facts; keeper: 2 fds; worker: it is prepared
+    child       super  ready              facts; keeper: 2 fds, or none and why (unshared);
+                                           worker: it is prepared
+    worker      super  compiled           count, what: kernels compiled by a step
     child       super  progress           what, done, total (bytes)
     supervisor  worker verify             sum the weights
     worker      super  weights_sum        sum (uint64)

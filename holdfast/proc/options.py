@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from holdfast.config import Limits
 from holdfast.errors import OptionError
 from holdfast.proc.child import limits_config
+from holdfast.proc.cuda_driver import parse_device
 from holdfast.proc.lifecycle.states import Standby
 
 JOURNAL_SYNCS = ("none", "interval", "step")
@@ -44,6 +45,7 @@ class ServeOptions:
     api_keys: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     device: str = "cpu"
+    """cpu, cuda or cuda:N; whether it is there was asked before."""
     load: str = "hf"
     """hf: the folder's safetensors; dummy: random weights from `seed`."""
     dtype: str = "float32"
@@ -75,6 +77,7 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise OptionError("--port", f"0 to 65535, got {self.port}")
+        parse_device(self.device)
         for option, value, choices in (
             ("--journal-sync", self.journal_sync, JOURNAL_SYNCS),
             ("--standby", self.standby, STANDBYS),
@@ -115,7 +118,15 @@ class ServeOptions:
     def tag(self) -> bytes:
         """What a cached page depends on besides its tokens; pages of another tag never match."""
         path = self.spec.path.resolve()
-        facts = [str(path), self.load, self.dtype, self.pool_dtype, str(self.limits.page_tokens)]
+        kind = parse_device(self.device)[0]
+        facts = [
+            str(path),
+            kind,
+            self.load,
+            self.dtype,
+            self.pool_dtype,
+            str(self.limits.page_tokens),
+        ]
         facts += [str(self.seed)] if self.load == "dummy" else []
         digest = hashlib.blake2b("\0".join(facts).encode(), digest_size=16)
         digest.update((path / "config.json").read_bytes())
@@ -123,7 +134,7 @@ class ServeOptions:
 
     def keeper_config(self) -> dict[str, Any]:
         sizes = {"weights_bytes": self.weights_bytes, "pool_bytes": self.pool_bytes}
-        return {**sizes, **self.extra}
+        return {**sizes, "device": self.device, **self.extra}
 
     def worker_config(self, *, loaded: bool) -> dict[str, Any]:
         return {

@@ -9,6 +9,7 @@ thread, in one select over pidfds, control channels and signals. Loads no torch.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import selectors
 import signal
@@ -69,6 +70,7 @@ class Supervisor:
         self._on_event = on_event
         self._modules = dict(modules or {})
         self._children: dict[int, Child] = {}
+        self._unshared = ""
         self._selector = selectors.DefaultSelector()
         self._started_s = time.monotonic()
 
@@ -193,7 +195,7 @@ class Supervisor:
         kind, slot = message["type"], self.lifecycle.slot_of(process)
         role = None if slot is None else slot.role
         if kind == "ready" and role is Role.KEEPER:
-            self._estate.take(dict(zip(("weights", "pool"), fds, strict=True)))
+            self._take_memory(message["unshared"], fds)
         else:
             for fd in fds:
                 os.close(fd)
@@ -209,6 +211,9 @@ class Supervisor:
         elif kind == "fault":
             said, operator = message["message"], message["operator"]
             happened = Happened(Event.FAULT, process, said, operator=operator)
+        elif kind == "compiled" and role is Role.WORKER:
+            self._estate.metrics.add("compiles_after_ready_total", message["count"])
+            self._on_event(Notice("warning", "worker", f"compiled in a step: {message['what']}"))
         elif kind == "weights_sum" and role in (Role.WORKER, Role.STANDBY):
             happened = Happened(Event.SUM, process, weights_sum=message["sum"])
         elif kind == "weights" and role is Role.KEEPER:
@@ -226,6 +231,22 @@ class Supervisor:
             raise LinkError(f"unknown message {kind!r}")
         if happened:
             self._happened(happened)
+
+    def _take_memory(self, unshared: str, fds: list[int]) -> None:
+        """The keeper's slabs; or why it has none, and each worker must make its own.
+
+        Then a standby would need the memory a second time, and a worker finds nothing of the last
+        one's: each loads the weights, one after another.
+        """
+        names = () if unshared else ("weights", "pool")
+        self._estate.take(dict(zip(names, fds, strict=True)))
+        self._unshared = unshared
+        if unshared:
+            policy = self.lifecycle.policy
+            self.lifecycle.policy = dataclasses.replace(policy, standby=Standby.NONE)
+            what = "a fault will cost a load of the weights, and there is no standby"
+            text = f"GPU memory cannot be shared between processes here ({unshared}): {what}"
+            self._on_event(Notice("warning", "keeper", text))
 
     def _exited(self, process: int) -> None:
         """Its pidfd fired: nothing of it runs any more."""
@@ -285,8 +306,10 @@ class Supervisor:
                 config = self.options.core_config(action.epoch, recover=action.recover)
                 return self._start(action, config, {n: fds[n] for n in ("journal", "metrics")})
             case Role.WORKER | Role.STANDBY:
-                config = self.options.worker_config(loaded=action.loaded)
-                return self._start(action, config, {n: fds[n] for n in ("weights", "pool")})
+                # The keeper still compares: what is loaded anew must be the same bytes again.
+                config = self.options.worker_config(loaded=action.loaded and not self._unshared)
+                slabs = {name: fds[name] for name in ("weights", "pool") if name in fds}
+                return self._start(action, config, slabs)
             case Role.API:
                 return self._spawn_api(action)
 
