@@ -195,7 +195,7 @@ class Supervisor:
         kind, slot = message["type"], self.lifecycle.slot_of(process)
         role = None if slot is None else slot.role
         if kind == "ready" and role is Role.KEEPER:
-            self._take_memory(message["unshared"], fds)
+            self._take_memory(message.get("unshared", ""), fds)
         else:
             for fd in fds:
                 os.close(fd)
