@@ -18,11 +18,12 @@ from holdfast.ops import kernels
 SEED = 0x9AE1_6A3B_2F90_404F
 GOLDEN = 0x9E37_79B9_7F4A_7C15
 # Blocks of a slab, as wire.checksum.bytes_sum chains them.
-_BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20
 # Words widened to 64 bits at a time by the expression: bounds the temporary memory to 64 MiB.
 _DEVICE_WORDS = 8 << 20
-# Blocks between two reports of progress on a device: 4 GiB, a millisecond of reading.
-_DEVICE_BLOCKS = 4096
+# Blocks between two reports of progress on a device: 16 GiB, four milliseconds of reading.
+_DEVICE_BLOCKS = 1 << 14
+_ONLY = np.zeros(1, np.int64)
 
 
 class PageSums:
@@ -79,28 +80,55 @@ def slab_sum(slab: torch.Tensor, progress: Callable[[int, int], None] | None = N
 
     progress(bytes done, bytes in all) is called after each block, on a device after many.
     """
-    size = slab.numel()
-    whole = size // _BLOCK_BYTES
-    blocks = slab[: whole * _BLOCK_BYTES].view(torch.int32).view(whole, _BLOCK_BYTES // 4)
-    block_sums = PageSums(_BLOCK_BYTES // 4, slab.device)
     some = 1 if slab.device.type == "cpu" else _DEVICE_BLOCKS
-    total = SEED
-    for first in range(0, whole, some):
-        last = min(whole, first + some)
-        total = _chained(total, block_sums.of(blocks, np.arange(first, last)))
+    whole = SlabSum(slab)
+    while (total := whole.advance(some)) is None:
         if progress is not None:
-            progress(last * _BLOCK_BYTES, size)
-    if size % _BLOCK_BYTES:
-        rest = slab[whole * _BLOCK_BYTES :].view(torch.int32)[None, :]
-        sums = PageSums(rest.shape[1], slab.device)
-        total = _chained(total, sums.of(rest, np.zeros(1, np.int64)))
-        if progress is not None:
-            progress(size, size)
+            progress(whole.done, slab.numel())
+    if progress is not None:
+        progress(slab.numel(), slab.numel())
     return total
+
+
+class SlabSum:
+    """The same checksum, some blocks at a time, over and over. done: bytes of this pass so far."""
+
+    def __init__(self, slab: torch.Tensor) -> None:
+        """slab: uint8[bytes], bytes a multiple of 4."""
+        whole = slab.numel() // BLOCK_BYTES
+        self._slab = slab
+        self._blocks = slab[: whole * BLOCK_BYTES].view(torch.int32).view(whole, BLOCK_BYTES // 4)
+        self._rest = slab[whole * BLOCK_BYTES :].view(torch.int32)[None, :]
+        self._block_sums = PageSums(BLOCK_BYTES // 4, slab.device)
+        self._rest_sums = PageSums(self._rest.shape[1], slab.device)
+        self._total = SEED
+        self.done = 0
+
+    def advance(self, blocks: int = 1) -> int | None:
+        """Read the next so many blocks: the checksum once all are read, and the next pass begins.
+
+        The last block of a slab may be a shorter one, which is read by itself.
+        """
+        first, whole = self.done // BLOCK_BYTES, self._blocks.shape[0]
+        if first < whole:
+            last = min(whole, first + blocks)
+            found = self._block_sums.of(self._blocks, np.arange(first, last))
+            self.done = last * BLOCK_BYTES
+            self._total = _chained(self._total, found)
+        elif self._rest.numel():
+            self._total = _chained(self._total, self._rest_sums.of(self._rest, _ONLY))
+            self.done = self._slab.numel()
+        if self.done < self._slab.numel():
+            return None
+        total, self._total, self.done = self._total, SEED, 0
+        return total
 
 
 def _chained(total: int, sums: np.ndarray) -> int:
-    """`total` after the sums uint64[k] of the next k blocks."""
-    for block in sums.tolist():
-        total = (total * GOLDEN + block) % (1 << 64)
-    return total
+    """`total` after the sums uint64[k] of the next k blocks: each multiplies by GOLDEN, then adds.
+
+    At once, since a Python loop over the blocks of a large model takes as long as reading it.
+    """
+    powers = np.multiply.accumulate(np.full(sums.size, GOLDEN, np.uint64))
+    later = (sums[:-1] * powers[-2::-1]).sum(dtype=np.uint64)
+    return (total * int(powers[-1]) + int(later) + int(sums[-1])) % (1 << 64)
