@@ -39,7 +39,9 @@ from holdfast.config import Limits
 from holdfast.errors import EngineFault, InvalidField, OptionError, RequestError
 from holdfast.local import Drawn, LocalEngine, Run
 from holdfast.model.spec import ModelSpec, resolve_model
-from holdfast.sizing import Sizing, Wishes, memory_available_bytes, size
+from holdfast.proc.cuda_driver import parse_device
+from holdfast.proc.cuda_probe import probe
+from holdfast.sizing import GpuRoom, Sizing, Wishes, memory_available_bytes, size
 from holdfast.wire.messages import End, Refused, Submit
 
 # A job in one's own process has no deadline unless it names one; a year is none.
@@ -103,7 +105,8 @@ SERVER_ONLY = ("steps_ahead", "api_processes", "timeout_s")
 
 
 class LLM:
-    """`model`: a folder, a hub id, or None for the bundled one. `options`: the fields of
+    """`model`: a folder, a hub id, or None for the bundled one. device: cpu, cuda or cuda:N; dtype:
+    float32 or bfloat16, None for float32 on a CPU and bfloat16 on a GPU. `options`: the fields of
     holdfast.sizing.Wishes (rows_max, pages, kv_memory_bytes, context_tokens, ...).
 
     Raises ModelError or OptionError, in one line each, before anything large is loaded.
@@ -113,6 +116,8 @@ class LLM:
         self,
         model: str | os.PathLike[str] | None = None,
         *,
+        device: str = "cpu",
+        dtype: str | None = None,
         load: str = "hf",
         threads: int | None = None,
         seed: int = 0,
@@ -123,9 +128,20 @@ class LLM:
             if options.get(name) is not None:
                 raise OptionError(name, "is for `holdfast serve`; one process has no use for it")
         spec = ModelSpec.load(resolve_model(None if model is None else os.fspath(model)))
-        available = memory_available_bytes()
-        sizing = size(spec, Wishes(**options), dtype="float32", available_bytes=available)
-        self._open(spec, sizing, load, threads, seed, progress)
+        gpu = None
+        kind, ordinal = parse_device(device)
+        if kind == "cuda":
+            found = probe(ordinal)
+            room = {"total_bytes": found.total_bytes, "free_bytes": found.free_bytes}
+            gpu = GpuRoom(**room, processes=1)
+        sizing = size(
+            spec,
+            Wishes(**options),
+            dtype=dtype or ("float32" if gpu is None else "bfloat16"),
+            available_bytes=memory_available_bytes(),
+            gpu=gpu,
+        )
+        self._open(spec, sizing, device, load, threads, seed, progress)
 
     @classmethod
     def prepared(
@@ -133,6 +149,7 @@ class LLM:
         spec: ModelSpec,
         sizing: Sizing,
         *,
+        device: str = "cpu",
         load: str = "hf",
         threads: int | None = None,
         seed: int = 0,
@@ -140,7 +157,7 @@ class LLM:
     ) -> LLM:
         """An LLM of a sizing that was decided before (the command line does)."""
         llm = cls.__new__(cls)
-        llm._open(spec, sizing, load, threads, seed, progress)
+        llm._open(spec, sizing, device, load, threads, seed, progress)
         return llm
 
     @classmethod
@@ -154,6 +171,7 @@ class LLM:
         self,
         spec: ModelSpec,
         sizing: Sizing,
+        device: str,
         load: str,
         threads: int | None,
         seed: int,
@@ -166,9 +184,8 @@ class LLM:
         )
         report = progress or (lambda what, done, total: None)
         cores = threads or os.cpu_count() or 1
-        self._attach(
-            spec, limits, _open_device(spec, limits, sizing.dtype, load, seed, cores, report)
-        )
+        run = _open_device(spec, limits, device, sizing.dtype, load, seed, cores, report)
+        self._attach(spec, limits, run)
 
     def _attach(self, spec: ModelSpec, limits: Limits, run: Run) -> None:
         self.spec = spec
@@ -526,19 +543,22 @@ def _counter(progress: bool | Callable[[int], None], total: int) -> Iterator[Cal
 def _open_device(
     spec: ModelSpec,
     limits: Limits,
+    device: str,
     dtype: str,
     load: str,
     seed: int,
     threads: int,
     report: LoadReport,
 ) -> Run:
-    """The CPU device with its weights loaded, in memory of this process. Imports torch."""
+    """A device with its weights loaded, in memory of this process. Imports torch."""
+    from holdfast.device.cuda import open_device
     from holdfast.device.memory import DeviceMemory
     from holdfast.device.runner import Runner
     from holdfast.model.decoder import Decoder
     from holdfast.model.weights import WeightsLayout, dummy_weights, load_weights
 
-    memory = DeviceMemory.allocate(spec, limits, dtype=dtype, pool_dtype=dtype)
+    where = open_device(device)
+    memory = DeviceMemory.allocate(spec, limits, dtype=dtype, pool_dtype=dtype, device=where)
     layout = WeightsLayout.of(spec, dtype)
     if load == "dummy":
         dummy_weights(spec, memory.weights, layout, seed)

@@ -26,8 +26,23 @@ KV_SHARE = 0.25
 # torch 2.13 CPU and the bundled model: worker 292 MiB, core 32, supervisor 53, keeper 17, api
 # process 77.
 WORKER_BYTES = 350 * MIB
+GPU_WORKER_BYTES = 3 * GIB
 BRAIN_BYTES = 150 * MIB
 API_BYTES = 120 * MIB
+
+
+# On the GPU, of one process that computes there: its context with torch's and cuBLAS's own memory.
+GPU_CONTEXT_BYTES = 800 * MIB
+# ... and what a step of the torch reference needs at most, besides what grows with the model: the
+# scratch of attention (ops.attention: 128 MiB gathered in two types, partial results of 128 MiB in
+# three copies, scores and index arrays).
+GPU_SCRATCH_BYTES = 1 * GIB
+# Bytes a row and word of the vocabulary in the sampler: logits, edited logits, noise, scores and
+# probabilities in float32, keys in int64 twice, sorted.
+_SAMPLER_BYTES = 48
+# Bytes a query token and hidden element, or element of the gated layer: the stream, its norms,
+# q, k, v, attended and products; both halves of the gate, in the model's type and in float32.
+_HIDDEN_BYTES, _GATED_BYTES = 64, 20
 
 
 class Dimensions(Protocol):
@@ -35,6 +50,8 @@ class Dimensions(Protocol):
 
     vocab_size: int
     context_tokens: int
+    hidden_size: int
+    intermediate_size: int
 
     def kv_token_bytes(self, dtype: str) -> int: ...
     def weights_bytes(self, dtype: str) -> int: ...
@@ -58,8 +75,37 @@ class Wishes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GpuRoom:
+    """A GPU's memory before anything of ours is on it, and how much of it may be taken.
+
+    utilization: share of total_bytes, what others hold included, over 0 and at most 1. processes:
+    that compute there at once, a standby included.
+    """
+
+    total_bytes: int
+    free_bytes: int
+    utilization: float = 0.9
+    processes: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.utilization <= 1:
+            raise OptionError(
+                "--gpu-memory-utilization", f"over 0 and at most 1, got {self.utilization}"
+            )
+
+    @property
+    def ours_bytes(self) -> int:
+        taken = self.total_bytes - self.free_bytes
+        return min(self.free_bytes, int(self.total_bytes * self.utilization) - taken)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sizing:
-    """The outcome: Limits, and where each byte goes. `binds` says what set the number of pages."""
+    """The outcome: Limits, and where each byte goes. `binds` says what set the number of pages.
+
+    gpu: where weights and KV cache lie, None for the memory of the machine, whose bytes
+    available_bytes, needed_bytes and left_bytes are. gpu_work_bytes: of all processes on the GPU.
+    """
 
     limits: Limits
     dtype: str
@@ -71,10 +117,13 @@ class Sizing:
     journal_bytes: int
     process_bytes: int
     binds: str
+    gpu: GpuRoom | None = None
+    gpu_work_bytes: int = 0
 
     @property
     def needed_bytes(self) -> int:
-        return self.weights_bytes + self.kv_bytes + self.journal_bytes + self.process_bytes
+        slabs = self.weights_bytes + self.kv_bytes if self.gpu is None else 0
+        return slabs + self.journal_bytes + self.process_bytes
 
     @property
     def left_bytes(self) -> int:
@@ -98,12 +147,22 @@ class Sizing:
         return facts
 
 
-def size(model: Dimensions, wishes: Wishes, *, dtype: str, available_bytes: int) -> Sizing:
-    """Decide every bound of an engine that serves `model`.
+def size(
+    model: Dimensions,
+    wishes: Wishes,
+    *,
+    dtype: str,
+    available_bytes: int,
+    gpu: GpuRoom | None = None,
+) -> Sizing:
+    """Decide every bound of an engine that serves `model`, on `gpu` where one is given.
 
-    Raises OptionError, with the numbers, when an option is wrong or the memory is too small.
+    available_bytes: of the machine's own memory. Raises OptionError, with the numbers, when an
+    option is wrong or the memory is too small.
     """
     limits = _wished_limits(model, wishes)
+    if gpu is not None:
+        return _size_on_gpu(model, wishes, limits, dtype, available_bytes, gpu)
     weights = model.weights_bytes(dtype)
     token_bytes = model.kv_token_bytes(dtype)
     page_bytes = token_bytes * limits.page_tokens
@@ -157,6 +216,82 @@ def size(model: Dimensions, wishes: Wishes, *, dtype: str, available_bytes: int)
         process_bytes=process,
         binds=binds,
     )
+
+
+def _size_on_gpu(
+    model: Dimensions,
+    wishes: Wishes,
+    limits: Limits,
+    dtype: str,
+    available_bytes: int,
+    gpu: GpuRoom,
+) -> Sizing:
+    weights = model.weights_bytes(dtype)
+    token_bytes = model.kv_token_bytes(dtype)
+    page_bytes = token_bytes * limits.page_tokens
+    workers = GPU_WORKER_BYTES * gpu.processes
+    process = workers + BRAIN_BYTES + API_BYTES * limits.api_processes
+    journal = 2 * limits.journal_bytes
+    if process + journal > available_bytes:
+        raise OptionError(
+            "memory",
+            f"journal ({show_bytes(journal)}) and processes ({show_bytes(process)}) are more than "
+            f"the {show_bytes(available_bytes)} of memory available: {_memory_advice(wishes)}",
+        )
+    work = gpu.processes * (GPU_CONTEXT_BYTES + gpu_step_bytes(model, limits))
+    room = max(0, gpu.ours_bytes - weights - work)
+    taken = (
+        f"of {show_bytes(gpu.free_bytes)} free GPU memory --gpu-memory-utilization "
+        f"{gpu.utilization:g} allows {show_bytes(max(0, gpu.ours_bytes))}; weights "
+        f"({show_bytes(weights)}) and the work of {gpu.processes} processes ({show_bytes(work)}) "
+        f"leave {show_bytes(room)}"
+    )
+    context_pages = limits.table_columns + 1
+    if wishes.pages is not None:
+        pages, binds = wishes.pages, "--kv-pages"
+    elif wishes.kv_memory_bytes is not None:
+        pages, binds = max(2, wishes.kv_memory_bytes // page_bytes), "--kv-memory-gib"
+    else:
+        wanted = limits.rows_max * limits.table_columns + 1
+        pages = min(room // page_bytes, wanted)
+        binds = "--gpu-memory-utilization" if pages < wanted else "rows x context"
+        if pages < context_pages:
+            raise OptionError(
+                "--gpu-memory-utilization",
+                f"{taken}, and one request of the longest context needs "
+                f"{show_bytes(context_pages * page_bytes)}: raise it, free some GPU memory, lower "
+                "--max-context-tokens, or choose a smaller model",
+            )
+    if pages * page_bytes > room:
+        raise OptionError(
+            _memory_option(wishes),
+            f"{pages} KV pages of {show_bytes(page_bytes)} are {show_bytes(pages * page_bytes)}; "
+            f"{taken}: ask for less, or free some GPU memory",
+        )
+    return Sizing(
+        limits=dataclasses.replace(limits, pages=pages),
+        dtype=dtype,
+        available_bytes=available_bytes,
+        weights_bytes=weights,
+        kv_token_bytes=token_bytes,
+        page_bytes=page_bytes,
+        kv_bytes=pages * page_bytes,
+        journal_bytes=journal,
+        process_bytes=process,
+        binds=binds,
+        gpu=gpu,
+        gpu_work_bytes=work,
+    )
+
+
+def gpu_step_bytes(model: Dimensions, limits: Limits) -> int:
+    """The most that a step of the torch reference takes on a GPU beside weights, pages and context.
+
+    tests/gpu holds it against what torch says it took.
+    """
+    sampler = _SAMPLER_BYTES * limits.rows_max * model.vocab_size
+    tokens = _HIDDEN_BYTES * model.hidden_size + _GATED_BYTES * 2 * model.intermediate_size
+    return GPU_SCRATCH_BYTES + sampler + tokens * limits.prefill_tokens
 
 
 def _wished_limits(model: Dimensions, wishes: Wishes) -> Limits:

@@ -35,6 +35,7 @@ def run(
     sizing: Sizing,
     work: Work,
     *,
+    device: str,
     load: str,
     threads: int,
     repeats: int,
@@ -45,7 +46,9 @@ def run(
     tokens = work.total_output_tokens
     ours: list[Spent] = []
     other = PeerSide(spec, sizing.dtype, threads, work) if peer else None
-    with LLM.prepared(spec, sizing, load=load, threads=threads, progress=report) as llm:
+    with LLM.prepared(
+        spec, sizing, device=device, load=load, threads=threads, progress=report
+    ) as llm:
         _our_run(llm, _head(work, 4), lambda *_: None)
         for round_number in range(1, repeats + 1):
             label = f"holdfast, run {round_number}"
@@ -58,6 +61,7 @@ def run(
         "requests": work.requests,
         "prompt_tokens": work.prompt_tokens,
         "output_tokens": tokens,
+        "device": device,
         "dtype": sizing.dtype,
         "threads": threads,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),

@@ -75,6 +75,7 @@ def offline(
             prepared.spec,
             prepared.sizing,
             chosen,
+            device=prepared.device,
             load=engine.load.value,
             threads=engine.threads or os.cpu_count() or 1,
             repeats=repeats,

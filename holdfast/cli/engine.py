@@ -10,9 +10,11 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from holdfast.cli.options import Device, Dtype, EngineOptions
+from holdfast.cli.options import Dtype, EngineOptions
 from holdfast.errors import OptionError
-from holdfast.sizing import Sizing, memory_available_bytes, size
+from holdfast.proc.cuda_driver import parse_device
+from holdfast.proc.cuda_probe import devices_there, probe, torch_has_cuda
+from holdfast.sizing import GpuRoom, Sizing, memory_available_bytes, size
 
 if TYPE_CHECKING:
     from holdfast.llm import LLM
@@ -21,25 +23,54 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
+    """device: cpu or cuda:N."""
+
     spec: ModelSpec
     sizing: Sizing
+    device: str
 
 
-def prepare(model: str | None, engine: EngineOptions, **wishes: object) -> Prepared:
-    """Find the model and decide what fits. Raises ModelError or OptionError."""
+def prepare(
+    model: str | None, engine: EngineOptions, *, gpu_processes: int = 1, **wishes: object
+) -> Prepared:
+    """Find the model and decide what fits. Raises ModelError or OptionError.
+
+    gpu_processes: that compute on a GPU at once.
+    """
     from holdfast.model.spec import ModelSpec, resolve_model
 
-    dtype = pick_dtype(engine)
+    device = pick_device(engine)
+    dtype = pick_dtype(engine, device)
     asked = engine.wishes(**wishes)
     spec = ModelSpec.load(resolve_model(model))
     available = memory_available_bytes()
-    return Prepared(spec, size(spec, asked, dtype=dtype, available_bytes=available))
+    gpu = None
+    if device != "cpu":
+        found = probe(parse_device(device)[1])
+        gpu = GpuRoom(
+            total_bytes=found.total_bytes,
+            free_bytes=found.free_bytes,
+            utilization=engine.gpu_memory_utilization,
+            # Where its memory cannot be shared, each worker has its own, one at a time.
+            processes=gpu_processes if not found.unshared else 1,
+        )
+    return Prepared(
+        spec, size(spec, asked, dtype=dtype, available_bytes=available, gpu=gpu), device
+    )
 
 
-def pick_dtype(engine: EngineOptions) -> str:
-    """The type of numbers for the device. Raises OptionError for what cannot run here."""
-    if engine.device is Device.CUDA:
-        raise OptionError("--device", "cuda is not in this version yet; leave it out, or say cpu")
+def pick_device(engine: EngineOptions) -> str:
+    """cpu or cuda:N. Raises OptionError("--device") for a word that is neither."""
+    if engine.device == "auto":
+        return "cuda:0" if torch_has_cuda() and devices_there() else "cpu"
+    kind, ordinal = parse_device(engine.device)
+    return "cpu" if kind == "cpu" else f"cuda:{ordinal}"
+
+
+def pick_dtype(engine: EngineOptions, device: str) -> str:
+    """The type of numbers for the device. Raises OptionError for what cannot run there."""
+    if device != "cpu":
+        return "bfloat16" if engine.dtype is Dtype.AUTO else engine.dtype.value
     if engine.dtype is Dtype.BFLOAT16:
         raise OptionError(
             "--dtype", "bfloat16 is for GPUs; on the CPU leave it out, or say float32"
@@ -72,6 +103,7 @@ def open_llm(model: str | None, engine: EngineOptions) -> LLM:
         return LLM.prepared(
             prepared.spec,
             prepared.sizing,
+            device=prepared.device,
             load=engine.load.value,
             threads=engine.threads,
             progress=report,

@@ -34,12 +34,6 @@ class Load(enum.StrEnum):
     DUMMY = "dummy"
 
 
-class Device(enum.StrEnum):
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
 class Dtype(enum.StrEnum):
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -88,11 +82,26 @@ class EngineOptions:
         Load, _option(MODEL_PANEL, "hf: read the weights; dummy: draw them (for timing)")
     ] = Load.HF
     device: Annotated[
-        Device, _option(MODEL_PANEL, "Where the model runs; this version has the CPU only")
-    ] = Device.AUTO
+        str,
+        _option(
+            MODEL_PANEL,
+            "Where the model runs: cpu, cuda or cuda:N; auto: the first GPU that torch can use",
+            metavar="DEVICE",
+        ),
+    ] = "auto"
     dtype: Annotated[
-        Dtype, _option(MODEL_PANEL, "Numbers of weights and KV cache; CPU: float32")
+        Dtype,
+        _option(MODEL_PANEL, "Numbers of weights and KV cache; auto: CPU float32, GPU bfloat16"),
     ] = Dtype.AUTO
+    gpu_memory_utilization: Annotated[
+        float,
+        _option(
+            BATCH_PANEL,
+            "Share of the GPU's memory to take, what others hold on it included",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = 0.9
     threads: Annotated[
         int | None, _option(MODEL_PANEL, "CPU threads of the worker", "cores", min=1, max=1024)
     ] = None

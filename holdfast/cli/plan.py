@@ -10,7 +10,7 @@ from rich.table import Table
 
 from holdfast.cli.options import EngineOptions, Model, grouped
 from holdfast.cli.show import out
-from holdfast.sizing import Sizing, memory_available_bytes, show_bytes, size
+from holdfast.sizing import Sizing, show_bytes
 
 
 @grouped
@@ -27,31 +27,27 @@ def plan(
 
     Reads the model's config only. `serve` with the same options decides the same.
     """
-    from holdfast.cli.engine import pick_dtype
-    from holdfast.model.spec import ModelSpec, resolve_model
+    from holdfast.cli.engine import prepare
 
-    spec = ModelSpec.load(resolve_model(model))
-    dtype = pick_dtype(engine)
-    sizing = size(
-        spec,
-        engine.wishes(api_processes=api_processes),
-        dtype=dtype,
-        available_bytes=memory_available_bytes(),
-    )
+    prepared = prepare(model, engine, gpu_processes=2, api_processes=api_processes)
+    name, sizing = prepared.spec.path.name, prepared.sizing
     if as_json:
-        out.print_json(json.dumps({"model": spec.path.name, **sizing.as_dict()}))
+        facts = {"model": name, "device": prepared.device, **sizing.as_dict()}
+        out.print_json(json.dumps(facts))
         return
-    out.print(_table(spec.path.name, sizing))
+    out.print(_table(name, prepared.device, sizing))
 
 
-def _table(name: str, sizing: Sizing) -> Table:
+def _table(name: str, device: str, sizing: Sizing) -> Table:
     limits = sizing.limits
-    table = Table(title=f"{name} on this machine, {sizing.dtype}", title_justify="left")
+    title = f"{name} on this machine's {device}, {sizing.dtype}"
+    table = Table(title=title, title_justify="left")
     table.add_column("what")
     table.add_column("how much", justify="right")
     table.add_column("why")
     rows = [
         ("memory available", show_bytes(sizing.available_bytes), "free now, within cgroup limits"),
+        *_gpu_rows(sizing),
         ("weights", show_bytes(sizing.weights_bytes), "in shared memory, once"),
         ("KV cache", show_bytes(sizing.kv_bytes), f"set by {sizing.binds}"),
         ("journal", show_bytes(sizing.journal_bytes), "bound; grows with live requests"),
@@ -72,3 +68,19 @@ def _table(name: str, sizing: Sizing) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _gpu_rows(sizing: Sizing) -> list[tuple[str, str, str]]:
+    """What a GPU adds: weights and KV cache are taken from its memory, not the machine's."""
+    gpu = sizing.gpu
+    if gpu is None:
+        return []
+    ours = f"{gpu.utilization:.0%} of {show_bytes(gpu.total_bytes)}, less what others hold"
+    return [
+        ("GPU memory to take", show_bytes(gpu.ours_bytes), ours),
+        (
+            "GPU work",
+            show_bytes(sizing.gpu_work_bytes),
+            f"contexts and steps of {gpu.processes} processes",
+        ),
+    ]

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING
 import typer
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from holdfast.cli.options import EngineOptions, LogLevel, Model, ServerOptions, grouped
+from holdfast.cli.options import (
+    EngineOptions,
+    LogLevel,
+    Model,
+    ServerOptions,
+    Standby,
+    grouped,
+)
 from holdfast.cli.show import err
 from holdfast.sizing import show_bytes
 
@@ -50,6 +57,7 @@ def serve_options(model: str | None, server: ServerOptions, engine: EngineOption
     prepared = prepare(
         model,
         engine,
+        gpu_processes=1 if server.standby is Standby.NONE else 2,
         api_processes=server.api_processes,
         timeout_s=server.request_timeout_s,
         steps_ahead=server.steps_ahead,
@@ -62,7 +70,7 @@ def serve_options(model: str | None, server: ServerOptions, engine: EngineOption
         port=server.port,
         api_keys=keys,
         cors_origins=tuple(server.cors_origin or ()),
-        device="cpu",
+        device=prepared.device,
         load=engine.load.value,
         dtype=prepared.sizing.dtype,
         pool_dtype=prepared.sizing.dtype,

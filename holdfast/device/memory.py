@@ -1,25 +1,29 @@
 """DeviceMemory: the weights slab and the KV slab, seen as tensors without a copy.
 
-Owns the mappings, not the bytes: these lie in the keeper's memfds (or in anonymous memory of this
-process, for `LLM` and tests) and outlive it. Invariants: one slab of each kind, all views inside
-it; a page's bytes are finite before it is used (fresh memory is zeros, and `zero_pages` makes the
-pages of a faulty row so); page-major, so a page is one run of bytes. Used by device.runner and
-proc.worker; it knows sizes, and nothing of rows, plans or what a page holds.
+Owns the views, not the bytes: these lie in the keeper's memfds or GPU memory (or in memory of this
+process: `LLM`, tests, and where a GPU's memory cannot be shared) and outlive it. Invariants: one
+slab of each kind, all views inside it; a page's bytes are finite before it is used (fresh memory is
+zeros, and `zero_pages` makes the pages of a faulty row so); page-major, so a page is one run of
+bytes. Used by device.runner and proc.worker; it knows sizes, and nothing of rows, plans or what a
+page holds.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from holdfast.config import Limits
-from holdfast.errors import WorkerFault, require
+from holdfast.errors import OptionError, WorkerFault, require
 from holdfast.model.spec import ModelSpec, item_bytes
-from holdfast.ops.checksum import PageSums
+from holdfast.ops.checksum import PageSums, slab_sum
 
+# One whole block of a slab's sum (ops.checksum), where the weights have as much.
+_WARM_UP_BYTES = 1 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -73,15 +77,57 @@ class DeviceMemory:
         *,
         dtype: str = "float32",
         pool_dtype: str = "float32",
+        device: torch.device | str = "cpu",
     ) -> DeviceMemory:
-        """Anonymous memory of this process; a page of it takes no room before it is written."""
-        weights = _anonymous(spec.weights_bytes(dtype))
-        kv = _anonymous(pool_bytes(spec, limits, pool_dtype))
+        """Zeroed memory of this process; on the CPU a page takes no room before it is written.
+
+        Raises OptionError("--kv-pages") when a GPU has no room for it.
+        """
+        weights = _allocated(spec.weights_bytes(dtype), device)
+        kv = _allocated(pool_bytes(spec, limits, pool_dtype), device)
         return cls(spec, limits, weights, kv, pool_dtype)
+
+    @classmethod
+    def over(
+        cls,
+        spec: ModelSpec,
+        limits: Limits,
+        weights: Addressed,
+        kv: Addressed,
+        *,
+        device: torch.device,
+        dtype: str,
+        pool_dtype: str,
+    ) -> DeviceMemory:
+        """Over GPU memory that is mapped already; the tensors keep the mappings alive.
+
+        Raises WorkerFault when a mapping is smaller than the model and the limits ask for.
+        """
+        slabs = []
+        for name, mapped, size in (
+            ("weights", weights, spec.weights_bytes(dtype)),
+            ("KV pool", kv, pool_bytes(spec, limits, pool_dtype)),
+        ):
+            if mapped.size < size:
+                raise WorkerFault(f"{name} memory has {mapped.size} bytes, {size} are needed")
+            slabs.append(torch.as_tensor(_CudaArray(mapped, size), device=device))
+        return cls(spec, limits, *slabs, pool_dtype)
+
+    @property
+    def checksum_kernel(self) -> str:
+        """What computes sums: numpy | triton | torch; the last is slow, and no other choice."""
+        if self.kv.device.type == "cpu":
+            return "numpy"
+        return "triton" if self._sums.kernel else "torch"
 
     def seal_sums(self, pages: np.ndarray) -> np.ndarray:
         """uint64[k] checksums (wire.checksum) of whole pages int[k]."""
         return self._sums.of(self.page_words, pages)
+
+    def warm_up_sums(self) -> None:
+        """Sum the trash page and a piece of the weights, so that nothing is compiled later."""
+        self.seal_sums(np.zeros(1, np.int64))
+        slab_sum(self.weights[:_WARM_UP_BYTES])
 
     def zero_pages(self, pages: np.ndarray) -> None:
         """Set all bytes of pages int[k] to zero."""
@@ -110,5 +156,33 @@ def _map(fd: int, size: int, name: str) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
 
 
-def _anonymous(size: int) -> torch.Tensor:
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+def _allocated(size: int, device: torch.device | str) -> torch.Tensor:
+    if torch.device(device).type == "cpu":
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    try:
+        return torch.zeros(size, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        message = str(error).splitlines()[0]
+        raise OptionError("--kv-pages", f"{size} bytes of GPU memory: {message}") from None
+
+
+class Addressed(Protocol):
+    """Mapped memory: proc.cuda_memory.Mapping."""
+
+    address: int
+    size: int
+
+
+class _CudaArray:
+    """uint8[size] at an address, by the protocol that torch reads without a copy."""
+
+    def __init__(self, mapped: Addressed, size: int) -> None:
+        self._mapped = mapped  # torch holds this object as long as the tensor lives.
+        # Said to be writable: torch refuses what is not. The hardware knows better.
+        self.__cuda_array_interface__ = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (mapped.address, False),
+            "version": 2,
+            "strides": None,
+        }

@@ -25,6 +25,7 @@ from holdfast.device.batch import HostRows, Rows, StepBatch
 from holdfast.device.memory import DeviceMemory
 from holdfast.errors import WorkerFault
 from holdfast.ops.attention import AttentionBatch
+from holdfast.ops.kernels.compiles import CompileCount
 from holdfast.ops.sampler import Draws, Sampler
 from holdfast.wire.plan import ROW_NOT_FINITE, StepPlan, StepResult, handle_pages
 
@@ -45,7 +46,11 @@ class DecoderLike(Protocol):
 
 @dataclass(slots=True)
 class RunnerStats:
-    """Sums since the runner was made; never reset."""
+    """Sums since the runner was made; never reset.
+
+    compiles: kernels compiled by steps after `mark_ready`, 0 in a sound engine; compiled_last: the
+    last of them.
+    """
 
     steps: int = 0
     query_tokens: int = 0
@@ -53,6 +58,8 @@ class RunnerStats:
     pages_sealed: int = 0
     rows_not_finite: int = 0
     device_ns: int = 0
+    compiles: int = 0
+    compiled_last: str = ""
 
 
 class Runner:
@@ -78,6 +85,12 @@ class Runner:
         self.step = 0
         self.rows: Rows = HostRows(limits, memory.pool.device)
         self._sampler = Sampler(limits.vocab_size, memory.pool.device)
+        self._compiles = CompileCount()
+        self._compiles_ready: int | None = None
+
+    def mark_ready(self) -> None:
+        """What is compiled from here on is a step that stalls, and is counted."""
+        self._compiles_ready = self._compiles.count
 
     def reset(self, epoch: int) -> None:
         """Begin a new epoch: rows are free, steps number from 1; pages are left as they are."""
@@ -115,22 +128,33 @@ class Runner:
 
         Page 0 is zero again afterwards, as fresh memory is.
         """
-        count = min(self.limits.page_tokens, self.limits.context_tokens)
-        trash = np.zeros((1, 1), np.int32)
-        for query_len in {1, count}:
+        for query_lens in self._warm_up_shapes():
+            tokens = int(query_lens.sum())
+            columns = self.limits.pages_for_tokens(int(query_lens.max()))
             attention = AttentionBatch.build(
-                query_lens=np.array([query_len], np.int32),
-                starts=np.zeros(1, np.int32),
-                page_table=trash,
+                query_lens=query_lens,
+                starts=np.zeros(query_lens.size, np.int32),
+                page_table=np.zeros((query_lens.size, columns), np.int32),
                 page_tokens=self.limits.page_tokens,
                 device=self.memory.pool.device,
             )
-            tokens = torch.zeros(query_len, dtype=torch.int64, device=self.memory.pool.device)
-            positions = torch.arange(query_len, device=self.memory.pool.device)
-            hidden = self.decoder.forward(tokens, positions, attention, self.memory.pool)
-            self.decoder.logits(hidden[-1:])
-        self.memory.seal_sums(np.zeros(1, np.int64))
+            ids = torch.zeros(tokens, dtype=torch.int64, device=self.memory.pool.device)
+            positions = torch.arange(tokens, device=self.memory.pool.device)
+            hidden = self.decoder.forward(ids, positions, attention, self.memory.pool)
+            self.decoder.logits(hidden[-query_lens.size :])
+        self.memory.warm_up_sums()
         self.memory.zero_pages(np.zeros(1, np.int64))
+
+    def _warm_up_shapes(self) -> list[np.ndarray]:
+        """int32[n] query lengths each. A GPU loads a kernel when it first sees its shape, which a
+        resumed stream would wait for: there also a full prompt chunk and full batches."""
+        limits = self.limits
+        shapes = {(1,), (min(limits.page_tokens, limits.context_tokens),)}
+        if self.memory.pool.device.type != "cpu":
+            shapes.add((min(limits.prefill_tokens, limits.context_tokens),))
+            rows = [2**power for power in range(1, limits.rows_max.bit_length())]
+            shapes.update((1,) * count for count in rows)
+        return [np.array(shape, np.int32) for shape in sorted(shapes)]
 
     def _forward(self, plan: StepPlan, result: StepResult) -> None:
         """Compute the plan's rows, and draw for those that sample."""
@@ -161,6 +185,9 @@ class Runner:
         stats.pages_sealed += plan.seals.size
         stats.rows_not_finite += int(np.count_nonzero(result.faults))
         stats.device_ns += result.device_ns
+        if self._compiles_ready is not None:
+            stats.compiles = self._compiles.count - self._compiles_ready
+            stats.compiled_last = self._compiles.last if stats.compiles else ""
 
 
 def _put_logprobs(batch: StepBatch, draws: Draws | None, result: StepResult) -> None:

@@ -4,7 +4,7 @@ Owns the slab's layout and the loading of safetensors files. Invariants: paramet
 of ModelSpec.parameters, each start aligned, gaps are zero (so the slab's checksum depends on the
 checkpoint alone); each parameter is written exactly once; nothing is loaded when anything is
 missing, extra or misshapen, and one error names all of it. Files are memory-mapped; nothing is
-unpickled. Called by proc.worker, llm and tests. Knows no device.
+unpickled. Called by proc.worker, llm and tests. The slab may lie on a GPU (model.staging).
 
 Tied models: a file may still hold `lm_head.weight`. It is accepted when it equals the embedding
 (transformers then ties, too) and refused when it differs, since one of the two statements is wrong.
@@ -27,6 +27,7 @@ import torch
 
 from holdfast.errors import ModelError, require
 from holdfast.model.spec import ModelSpec, aligned, item_bytes
+from holdfast.model.staging import PinnedCopies
 from holdfast.ops.contracts import require_launchable
 
 # progress(bytes_done, bytes_total), bytes of the checkpoint's tensors; called after each tensor.
@@ -108,16 +109,22 @@ def load_weights(
         _check(spec, tensors)
         views = layout.views(slab)
         _zero_gaps(layout, slab)
+        staged = None if slab.device.type == "cpu" else PinnedCopies(slab.device)
         total = sum(_file_bytes(tensors[name]) for name, _ in spec.weight_tensors())
         done = 0
         for place in layout.placements:
             target = views[place.name]
             for name, row, rows in place.parts:
                 source = tensors[name]
-                target[row : row + rows].copy_(source.read())
+                if staged is None:
+                    target[row : row + rows].copy_(source.read())
+                else:
+                    staged.copy(target[row : row + rows], source.read())
                 done += _file_bytes(source)
                 if progress is not None:
                     progress(done, total)
+        if staged is not None:
+            staged.finish()
         require(done == total, f"{done} of {total} bytes loaded")
 
 

@@ -45,11 +45,13 @@ from holdfast.ops.contracts import require_launchable
 BLOCK_TOKENS = 64
 # Fewer rows than this take MKL's other kernels, whose results differ in the last bit.
 ROWS_ALIGN = 4
-# Bytes of K and V gathered at once, so that the products read from cache what the gather wrote.
-GROUP_BYTES = 4 << 20
-# Elements of a part's partial results: 32 MiB of float32, so that scratch does not grow with the
-# prompt but in a part of one tile.
-PART_ELEMENTS = 8 << 20
+# Bytes of K and V gathered at once, as float32. On a CPU so few that the products read from cache
+# what the gather wrote; on a GPU so many that launches do not rule: 32 rows of 4,096 tokens of an
+# 8B model are 256 groups of about 30 launches a layer in the one, 8 in the other.
+GROUP_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
+# Elements of a part's partial results (32 MiB, 128 MiB of float32), so that scratch does not grow
+# with the prompt but in a part of one tile.
+PART_ELEMENTS = {"cpu": 8 << 20, "cuda": 32 << 20}
 # Stands in for the maximum of a pair that a token sees nothing of: exp(-inf - it) is 0, not NaN.
 NOTHING_SEEN = -1e30
 
@@ -228,9 +230,10 @@ def plan_attention(
     where = np.empty((batch.tokens, heads), np.int64)
     chosen: list[tuple[Pairs, int, int]] = []
     out_rows = 0
+    elements = PART_ELEMENTS[pool.device.type]
     for width in TILE_TOKENS:
         rows = -(-width * group // ROWS_ALIGN) * ROWS_ALIGN
-        for some in tiles.of_width(width).split(PART_ELEMENTS // (kv_heads * rows * head_dim)):
+        for some in tiles.of_width(width).split(elements // (kv_heads * rows * head_dim)):
             pairs = Pairs.of(some, block)
             pairs.note_outputs(where, rows, kv_heads, group, out_rows)
             chosen.append((pairs, rows, out_rows))
@@ -359,7 +362,8 @@ class _PartBuilder:
         maximum = self._float("maximum", shape)
         weight = self._float("weight", shape)
         partial = self._float("partial", (*shape, self._head_dim))
-        step = max(1, GROUP_BYTES // (2 * pairs.block * kv_heads * self._head_dim * 4))
+        pair_bytes = 2 * pairs.block * kv_heads * self._head_dim * 4
+        step = max(1, GROUP_BYTES[self._pool.device.type] // pair_bytes)
         groups = []
         for first in range(0, count, step):
             some = slice(first, min(count, first + step))

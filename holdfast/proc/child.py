@@ -9,11 +9,11 @@ the whole group, which are the supervisor's to handle. No torch, no device, no f
 What each role is given (all also have `control`, a proc.control.Control; link = wire.link.Link):
 
     role    descriptors                       config
-    keeper                                    weights_bytes, pool_bytes
-    worker, weights, pool (memfds of the      limits, model, device, dtype, pool_dtype, load,
-    standby keeper)                           seed, threads, loaded (the slab holds the weights
-                                              already: do not load), background (a standby
-                                              prepares itself with CPU time that is left over);
+    keeper                                    weights_bytes, pool_bytes, device
+    worker, weights, pool (the keeper's: a    limits, model, device, dtype, pool_dtype, load,
+    standby memfd, or GPU memory behind a     seed, threads, loaded (the slab holds the weights
+            descriptor; absent where such     already: do not load), background (a standby
+            memory cannot be shared)          prepares itself with CPU time that is left over);
                                               drills, provoke (only of a server started with
                                               --drills)
     core    journal, metrics (memfds)         limits, epoch, tag, recover, fault_tokens
@@ -22,7 +22,9 @@ What each role is given (all also have `control`, a proc.control.Control; link =
             (a listening socket)              drain_timeout_s, log_level
 
     from        to     message            carries
-    child       super  ready              facts; keeper: 2 fds; worker: it is prepared
+    child       super  ready              facts; keeper: 2 fds, or none and why (unshared);
+                                           worker: it is prepared
+    worker      super  compiled           count, what: kernels compiled by a step
     child       super  progress           what, done, total (bytes)
     supervisor  worker verify             sum the weights
     worker      super  weights_sum        sum (uint64)

@@ -1,20 +1,24 @@
 """The keeper: owns the memory that must survive a worker (weights slab, KV pool), launches nothing.
 
-It makes both memfds, hands them to the supervisor over its control channel, and keeps its own
-descriptors, so that the bytes live as long as it does. It is the home of the invariant "the weights
-are the bytes that were loaded": the first worker of a load reports the slab's checksum, every later
-one must find the same. Started by the supervisor; never imports torch, never maps what it owns.
+It makes both slabs (memfds, or GPU memory behind descriptors), hands them to the supervisor over
+its control channel, and keeps its own descriptors, so that the bytes live as long as it does. Where
+a GPU's memory cannot be shared between processes it owns none and says why; every worker then makes
+its own. It is the home of the invariant "the weights are the bytes that were loaded": the first
+worker of a load reports the slab's checksum, every later one must find the same. Started by the
+supervisor; never imports torch, holds no context of a GPU while it waits.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from holdfast.errors import HoldfastError, LinkError
-from holdfast.proc import memfd
+from holdfast.proc import cuda_memory, memfd
 from holdfast.proc.child import EXIT_FAULT, EXIT_OPERATOR, boot
 from holdfast.proc.control import Control, Message
+from holdfast.proc.cuda_driver import CudaError, Driver, parse_device
 
 # It only waits for the supervisor, whose death is end of file; the deadline is a heartbeat.
 _WAIT_S = 60.0
@@ -23,15 +27,12 @@ _WAIT_S = 60.0
 class Keeper:
     """What the keeper remembers: the descriptors and the weights' checksum."""
 
-    def __init__(self, control: Control, weights_bytes: int, pool_bytes: int) -> None:
+    def __init__(self, control: Control, config: dict[str, Any]) -> None:
         self._control = control
         self._weights_sum: int | None = None
-        self._fds = [
-            memfd.make("weights", weights_bytes, option="MODEL"),
-            memfd.make("kv-pool", pool_bytes, option="--kv-pages"),
-        ]
-        sizes = {"weights_bytes": weights_bytes, "pool_bytes": pool_bytes}
-        control.send({"type": "ready", **sizes}, self._fds)
+        sizes = {name: config[name] for name in ("weights_bytes", "pool_bytes")}
+        self._fds, unshared = make_slabs(config.get("device", "cpu"), **sizes)
+        control.send({"type": "ready", **sizes, "unshared": unshared}, self._fds)
 
     def run(self) -> int:
         """Obey the supervisor until it says stop or is gone."""
@@ -70,11 +71,27 @@ class Keeper:
         return weights_sum == self._weights_sum
 
 
+def make_slabs(device: str, *, weights_bytes: int, pool_bytes: int) -> tuple[list[int], str]:
+    """(descriptors of weights and pool, ""), or ([], why) where workers must own their memory.
+
+    Raises OptionError, with the numbers, when there is no room.
+    """
+    slabs = [("weights", weights_bytes, "MODEL"), ("kv-pool", pool_bytes, "--kv-pages")]
+    kind, ordinal = parse_device(device)
+    if kind == "cpu":
+        return [memfd.make(name, size, option=option) for name, size, option in slabs], ""
+    driver = Driver()
+    try:
+        return cuda_memory.make_slabs(driver, ordinal, slabs), ""
+    except CudaError as error:
+        return [], str(error)
+
+
 def main() -> int:
     start = boot()
     control = start.control()
     try:
-        keeper = Keeper(control, start.config["weights_bytes"], start.config["pool_bytes"])
+        keeper = Keeper(control, start.config)
         try:
             return keeper.run()
         finally:

@@ -17,6 +17,7 @@ from holdfast.core.clocks import STEP_TIMEOUT_S
 from holdfast.errors import OptionError
 from holdfast.proc.child import limits_config
 from holdfast.proc.coredump import check_device, coredump_environment
+from holdfast.proc.cuda_driver import parse_device
 from holdfast.proc.lifecycle.policy import HEARTBEAT_S
 from holdfast.proc.lifecycle.states import Standby
 
@@ -49,6 +50,7 @@ class ServeOptions:
     api_keys: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     device: str = "cpu"
+    """cpu, cuda or cuda:N; whether it is there was asked before."""
     load: str = "hf"
     """hf: the folder's safetensors; dummy: random weights from `seed`."""
     dtype: str = "float32"
@@ -94,6 +96,7 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise OptionError("--port", f"0 to 65535, got {self.port}")
+        parse_device(self.device)
         if self.drills and self.host not in LOOPBACK:
             raise OptionError("--drills", f"only on {' or '.join(LOOPBACK)}, not {self.host!r}")
         for option, value, choices in (
@@ -144,7 +147,15 @@ class ServeOptions:
     def tag(self) -> bytes:
         """What a cached page depends on besides its tokens; pages of another tag never match."""
         path = self.spec.path.resolve()
-        facts = [str(path), self.load, self.dtype, self.pool_dtype, str(self.limits.page_tokens)]
+        kind = parse_device(self.device)[0]
+        facts = [
+            str(path),
+            kind,
+            self.load,
+            self.dtype,
+            self.pool_dtype,
+            str(self.limits.page_tokens),
+        ]
         facts += [str(self.seed)] if self.load == "dummy" else []
         digest = hashlib.blake2b("\0".join(facts).encode(), digest_size=16)
         digest.update((path / "config.json").read_bytes())
@@ -152,7 +163,7 @@ class ServeOptions:
 
     def keeper_config(self) -> dict[str, Any]:
         sizes = {"weights_bytes": self.weights_bytes, "pool_bytes": self.pool_bytes}
-        return {**sizes, **self.extra}
+        return {**sizes, "device": self.device, **self.extra}
 
     def worker_environment(self) -> dict[str, str]:
         """What is added to the environment of a worker."""

@@ -9,6 +9,7 @@ thread, in one select over pidfds, control channels and signals. Loads no torch.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import selectors
 import signal
@@ -45,7 +46,7 @@ from holdfast.proc.lifecycle.policy import FENCE_S, Policy
 from holdfast.proc.lifecycle.states import PINGED, Event, Phase, Role, Standby, State
 from holdfast.proc.options import ServeOptions
 from holdfast.proc.provoker import REFUSAL, Provoker
-from holdfast.wire.messages import first_id
+from holdfast.wire.messages import Memory, first_id
 
 # At least so often does it look whom to ask whether it is there (proc.heartbeat).
 _SLEEP_S_MAX = 1.0
@@ -81,6 +82,7 @@ class Supervisor:
         self._children: dict[int, Child] = {}
         self._first_ids: dict[int, int] = {}  # of the requests of each api process
         self._hurried: int | None = None
+        self._unshared = ""
         self._provoker: Provoker | None = None
         if options.drills:
             self._provoker = Provoker(self.lifecycle, self._children, self._order)
@@ -238,7 +240,7 @@ class Supervisor:
         kind, slot = message["type"], self.lifecycle.slot_of(process)
         role = None if slot is None else slot.role
         if kind == "ready" and role is Role.KEEPER:
-            self._estate.take(dict(zip(_MEMORY, fds, strict=True)))
+            self._take_memory(message.get("unshared", ""), fds)
         else:
             for fd in fds:
                 os.close(fd)
@@ -255,6 +257,9 @@ class Supervisor:
             said, operator = message["message"], message["operator"]
             since_s = message.get("at_s")
             happened = Happened(Event.FAULT, process, said, operator=operator, since_s=since_s)
+        elif kind == "compiled" and role is Role.WORKER:
+            self._estate.metrics.add("compiles_after_ready_total", message["count"])
+            self._on_event(Notice("warning", "worker", f"compiled in a step: {message['what']}"))
         elif kind == "weights_sum" and role in (Role.WORKER, Role.STANDBY):
             happened = Happened(Event.SUM, process, weights_sum=message["sum"])
         elif kind == "weights" and role is Role.KEEPER:
@@ -282,6 +287,22 @@ class Supervisor:
             raise LinkError(f"unknown message {kind!r}")
         if happened:
             self._happened(happened)
+
+    def _take_memory(self, unshared: str, fds: list[int]) -> None:
+        """The keeper's slabs; or why it has none, and each worker must make its own.
+
+        Then a standby would need the memory a second time, and a worker finds nothing of the last
+        one's: each loads the weights, one after another.
+        """
+        names = () if unshared else _MEMORY
+        self._estate.take(dict(zip(names, fds, strict=True)))
+        self._unshared = unshared
+        if unshared:
+            policy = self.lifecycle.policy
+            self.lifecycle.policy = dataclasses.replace(policy, standby=Standby.NONE)
+            what = "a fault will cost a load of the weights, and there is no standby"
+            text = f"GPU memory cannot be shared between processes here ({unshared}): {what}"
+            self._on_event(Notice("warning", "keeper", text))
 
     def _exited(self, process: int) -> None:
         """Its pidfd fired: nothing of it runs any more."""
@@ -324,7 +345,8 @@ class Supervisor:
                         self._order(process, order)
                 child = self._children.get(process)
                 pid = None if child is None else child.pid
-                ours = {"type": "worker", "epoch": epoch, "memory": str(memory), "pid": pid}
+                told = str(Memory.LOST if self._unshared else memory)
+                ours = {"type": "worker", "epoch": epoch, "memory": told, "pid": pid}
                 return self._link(process, {"type": "promote", "epoch": epoch}, core, ours)
             case Introduce(process, index, core):
                 ours = self._introduction(process, index)
@@ -351,10 +373,11 @@ class Supervisor:
                 config = self.options.core_config(action.epoch, recover=action.recover)
                 return self._start(action, config, {n: fds[n] for n in ("journal", "metrics")})
             case Role.WORKER | Role.STANDBY:
-                config = self.options.worker_config(loaded=action.loaded)
+                # The keeper still compares: what is loaded anew must be the same bytes again.
+                config = self.options.worker_config(loaded=action.loaded and not self._unshared)
                 if self._provoker is not None:
                     config |= self._provoker.config(action.role)
-                return self._start(action, config, {n: fds[n] for n in _MEMORY})
+                return self._start(action, config, {n: fds[n] for n in _MEMORY if n in fds})
             case Role.API:
                 return self._spawn_api(action)
 

@@ -1,15 +1,17 @@
 """The worker: the one process that launches kernels. Disposable; nothing it holds is worth saving.
 
-It maps the keeper's memory, loads the weights when the slab is empty, warms up, and waits without
-an epoch: a standby waits long, a first worker not at all. Told to verify, it sums the weights;
+It maps the keeper's memory (or makes its own, where a GPU's cannot be shared), loads the weights
+when the slab is empty, warms up, and waits without an epoch: a standby waits long, a first worker
+not at all. Told to verify, it sums the weights;
 whether the sum is right is the keeper's to say (the supervisor asks it). Promoted, it has an epoch
 and the core's link, and answers plans with results until it is told to stop or loses its core. Any
 error in a step ends the process: an epoch is never continued after a fault, it is replaced.
 
-Invariant: without an epoch it writes no page but the trash page, and no weights unless it was told
-to load them. Started by the supervisor through proc.child. It must not know requests, texts, or
-other workers. Torch is imported after `boot`, so that the process is tied to its parent's life from
-the start.
+Invariants: without an epoch it writes no page but the trash page, and no weights unless it was told
+to load them; on a GPU weights are mapped read-only, from the moment they are loaded. After an error
+on a GPU it says its word and ends at once, by no destructor: what is queued there still runs.
+Started by the supervisor through proc.child. It must not know requests, texts, or other workers.
+Torch is imported after `boot`, so that the process is tied to its parent's life from the start.
 
     boot -> import -> map -> load -> warm -> ready -> verify -> promote -> (plan -> result)*
                                                           -> stop, core gone: 0; fault: 70
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import select
 import socket
 import sys
@@ -28,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import setproctitle
 
-from holdfast.errors import LinkClosed, LinkError, OperatorError, OptionError
+from holdfast.errors import LinkClosed, LinkError, OperatorError
 from holdfast.proc.background import (
     LOOK_S,
     PATIENCE_S,
@@ -38,11 +41,17 @@ from holdfast.proc.background import (
 )
 from holdfast.proc.child import EXIT_FAULT, EXIT_OPERATOR, Boot, boot
 from holdfast.proc.control import Control, Message
+from holdfast.proc.cuda_driver import Driver, parse_device
+from holdfast.proc.cuda_memory import Mapping
 from holdfast.proc.lifecycle.slot import title
 from holdfast.wire.link import Kind, Link
 from holdfast.wire.plan import StepPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
     from holdfast.device.memory import DeviceMemory
     from holdfast.device.provoke import Provocations
     from holdfast.device.runner import Runner
@@ -98,6 +107,7 @@ class Worker:
         self._link = link
         self._provocations = provocations
         self._scrub = scrub
+        self._compiles_told = runner.stats.compiles
 
     def run(self) -> None:
         """Answer plans. Raises Stopped when told to, LinkClosed when core or supervisor is gone,
@@ -146,6 +156,10 @@ class Worker:
         if provocations is not None:
             provocations.after(self._runner, plan)
         self._link.send(Kind.RESULT, result.encode())
+        stats = self._runner.stats
+        if stats.compiles != self._compiles_told:
+            count, self._compiles_told = stats.compiles - self._compiles_told, stats.compiles
+            self._control.send({"type": "compiled", "count": count, "what": stats.compiled_last})
 
 
 def obey(control: Control, provocations: Provocations | None = None) -> None:
@@ -210,6 +224,9 @@ def main() -> int:
         return EXIT_OPERATOR
     except Exception as error:
         _report(control, error)
+        if start.config["device"] != "cpu":
+            # Destructors of a broken context wait for what never ends. The message has left.
+            os._exit(EXIT_FAULT)
         return EXIT_FAULT
 
 
@@ -217,8 +234,7 @@ def _work(start: Boot, control: Control) -> int:
     from holdfast.model.spec import ModelSpec
 
     config = start.config
-    if config["device"] != "cpu":
-        raise OptionError("--device", f"this build computes on cpu, not {config['device']!r}")
+    parse_device(config["device"])
     spec = ModelSpec.load(config["model"])
 
     provocations = _provocations(start, control)
@@ -235,6 +251,7 @@ def _work(start: Boot, control: Control) -> int:
     # What is alive now stays alive; collections in the loop then have little to walk.
     gc.collect()
     gc.freeze()
+    runner.mark_ready()
     control.ready(torch=str(torch.__version__), threads=torch.get_num_threads(), **facts)
     epoch, link = wait_for_epoch(runner.memory, control, provocations)
     runner.reset(epoch)
@@ -292,24 +309,19 @@ def prepare(
     start: Boot, spec: ModelSpec, control: Control, provocations: Provocations | None = None
 ) -> tuple[Runner, dict[str, Any]]:
     """A warm runner over the keeper's memory, and what to tell of it."""
-    from holdfast.device.memory import DeviceMemory
+    from holdfast.device.cuda import open_device
     from holdfast.device.runner import Runner
     from holdfast.model.decoder import Decoder
     from holdfast.model.weights import WeightsLayout
 
     config = start.config
-    memory = DeviceMemory.attach(
-        spec,
-        start.limits,
-        weights_fd=start.fds["weights"],
-        kv_fd=start.fds["pool"],
-        dtype=config["dtype"],
-        pool_dtype=config["pool_dtype"],
-    )
+    device = open_device(config["device"])
+    memory, seal_weights = attach(start, spec, device)
     started_s = time.monotonic()
     layout = WeightsLayout.of(spec, config["dtype"])
     if not config["loaded"]:
         load(spec, layout, memory, config, control)
+        seal_weights()
     loaded_s = time.monotonic()
     decoder = Decoder(spec, layout.views(memory.weights))
     runner = Runner(start.limits, decoder, memory, epoch=0)
@@ -317,9 +329,11 @@ def prepare(
         provocations.at("capture")
     runner.warm_up()
     facts = {
+        "device": str(device),
         "weights_bytes": memory.weights.numel(),
         "load_s": loaded_s - started_s,
         "warm_s": time.monotonic() - loaded_s,
+        "checksum_kernel": memory.checksum_kernel,
     }
     return runner, facts
 
@@ -329,6 +343,41 @@ def make_scrub(memory: DeviceMemory, gbps: float) -> WeightsScrub | None:
     from holdfast.device.scrub import WeightsScrub
 
     return WeightsScrub(memory.weights, gbps, time.monotonic()) if gbps else None
+
+
+def attach(
+    start: Boot, spec: ModelSpec, device: torch.device
+) -> tuple[DeviceMemory, Callable[[], None]]:
+    """The slabs, the keeper's where it has any; and what makes the weights read-only once loaded.
+
+    Raises WorkerFault when they cannot be mapped, OptionError when there is no room.
+    """
+    from holdfast.device.memory import DeviceMemory
+
+    config, limits = start.config, start.limits
+    dtypes = {"dtype": config["dtype"], "pool_dtype": config["pool_dtype"]}
+    if "weights" not in start.fds:
+        return DeviceMemory.allocate(spec, limits, device=device, **dtypes), lambda: None
+    if device.type == "cpu":
+        fds = {"weights_fd": start.fds["weights"], "kv_fd": start.fds["pool"]}
+        return DeviceMemory.attach(spec, limits, **fds, **dtypes), lambda: None
+    import torch
+
+    driver = Driver()
+    pool_bytes = limits.pages * limits.page_tokens * spec.kv_token_bytes(config["pool_dtype"])
+    weights, pool = (
+        Mapping(driver, start.fds[name], size, device.index, write=write)
+        for name, size, write in (
+            ("weights", spec.weights_bytes(config["dtype"]), not config["loaded"]),
+            ("pool", pool_bytes, True),
+        )
+    )
+
+    def seal_weights() -> None:
+        torch.cuda.synchronize(device)
+        weights.protect()
+
+    return DeviceMemory.over(spec, limits, weights, pool, device=device, **dtypes), seal_weights
 
 
 def load(

@@ -14,6 +14,8 @@ import pytest
 
 from holdfast import __version__
 from holdfast.__main__ import run
+from holdfast.errors import OptionError
+from holdfast.proc.cuda_driver import Driver
 
 COMMANDS = (
     (),
@@ -27,6 +29,10 @@ COMMANDS = (
     ("bench", "core"),
     ("bench", "serve"),
 )
+
+
+# A share and a count of cores, and a name.
+UNITLESS = ("--gpu-memory-utilization", "--threads", "--port", "--scrub")
 
 
 def holdfast(*arguments: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
@@ -76,7 +82,7 @@ def test_every_number_option_of_serve_names_its_unit() -> None:
     assert len(numbers) > 12, text
     units = ("-rows", "-pages", "-tokens", "-gib", "-s", "-requests", "-ahead", "-processes")
     for option in numbers:
-        assert option.endswith(units) or option in ("--port", "--threads", "--scrub"), option
+        assert option.endswith(units) or option in UNITLESS, option
 
 
 def test_version_is_one_line() -> None:
@@ -104,8 +110,9 @@ def test_an_unknown_command_is_named() -> None:
         (("--max-context-tokens", "999999"), ("--max-context-tokens", "999999")),
         (("--live-tokens", "5"), ("--live-tokens",)),
         (("--steps-ahead", "3"), ("--steps-ahead",)),
-        (("--device", "cuda"), ("--device", "not in this version")),
-        (("--device", "tpu"), ("--device", "tpu")),
+        (("--device", "tpu"), ("--device", "tpu", "cuda:N")),
+        (("--device", "cuda:x"), ("--device", "cuda:x")),
+        (("--gpu-memory-utilization", "1.5"), ("--gpu-memory-utilization",)),
         (("--dtype", "bfloat16"), ("--dtype", "float32")),
         (("--load", "pickle"), ("--load",)),
         (("--journal-sync", "often"), ("--journal-sync",)),
@@ -124,6 +131,21 @@ def test_serve_refuses_what_it_cannot_do(
     seen = capfd.readouterr()
     done = subprocess.CompletedProcess(arguments, code, seen.out, seen.err)
     assert_one_clear_line(done, *words)
+
+
+def test_a_gpu_that_cannot_be_used_is_refused_before_any_process(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a driver, and with a torch that has no CUDA: each says what is missing."""
+    monkeypatch.setattr("holdfast.proc.cuda_probe.torch_has_cuda", lambda: False)
+    code = run(["serve", "--device", "cuda"])
+    seen = capfd.readouterr()
+    done = subprocess.CompletedProcess((), code, seen.out, seen.err)
+    assert_one_clear_line(done, "--device", "built without CUDA")
+    monkeypatch.setattr("holdfast.proc.cuda_probe.torch_has_cuda", lambda: True)
+    monkeypatch.setattr("holdfast.proc.cuda_driver.LIBRARY", "libnone.so")
+    with pytest.raises(OptionError, match=r"--device: cuda needs an NVIDIA driver.*libnone\.so"):
+        Driver()
 
 
 def test_a_host_that_is_none_is_named() -> None:

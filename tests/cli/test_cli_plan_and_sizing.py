@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.errors import OptionError
-from holdfast.sizing import GIB, MIB, Wishes, memory_available_bytes, show_bytes, size
+from holdfast.sizing import GIB, MIB, GpuRoom, Wishes, memory_available_bytes, show_bytes, size
 
 
 class Small:
@@ -18,6 +18,8 @@ class Small:
 
     vocab_size = 6144
     context_tokens = 4096
+    hidden_size = 320
+    intermediate_size = 896
 
     def kv_token_bytes(self, dtype: str) -> int:
         return 7168
@@ -137,3 +139,58 @@ def test_without_cgroups_the_kernels_estimate_counts(tmp_path: Path) -> None:
 )
 def test_bytes_are_shown_with_binary_units(count: int, shown: str) -> None:
     assert show_bytes(count) == shown
+
+
+# --- on a GPU ---
+
+
+def sized_on_gpu(
+    free: int = 139 * GIB, *, utilization: float = 0.9, processes: int = 2, **wishes: object
+):
+    gpu = GpuRoom(
+        total_bytes=140 * GIB, free_bytes=free, utilization=utilization, processes=processes
+    )
+    return size(Small(), Wishes(**wishes), dtype="bfloat16", available_bytes=24 * GIB, gpu=gpu)
+
+
+def test_a_large_gpu_holds_every_row_at_the_longest_context() -> None:
+    sizing = sized_on_gpu()
+    assert sizing.binds == "rows x context"
+    assert sizing.full_rows == sizing.limits.rows_max
+    assert sizing.needed_bytes == sizing.journal_bytes + sizing.process_bytes
+
+
+def test_the_utilization_bounds_what_is_taken_of_a_gpu_with_what_others_hold() -> None:
+    sizing = sized_on_gpu(rows_max=4096, utilization=0.5)
+    taken = GIB + sizing.weights_bytes + sizing.kv_bytes + sizing.gpu_work_bytes
+    assert sizing.binds == "--gpu-memory-utilization"
+    assert taken <= 70 * GIB < taken + sizing.page_bytes
+    other = sized_on_gpu(free=100 * GIB, rows_max=4096, utilization=0.5)
+    assert other.kv_bytes <= sizing.kv_bytes - 38 * GIB
+
+
+def test_without_a_standby_a_gpu_has_room_for_more_pages() -> None:
+    wishes = {"rows_max": 4096, "utilization": 0.2}
+    both, alone = sized_on_gpu(**wishes), sized_on_gpu(processes=1, **wishes)
+    assert both.gpu_work_bytes == 2 * alone.gpu_work_bytes
+    assert alone.limits.pages > both.limits.pages
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [
+        ({"free": GIB}, "--gpu-memory-utilization"),
+        ({"utilization": 0.01}, "--gpu-memory-utilization"),
+        ({"utilization": 0.0}, "--gpu-memory-utilization"),
+        ({"utilization": 1.1}, "--gpu-memory-utilization"),
+        ({"pages": 10**7}, "--kv-pages"),
+        ({"kv_memory_bytes": 139 * GIB}, "--kv-memory-gib"),
+    ],
+)
+def test_what_does_not_fit_a_gpu_is_refused_by_the_option_to_change(
+    changes: dict, option: str
+) -> None:
+    with pytest.raises(OptionError) as caught:
+        sized_on_gpu(**changes)
+    assert caught.value.option == option
+    assert any(letter.isdigit() for letter in str(caught.value))

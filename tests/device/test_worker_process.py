@@ -156,7 +156,7 @@ def test_an_unfit_plan_is_reported_and_ends_the_process(checkpoint, slabs, proce
 
 
 @pytest.mark.parametrize(
-    ("config", "word"), [({"model": "/nowhere"}, "/nowhere"), ({"device": "cuda"}, "--device")]
+    ("config", "word"), [({"model": "/nowhere"}, "/nowhere"), ({"device": "tpu"}, "--device")]
 )
 def test_what_the_operator_can_mend_is_said_in_one_line_with_exit_code_2(
     checkpoint, slabs, processes, config, word

@@ -126,8 +126,8 @@ def test_a_step_too_large_for_one_part_runs_in_several_with_the_same_bits(monkey
     starts = [0, 39, 0, 10, 0]
     results = []
     for elements, group_bytes in ((8 << 20, 4 << 20), (1, 1), (3 * 2 * 96 * 16, 40_000)):
-        monkeypatch.setattr(attention, "PART_ELEMENTS", elements)
-        monkeypatch.setattr(attention, "GROUP_BYTES", group_bytes)
+        monkeypatch.setitem(attention.PART_ELEMENTS, "cpu", elements)
+        monkeypatch.setitem(attention.GROUP_BYTES, "cpu", group_bytes)
         pages = Pages(lengths, 16)
         pages.run([0] * 5, [max(1, start) for start in starts])
         results.append(torch.cat(pages.run(starts, lengths)))

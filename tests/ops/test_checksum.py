@@ -35,7 +35,7 @@ def test_device_path_equals_the_definition(words, monkeypatch):
     pool = random_pool(9, words)
     pages = np.arange(8, -1, -1)
     sums = PageSums(words)
-    parts = sums._of_device(torch.from_numpy(pool.view(np.int32)), pages)
+    parts = sums._of_device(torch.from_numpy(pool.view(np.int32)), torch.from_numpy(pages))
     assert len(parts) == 3
     found = torch.cat(parts).numpy().view(np.uint64) + sums._constant
     assert np.array_equal(found, checksum.page_sums(pool[pages], checksum.weights(words)))

@@ -1,0 +1,366 @@
+"""Run the GPU's tests and drills on a GPU machine and print one table: tools/gpu/drills_h200.py.
+
+    python3 tools/gpu/drills_h200.py [--out DIR] [--budget S] [--only PART ...]
+
+Parts, each with a deadline of its own, in this order: tests (pytest -m gpu), verify (checksums at a
+large pool), kill (a served model's worker killed, seen from its clients), faults (each kind, from
+the launch to the word and to the pidfd), load (weights from a file), drills (`holdfast drill run
+all --device cuda`). DIR gets results.json and each part's log. Exit code 1 when a part failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import select
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+for _folder in (ROOT, ROOT / "tests" / "gpu", ROOT / "tests" / "device"):
+    sys.path.insert(0, str(_folder))
+
+GIB = 1 << 30
+# The page of an 8B model: 16 tokens, 36 layers, K and V of 8 heads of 128 in bfloat16.
+PAGE_BYTES = 16 * 36 * 2 * 8 * 128 * 2
+FAULTS = ("address", "instruction", "trap", "misaligned", "assert", "dma")
+STREAMS, TOKENS = 32, 400
+FAULT_SCRIPT = """
+import os, sys, time, torch
+from holdfast.device.cuda import open_device
+open_device("cuda:0")
+from holdfast.device.provoke_cuda import Provoker
+provoker = Provoker()
+held = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda:0")
+torch.cuda.synchronize()
+print("armed", flush=True)
+sys.stdin.readline()
+try:
+    provoker.fault(sys.argv[1])
+except Exception as error:
+    print(str(error).splitlines()[0], flush=True)
+os._exit(70)
+"""
+
+
+class Report:
+    """Rows of (part, what, figure, target, ok), printed as they come and again at the end."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.rows: list[dict[str, Any]] = []
+        self.facts: dict[str, Any] = {}
+
+    def add(self, part: str, what: str, figure: str, ok: bool = True, **facts: Any) -> None:
+        self.rows.append({"part": part, "what": what, "figure": figure, "ok": ok, **facts})
+        print(self.line(self.rows[-1]), flush=True)
+        self.save()
+
+    def line(self, row: dict[str, Any]) -> str:
+        mark = "ok  " if row["ok"] else "FAIL"
+        return f"{mark} {row['part']:<7} {row['what']:<44} {row['figure']}"
+
+    def save(self) -> None:
+        text = json.dumps({"facts": self.facts, "rows": self.rows}, indent=1)
+        (self.out / "results.json").write_text(text)
+
+
+def environment(report: Report) -> None:
+    import torch
+    import triton
+
+    commit = os.environ.get("HOLDFAST_COMMIT", "")
+    if not commit:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        commit = done.stdout.strip()
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    report.facts = {
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "gpu": driver,
+        "kernel": platform.release(),
+    }
+    report.save()
+    print(json.dumps(report.facts), flush=True)
+
+
+def tests(report: Report, left_s: float) -> None:
+    log = report.out / "tests.log"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "-x"]
+    command.remove("-x")
+    started_s = time.monotonic()
+    with log.open("w") as file:
+        code = subprocess.run(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=left_s, check=False
+        ).returncode
+    text = log.read_text()
+    if code:
+        print(text[-7000:], flush=True)
+    last = text.strip().splitlines()[-1]
+    report.add("tests", f"pytest -m gpu, {time.monotonic() - started_s:.0f} s", last, code == 0)
+
+
+def verify(report: Report, left_s: float) -> None:
+    """Sums of a whole pool of random bytes and of a weights slab, by events and by the clock."""
+    import numpy as np
+    import torch
+
+    from holdfast.device.cuda import open_device
+    from holdfast.ops.checksum import PageSums, slab_sum
+    from holdfast.wire import checksum
+
+    open_device("cuda:0")
+    pages = 64 * GIB // PAGE_BYTES
+    pool = torch.empty((pages, PAGE_BYTES // 4), dtype=torch.int32, device="cuda:0")
+    pool.random_(-(1 << 31), 1 << 31)
+    sums, every = PageSums(PAGE_BYTES // 4, "cuda:0"), np.arange(pages)
+    found = sums.of(pool, every)
+    some = np.array([0, pages // 2, pages - 1])
+    host = pool[torch.from_numpy(some).cuda()].cpu().numpy().view(np.uint32)
+    right = np.array_equal(found[some], checksum.page_sums(host, checksum.weights(host.shape[1])))
+    rates = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        started_s = time.perf_counter()
+        again = sums.of(pool, every)
+        rates.append(pool.numel() * 4 / (time.perf_counter() - started_s) / 1e12)
+    right &= np.array_equal(again, found)
+    rate = statistics.median(rates)
+    what = f"{pages} pages of 2.25 MiB, 64 GiB"
+    report.add(
+        "verify", what, f"{rate:.2f} TB/s, host included", right and rate >= 4.0, rates=rates
+    )
+    slab = pool.view(-1).view(torch.uint8)[: 16 * GIB]
+    rates = []
+    for _ in range(5):
+        started_s = time.perf_counter()
+        slab_sum(slab)
+        rates.append(slab.numel() / (time.perf_counter() - started_s) / 1e12)
+    rate = statistics.median(rates)
+    report.add("verify", "a weights slab of 16 GiB", f"{rate:.2f} TB/s", rate >= 4.0, rates=rates)
+    few = sums.of(pool, every[:64])
+    started_s = time.perf_counter()
+    few = sums.of(pool, every[:64])
+    micros = (time.perf_counter() - started_s) * 1e6
+    report.add(
+        "verify", "64 pages (a step's seals), with launch", f"{micros:.0f} us", few.size == 64
+    )
+    del pool, slab
+    torch.cuda.empty_cache()
+
+
+def kill(report: Report, left_s: float) -> None:
+    """SIGKILL the worker under 32 streams, thrice; all clocks from outside the server."""
+    from gpukit import Server, until_streaming
+
+    prompts = [f"Page {n} of the manual says that " * (1 + n % 5) for n in range(STREAMS)]
+    for dtype in ("float32", "bfloat16"):
+        log = report.out / f"serve-{dtype}.log"
+        arguments = ("--device", "cuda:0", "--dtype", dtype, "--kv-pages", "8000")
+        with Server(*arguments, log=log) as server:
+            report.add("kill", f"start to ready, {dtype}", f"{server.ready_s:.1f} s")
+            clean = server.answer(prompts, TOKENS)
+            itl = [b - a for s in clean for a, b in zip(s.at_s, s.at_s[1:], strict=False)]
+            server.wait_standby()
+            runs = []
+            for _ in range(3 if dtype == "float32" else 1):
+                streams, threads = server.stream(prompts, TOKENS)
+                until_streaming(streams, 20)
+                runs.append(_one_kill(server.process("holdfast worker")["pid"], streams))
+                for thread in threads:
+                    thread.join(60)
+                lost = sum(bool(s.error) or s.finish != "length" for s in streams)
+                equal = sum(a.text == b.text for a, b in zip(streams, clean, strict=True))
+                runs[-1] |= {"lost": lost, "equal": equal}
+                server.wait_standby()
+            metrics = server.metrics()
+        _kill_rows(report, dtype, runs, itl)
+        compiled = [x for x in metrics.splitlines() if x.startswith("holdfast_compiles_after")]
+        report.add(
+            "kill", f"compiles after ready, {dtype}", " ".join(compiled), compiled[-1][-3:] == "0.0"
+        )
+
+
+def _one_kill(pid: int, streams: list) -> dict[str, Any]:
+    pidfd = os.pidfd_open(pid)
+    counts = [len(stream.pieces) for stream in streams]
+    started_s = time.monotonic()
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    select.select([pidfd], [], [], 30)
+    fenced_s = time.monotonic()
+    os.close(pidfd)
+    # What was on its way when the worker died still arrives: count from the fence on.
+    end_s = started_s + 60
+    resumed: dict[int, float | None] = {}
+    while len(resumed) < len(streams) and time.monotonic() < end_s:
+        for at, stream in enumerate(streams):
+            if at not in resumed:
+                new = next((moment for moment in stream.at_s if moment > fenced_s), None)
+                if new is not None or stream.finish or stream.error:
+                    resumed[at] = new
+        time.sleep(0.001)
+    moments = [moment for moment in resumed.values() if moment is not None]
+    first_s, all_s = min(moments, default=None), max(moments, default=None)
+    return {
+        "before": counts,
+        "fenced_ms": (fenced_s - started_s) * 1e3,
+        "resumed_ms": None if first_s is None else (first_s - started_s) * 1e3,
+        "all_resumed_ms": None if all_s is None else (all_s - started_s) * 1e3,
+    }
+
+
+def _kill_rows(report: Report, dtype: str, runs: list[dict], itl: list[float]) -> None:
+    def span(name: str) -> str:
+        values = [run[name] for run in runs if run[name] is not None]
+        return ", ".join(f"{value:.0f}" for value in values) + " ms"
+
+    lost = sum(run["lost"] for run in runs)
+    equal = [run["equal"] for run in runs]
+    ok = all(run["fenced_ms"] <= 100 for run in runs)
+    report.add("kill", f"kill to pidfd, {dtype}", span("fenced_ms"), ok, runs=runs)
+    ok = all(run["resumed_ms"] is not None and run["resumed_ms"] <= 300 for run in runs)
+    report.add("kill", f"kill to first new token, {dtype}", span("resumed_ms"), ok)
+    report.add("kill", f"kill to a new token in every stream, {dtype}", span("all_resumed_ms"))
+    exact = dtype != "float32" or all(count == STREAMS for count in equal)
+    figure = f"{lost} of {STREAMS * len(runs)} lost; texts equal {equal}"
+    report.add("kill", f"streams, {dtype}", figure, lost == 0 and exact)
+    median = statistics.median(itl) * 1e3
+    report.add("kill", f"inter-token latency at 32 streams, {dtype}", f"{median:.1f} ms median")
+
+
+def faults(report: Report, left_s: float) -> None:
+    """Each kind in a process of torch's: launch -> its word -> pidfd, as a worker of ours ends."""
+    for kind in FAULTS:
+        process = subprocess.Popen(
+            [sys.executable, "-c", FAULT_SCRIPT, kind],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdin is not None and process.stdout is not None
+        if process.stdout.readline().strip() != "armed":
+            report.add("faults", kind, process.communicate(timeout=10)[1][-600:], False)
+            continue
+        pidfd = os.pidfd_open(process.pid)
+        started_s = time.monotonic()
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        if not select.select([process.stdout], [], [], 10)[0]:
+            report.add("faults", kind, "no word within 10 s", False)
+            process.kill()
+        word = process.stdout.readline().strip()
+        word_ms = (time.monotonic() - started_s) * 1e3
+        process.kill()
+        select.select([pidfd], [], [], 10)
+        fenced_ms = (time.monotonic() - started_s) * 1e3
+        os.close(pidfd)
+        process.wait(10)
+        figure = f"word {word_ms:.0f} ms, pidfd {fenced_ms:.0f} ms: {word}"
+        facts = {"word_ms": word_ms, "fenced_ms": fenced_ms}
+        report.add("faults", kind, figure, bool(word) and fenced_ms <= 500, **facts)
+
+
+def load(report: Report, left_s: float) -> None:
+    """Weights of 4 GB in one file, read from the page cache: what pinned staging gives."""
+    import torch
+
+    from holdfast.device.cuda import open_device
+    from holdfast.model.staging import PinnedCopies
+
+    device = open_device("cuda:0")
+    target = torch.empty(2 << 30, dtype=torch.bfloat16, device=device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        source = torch.from_file(str(path), shared=True, size=2 << 30, dtype=torch.bfloat16)
+        source.fill_(1.5)
+        for name in ("pinned staging", "plain copy"):
+            torch.cuda.synchronize()
+            started_s = time.perf_counter()
+            if name == "plain copy":
+                target.copy_(source)
+            else:
+                copies = PinnedCopies(device)
+                copies.copy(target, source)
+                copies.finish()
+            torch.cuda.synchronize()
+            rate = target.numel() * 2 / (time.perf_counter() - started_s) / 1e9
+            right = bool((target[::4099] == 1.5).all())
+            report.add("load", f"4 GiB from the page cache, {name}", f"{rate:.1f} GB/s", right)
+            target.zero_()
+
+
+def drills(report: Report, left_s: float) -> None:
+    """`holdfast drill run all` where this version has it."""
+    if not (ROOT / "holdfast" / "drill").exists():
+        report.add("drills", "holdfast drill run all", "not in this version")
+        return
+    out = report.out / "drills.json"
+    command = [sys.executable, "-m", "holdfast", "drill", "run", "all", "--device", "cuda"]
+    command += ["--streams", str(STREAMS), "--json", str(out)]
+    log = report.out / "drills.log"
+    with log.open("w") as file:
+        code = subprocess.run(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=left_s, check=False
+        ).returncode
+    print(log.read_text()[-6000:], flush=True)
+    report.add("drills", "holdfast drill run all --device cuda", f"exit code {code}", code == 0)
+
+
+PARTS: dict[str, tuple[Callable[[Report, float], None], float]] = {
+    "verify": (verify, 60),
+    "load": (load, 40),
+    "faults": (faults, 90),
+    "tests": (tests, 200),
+    "kill": (kill, 120),
+    "drills": (drills, 400),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")))
+    parser.add_argument("--budget", type=float, default=560.0, help="seconds for all parts")
+    parser.add_argument("--only", nargs="*", choices=tuple(PARTS), default=tuple(PARTS))
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    end_s = time.monotonic() + asked.budget
+    report = Report(asked.out)
+    environment(report)
+    for name in asked.only:
+        part, most_s = PARTS[name]
+        left_s = min(most_s, end_s - time.monotonic())
+        if left_s < 5:
+            report.add(name, "not run", "the budget is spent", False)
+            continue
+        try:
+            part(report, left_s)
+        except Exception as error:  # A part that breaks must not cost the others their run.
+            report.add(name, "broke", repr(error)[:2000], False)
+    print("\n" + "\n".join(report.line(row) for row in report.rows), flush=True)
+    return 0 if all(row["ok"] for row in report.rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
