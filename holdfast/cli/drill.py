@@ -6,6 +6,7 @@ failed, or when one did not fail under --sabotage.
 
 from __future__ import annotations
 
+import enum
 import json
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from holdfast.cli.options import Device
 from holdfast.cli.show import err, out
 from holdfast.drill.registry import DRILLS, chosen
 from holdfast.drill.report import Report, document, line, table
@@ -38,6 +38,13 @@ def list_drills() -> None:
         for name, text in (("cases", _cases(each.cases)), ("sabotage", each.sabotage)):
             if text:
                 out.print(f"{'':<18}{name}: {text}", style="dim", markup=False)
+
+
+class Device(enum.StrEnum):
+    """What breaks, and how tokens are judged, is told by the kind of device alone."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
 
 
 def _cases(cases: tuple[str, ...]) -> str:
@@ -76,8 +83,6 @@ def run_drills(
     from holdfast.cli.engine import share_cores
 
     share_cores()
-    if device is Device.AUTO:
-        raise OptionError("--device", "say cpu or cuda: they are judged differently")
     if json_file is not None and not json_file.parent.is_dir():
         raise OptionError("--json", f"there is no folder {json_file.parent}")
     plan = Plan(
