@@ -175,7 +175,9 @@ class Steps:
         self._tell(slot, "verify")
 
     def _compare(self, slot: Slot, happened: Happened) -> None:
-        found = {"process": slot.process, "sum": happened.weights_sum, "loaded": slot.loaded}
+        # One that serves loaded nothing since its sum was compared: a scrub must find the same.
+        loaded = slot.loaded or slot.epoch > 0
+        found = {"process": slot.process, "sum": happened.weights_sum, "loaded": loaded}
         self._tell(self.keeper, "weights_sum", **found)
 
     def _hold(self, slot: Slot, _: Happened) -> None:
@@ -254,7 +256,7 @@ class Steps:
             self._tell(api, "core_lost", detail=slot.detail)
         if self.worker.state is State.READY:
             # What it has in flight belongs to a brain that is gone.
-            self.worker.blameless = True
+            self.worker.blameless = self.worker.orphan = True
             self._enter(self.worker, State.KILLED, Wait.FENCE, "its core ended")
 
     def _lose_worker(self, slot: Slot, happened: Happened) -> None:
