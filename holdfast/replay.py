@@ -8,6 +8,7 @@ tokens are *explained* is the drills' to say (docs/equality.md).
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -128,7 +129,7 @@ def _submit(llm: LLM, request: JournalledRequest) -> Submit:
         seeds=(admission.seed,),
         max_tokens=len(request.tokens) if request.end else admission.max_tokens,
         sampling=admission.sampling,
-        timeout_s=_NO_DEADLINE_S,
+        deadline_s=time.monotonic() + _NO_DEADLINE_S,
         tenant=admission.tenant,
         priority=admission.priority,
     )

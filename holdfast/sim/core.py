@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from holdfast.core.brain import POISON_MESSAGE, Brain
+from holdfast.core.clocks import StepClocks
 from holdfast.core.journal import Journal, recover
 from holdfast.errors import WorkerFault
 from holdfast.kv.pages import PageState
@@ -35,8 +36,10 @@ from holdfast.wire.plan import StepPlan, StepResult
 if TYPE_CHECKING:
     from holdfast.sim.simulator import Simulation
 
-# A result that is not back after so many step times means that the worker hangs.
+# No step takes so many step times, and to a usual one so many are added: a slow step takes 100, and
+# its result may be 20 late.
 HANG_STEPS = 300
+MARGIN_STEPS = 150
 # Sealed pages are read again every so many checks.
 SCRUB_EVERY = 10
 
@@ -59,6 +62,12 @@ class SimCore:
         self._known: set[int] = set()  # numbers of those that it has ever been linked to
         self._unread: list[tuple[int, bytes, int]] = []  # of api processes that it will meet
         self.flights: dict[int, list[tuple[int, int, int]]] = {}  # step -> what it computes
+        self._keeper_rng = Random(sim.world.seed * 0x6C62_272E + life)
+        step_s = sim.world.step_time * 1e-6
+        self.clocks = StepClocks(
+            HANG_STEPS * step_s + 100e-6 * sim.world.channel_time, margin_s=MARGIN_STEPS * step_s
+        )
+        self._watch_at: int | None = None
         self._rot_rng = Random(sim.world.seed * 0x1656_67B1 + life)
         self._implicates = self._draining = False
 
@@ -107,6 +116,9 @@ class SimCore:
             if self.worker is not None and self.worker.epoch <= message["epoch"]:
                 self._lose_worker(message["detail"])
             self._implicates = message["implicates"]
+        elif kind == "weights_good":
+            self.brain.weights_good(self.sim.now_s)
+            self.kept.weights_good()
         elif kind == "api":
             self._new_api(message["index"], message["process"], message["first_id"])
         elif kind == "api_lost":
@@ -125,6 +137,7 @@ class SimCore:
         if self._implicates:
             self._take_suspects()
         self.worker = worker
+        self.clocks.reset()
         self.link.epoch = epoch
         self.sim.copies.watch.fence(epoch)
         self.order.fence()
@@ -145,6 +158,7 @@ class SimCore:
         self.sim.say(f"the core gives up epoch {self.worker.epoch}: {why}")
         self.sim.processes.accuse_worker(self.worker.epoch, why, hung=hung)
         self.worker = None
+        self.clocks.reset()
         self.sim.touched = True
         self.brain.suspend()
 
@@ -197,7 +211,8 @@ class SimCore:
         message = decode_to_core(frame)
         running = self.brain.scheduler.running
         lives = (self.life, self.sim.apis[api].life)
-        self.sim.witness.to_core(message, lives, self.brain.requests.values(), running.active)
+        live = self.brain.requests.values()
+        self.sim.witness.to_core(message, lives, live, running.active, self.sim.now)
         self.brain.receive(api, message, self.sim.now_s)
 
     def tick(self) -> None:
@@ -224,6 +239,7 @@ class SimCore:
                     self._lose_worker(f"refused: {fault}")
                 return
             if self.brain.in_flight < before:
+                self.clocks.done(self.sim.now_s)
                 self.watch.acknowledge(result)
                 self.kept.taken(result, self.brain.ledger)
                 self.sim.rot.told((result.epoch, result.step))
@@ -237,6 +253,12 @@ class SimCore:
         if self.sim.chance("core_death"):
             self.sim.processes.kill_core()
             return
+        if self.sim.chance("keeper_death", self._keeper_rng):
+            self.sim.processes.kill_keeper(self._keeper_rng)
+        if self.sim.chance("freeze", self._keeper_rng):
+            self.sim.processes.freeze(self._keeper_rng)
+            if not self.up:
+                return
         while self.worker is not None and (plan := self.brain.plan(self.sim.now_s)) is not None:
             self.sim.steps += 1
             self.kept.launch(plan)
@@ -247,9 +269,11 @@ class SimCore:
             self.flights[plan.step] = self._computes(plan)
             self.sim.copies.launch(plan)
             self._rot()
+            self.clocks.sent(plan, self.brain.context_tokens(plan), self.sim.now_s)
             self._send_plan(plan, self.worker)
         self.sim.copies.pump()
         self._flush()
+        self._set_watch()
         if self._draining and self.brain.live == 0:
             self._draining = False
             self.sim.processes.core_says(Event.DRAINED)
@@ -340,15 +364,28 @@ class SimCore:
             lambda: worker.receives(frame),
             f"worker receives plan {key}",
         )
-        self.sim.after(
-            HANG_STEPS * self.sim.world.step_time + 100 * self.sim.world.channel_time,
-            lambda: self._watchdog(worker, plan.step),
-            f"watchdog of plan {key}",
-        )
 
-    def _watchdog(self, worker: SimWorker, step: int) -> None:
-        if self.up and self.worker is worker and step > self.watch.acknowledged:
-            self._lose_worker(f"no result of step {step} in time", hung=True)
+    def _set_watch(self) -> None:
+        """Wake when the present step has taken too long, as the production clock says."""
+        deadline_s = self.clocks.deadline_s
+        if deadline_s is None:
+            return
+        at = max(self.sim.now + 1, int(deadline_s * 1e6) + 1)
+        if self._watch_at is None or not self.sim.now < self._watch_at <= at:
+            self._watch_at = at
+            self.sim.at(at, self._watch_step, "watchdog of the worker's step")
+
+    def _watch_step(self) -> None:
+        if self._watch_at is not None and self._watch_at <= self.sim.now:
+            self._watch_at = None
+        worker = self.worker
+        if not self.up or worker is None:
+            return
+        if self.clocks.hung(self.sim.now_s):
+            if not (worker.hung or worker.dying):
+                raise Violation(f"the worker of epoch {worker.epoch} is taken for hung, and is not")
+            self._lose_worker("no result in time", hung=True)
+        self._set_watch()
 
     def _take_suspects(self) -> None:
         in_flight = {

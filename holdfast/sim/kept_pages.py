@@ -45,6 +45,8 @@ class KeptPages:
         self._doubtful: set[Place] = set()  # those of them that bad weights may have computed
         self._plans: dict[int, StepPlan] = {}
         self._good_at = 0  # the weights were surely right until then
+        self._words: list[int] = []  # of a scrub, that they are good: when each came
+        self._changed_at: int | None = None
 
     def launch(self, plan: StepPlan) -> None:
         """A plan leaves the core."""
@@ -88,11 +90,27 @@ class KeptPages:
         # A page that was given up need not be read any more.
         self.waiting = {handle for handle in self.waiting if ledger.is_sealed(handle)}
 
+    def weights_good(self) -> None:
+        """The core was told that a pass over the weights found them good."""
+        self._words.append(self.results)
+
+    def weights_changed(self) -> None:
+        """They are not any more what was loaded, and nobody knows."""
+        if self._changed_at is None:
+            # What is on its way was computed before.
+            self._changed_at = self.results + len(self._plans)
+
     def new_epoch(self, memory: Memory, ledger: Ledger) -> None:
         """The core has been told of another worker, and of the memory."""
         newest = self.results - RECENT
         if memory is Memory.RELOADED:
-            newest = min(newest, self._good_at)
+            # A pass is sure of the time before it began, and it began after the word of the pass
+            # before the one before it had come.
+            good_at = self._words[-3] if len(self._words) > 2 else self._good_at
+            newest = min(newest, good_at)
+            if self._changed_at is not None:
+                newest = min(newest, self._changed_at)
+        self._words, self._changed_at = [], None
         alive = set()
         for pool in ledger.pools:
             sealed = np.flatnonzero(pool.state == PageState.SEALED)

@@ -31,7 +31,7 @@ from holdfast.proc.lifecycle.actions import (
     Tell,
 )
 from holdfast.proc.lifecycle.machine import Lifecycle
-from holdfast.proc.lifecycle.states import LIVE, Event, Phase, Role
+from holdfast.proc.lifecycle.states import LIVE, PINGED, Event, Phase, Role
 from holdfast.sim.core import SimCore
 from holdfast.sim.fake_worker import NOT_FINITE
 from holdfast.sim.violation import Violation
@@ -64,6 +64,7 @@ class Process:
     code: int = 0
     heard: int = 0
     hung: bool = False  # the core's word
+    frozen: bool = False  # it does and says nothing any more
     verified: bool = False
     worker: SimWorker | None = None
     mail: list[dict[str, Any]] = field(default_factory=list)
@@ -85,6 +86,9 @@ class Processes:
         self.running: dict[int, Process] = {}
         self.blame: dict[int, bool | None] = {}
         self.weights_sound = True
+        self.memory = Memory.LOST  # what is true of the pages since the last promotion
+        self._scrub_rng = Random(sim.world.seed * 0x51ED_270B + 7)
+        self._read_sound = True  # what the present pass over the weights has seen
         self._links: dict[int, int] = {}  # epoch -> life of the core it was promoted for
         self._unstarted: set[int] = set()  # numbers of which no process was made
         self._cores = 0
@@ -126,6 +130,8 @@ class Processes:
 
     def _say(self, event: Event, process: Process, **facts: Any) -> None:
         """A word of a process goes to the supervisor."""
+        if process.frozen:
+            return
         self._later(
             self.sim.world.channel_time,
             lambda: self.happened(event, process.number, **facts),
@@ -143,6 +149,48 @@ class Processes:
         process = self._core()
         assert process is not None
         self.dies(process.number, self.rng.choice([_SIGKILL, EXIT_FAULT]))
+
+    def kill_keeper(self, rng: Random) -> None:
+        """The world ends the keeper, if one is there."""
+        for process in list(self.running.values()):
+            if process.role is Role.KEEPER:
+                self.dies(process.number, rng.choice([_SIGKILL, EXIT_FAULT]))
+
+    def freeze(self, rng: Random) -> None:
+        """Some process that nobody's deadline watches stops for ever. The supervisor asks it
+        whether it is there, and kills it when the answer is late."""
+        able = [
+            process
+            for process in self.running.values()
+            if process.role in (Role.CORE, Role.KEEPER, Role.STANDBY) and not process.dying
+        ]
+        process = rng.choice(able)
+        slot = self.lifecycle.slot_of(process.number)
+        if process.frozen or slot is None or PINGED.get(slot.role) is not slot.state:
+            return
+        self.sim.say(f"{process.role} {process.number} freezes")
+        process.frozen = True
+        if process.role is Role.CORE:
+            self.sim.core.up = False
+        late = int(self.lifecycle.policy.heartbeat_timeout_s * self.sim.world.second)
+
+        def silent() -> None:
+            slot = self.lifecycle.slot_of(process.number)
+            if slot is not None and PINGED.get(slot.role) is slot.state:
+                self.happened(Event.SILENT, process.number)
+
+        self.sim.after(late, silent, f"{process.role} {process.number} has not answered")
+
+    def scrubbed(self, number: int) -> None:
+        """A worker has read the weights through. A byte that changed meanwhile may have been read
+        before or after that."""
+        process, rng = self.running[number], self._scrub_rng
+        seen = self._read_sound and (self.weights_sound or rng.random() < 0.5)
+        self._say(Event.SUM, process, weights_sum=int(seen))
+        self._read_sound = self.weights_sound
+        if self.sim.chance("weights_rot", rng):
+            self.weights_sound = False
+            self.sim.core.kept.weights_changed()
 
     def kill_api(self, index: int) -> None:
         """The world ends an api process, if one is there."""
@@ -218,6 +266,8 @@ class Processes:
         del self.running[process.number]
         if process.epoch and self._strikes("page_corrupt"):
             self._corrupt()
+        if process.role is Role.KEEPER:
+            self.memory, self.sim.pages_void = Memory.LOST, True
         self.happened(Event.EXITED, process.number, code=code)
 
     def _corrupt(self) -> None:
@@ -295,13 +345,14 @@ class Processes:
         role, world = spawn.role, self.sim.world
         if self.sim.now > 2 * self.sim.horizon:
             raise Violation(f"a {role} is started long after the last fault")
-        replaceable = role is Role.STANDBY or not world.immortal
-        if replaceable and self._strikes("spawn_fails"):
+        if self._strikes("spawn_fails"):
             self._unstarted.add(spawn.process)
             return Happened(Event.UNSTARTED, spawn.process, "no memory")
         process = Process(spawn.process, role, spawn.index, spawn.loaded)
+        others = [p for p in self.running.values() if p.role in WORKERS]
+        if role is Role.KEEPER and others:
+            raise Violation("new memory is made while processes map the old one")
         if role in WORKERS:
-            others = [p for p in self.running.values() if p.role in WORKERS]
             if not spawn.loaded and others:
                 raise Violation("weights are loaded while another process maps them")
             process.worker = SimWorker(self.sim, spawn.process)
@@ -335,7 +386,13 @@ class Processes:
             return
         process.up = True
         if process.worker is not None and not process.loaded:
-            self.weights_sound = True
+            self.weights_sound = self._read_sound = True
+            if self.memory is Memory.KEPT:
+                self.memory = Memory.RELOADED
+        if process.role is Role.KEEPER:
+            self.weights_sound = False
+            for pages in self.sim.memory:
+                pages[:] = 0
         if process.role is Role.CORE:
             self.sim.core.start()
         elif process.role is Role.API:
@@ -364,7 +421,7 @@ class Processes:
         )
 
     def _hears(self, process: Process, message: dict[str, Any]) -> None:
-        if process.dying:
+        if process.dying or process.frozen:
             return
         if not process.up:
             process.mail.append(message)
@@ -424,6 +481,9 @@ class Processes:
             raise Violation(f"epoch {epoch} is given after epoch {max(self._links)}")
         if not process.verified or not self.weights_sound:
             raise Violation(f"epoch {epoch} is given over weights that were not found good")
+        if memory is not self.memory:
+            raise Violation(f"epoch {epoch}: memory {memory} is told, it is {self.memory}")
+        self.memory, self._read_sound = Memory.KEPT, True
         self._links[epoch] = life
         process.worker.epoch = epoch
         if process.dying:  # Its end of file is on the way.

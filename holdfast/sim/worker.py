@@ -32,6 +32,8 @@ class SimWorker:
         self.queue: list[StepPlan] = []
         self.busy = False
         self.dying = False
+        self.hung = False  # a step or a result of it will never be over
+        self._steps = 0
         self._arrival = 0  # of its last result: a stream socket keeps order
 
     def promoted(self) -> None:
@@ -60,6 +62,7 @@ class SimWorker:
             return
         self.busy = True
         if sim.chance("hang"):
+            self.hung = True
             return
         time = sim.world.step_time * (100 if sim.chance("slow") else 1)
         sim.after(time, self._done, f"worker {self.epoch} ends a step")
@@ -90,6 +93,9 @@ class SimWorker:
             self._dies(EXIT_CRASH)
             return
         self._send(result.encode())
+        self._steps += 1
+        if sim.world.scrub_steps and self._steps % sim.world.scrub_steps == 0:
+            sim.processes.scrubbed(self.number)
         self._works()
 
     def _dies(self, code: int) -> None:
@@ -105,6 +111,7 @@ class SimWorker:
     def _send(self, frame: bytes) -> None:
         sim, epoch = self.sim, self.epoch
         if sim.chance("result_lost"):
+            self.hung = True
             return
         delay = sim.world.channel_time
         if sim.chance("result_late"):

@@ -67,6 +67,9 @@ class Rates:
     page_corrupt: float = 0.0  # a worker that ends has changed pages that were not its business
     page_rot: float = 0.0  # per step: a cell of a sealed page changes while everything runs
     memory_lost: float = 0.0  # per promotion: the pool is new memory
+    keeper_death: float = 0.0  # per tick of the core
+    freeze: float = 0.0  # per tick of the core: it, the keeper or a standby answers nothing more
+    weights_rot: float = 0.0  # per pass of a scrub: the slab's bytes change
     poison: float = 0.0  # per request: the worker dies whenever it computes a certain token of it
 
 
@@ -89,6 +92,7 @@ PROCESS_RATES = (
     "page_corrupt",
 )
 PAGE_RATES = ("page_rot", "memory_lost")
+KEEPER_RATES = ("keeper_death", "freeze", "weights_rot")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +155,7 @@ class World:
     disk_time: int = 1
     scrub_pages_s: float = 0.0
     verify_pages: int = VERIFY_PAGES
+    scrub_steps: int = 0  # steps that one pass over the weights takes; 0 = nobody reads them
 
     @property
     def immortal(self) -> bool:
@@ -187,6 +192,7 @@ def draw(seed: int, profile: str = "short") -> World:
     respawn_time = rng.choice([1, 10, 50]) * step_time
     rates, policy, second = _draw_processes(seed, limits, rates, step_time, respawn_time)
     rates, scrub_pages_s, verify_pages = _draw_checks(seed, rates, fault_chance, step_time)
+    rates, scrub_steps = _draw_keeper(seed, limits, rates, fault_chance)
     return World(
         seed=seed,
         limits=limits,
@@ -207,6 +213,7 @@ def draw(seed: int, profile: str = "short") -> World:
         disk_time=disk_time,
         scrub_pages_s=scrub_pages_s,
         verify_pages=verify_pages,
+        scrub_steps=scrub_steps,
     )
 
 
@@ -224,6 +231,24 @@ def _draw_checks(
     rates = replace(rates, page_rot=10.0**exponent if rotten else 0.0, memory_lost=lost)
     scrub_pages_s = SCRUB_PAGES / (every_steps * step_time * 1e-6) if on else 0.0
     return rates, scrub_pages_s, rng.choice([1, 4, VERIFY_PAGES])
+
+
+def _draw_keeper(seed: int, limits: Limits, rates: Rates, fault_chance: float) -> tuple[Rates, int]:
+    """Ends of the keeper, processes that freeze, and weights that change while a worker serves,
+    from a Random of their own. Moves of a keeper that died are not simulated: not with tiers."""
+    rng = Random(seed * 0x2545_F491 + 21)
+    drawn = {}
+    for name, low, high in (
+        ("keeper_death", -2.3, -1.2),
+        ("freeze", -2.3, -1.5),
+        ("weights_rot", -1.5, -0.5),
+    ):
+        on, exponent = rng.random() < fault_chance / 2, rng.uniform(low, high)
+        drawn[name] = 10.0**exponent if on else 0.0
+    if limits.host_pages:
+        drawn["keeper_death"] = drawn["freeze"] = 0.0
+    steps = rng.choice([1, 3, 10])
+    return replace(rates, **drawn), steps if drawn["weights_rot"] or rng.random() < 0.2 else 0
 
 
 def _draw_tiers(
@@ -287,6 +312,7 @@ def _draw_processes(
         standby=rng.choice(list(Standby)),
         restarts_per_minute=rng.choice([0, 1, 3]) if rng.random() < 0.1 else ENDLESS,
         start_timeout_s=(3 * respawn_time + 10 * step_time) / second,
+        heartbeat_timeout_s=3.0,
     )
     return replace(rates, **drawn), policy, second
 
@@ -345,7 +371,7 @@ def _draw_limits(rng: Random, shortage: float) -> Limits:
 def _draw_rates(rng: Random, fault_chance: float) -> Rates:
     drawn = {}
     # Each of these with a Random of its own.
-    drawn_later = (*TIER_RATES, *PROCESS_RATES, *PAGE_RATES, "poison")
+    drawn_later = (*TIER_RATES, *PROCESS_RATES, *PAGE_RATES, *KEEPER_RATES, "poison")
     for rate in (rate for rate in fields(Rates) if rate.name not in drawn_later):
         # Every rate is drawn, used or not, so that one coin does not shift all the others.
         on, exponent = rng.random() < fault_chance, rng.uniform(-2.5, -0.7)

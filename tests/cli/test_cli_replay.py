@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def _submit(ids: tuple[int, ...], prompt: list[int], *, seed: int, tokens: int) 
         seeds=(seed,),
         max_tokens=tokens,
         sampling=Sampling(temperature=0.9),
-        timeout_s=600,
+        deadline_s=time.monotonic() + 600,
     )
 
 

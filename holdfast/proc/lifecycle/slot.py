@@ -20,8 +20,9 @@ class Slot:
     hung: the core's word, no result came in time. cause: the kind of its fault, as far as it is
     known before its exit status is. noticed_s: when its end was first heard of; word_s: when that
     had been said.
-    blameless: its end was our doing and does not count. detail: how the last one ended. ends: when
-    those that count ended, oldest first, of the last minute.
+    blameless: its end was our doing and does not count. orphan: its core ended first, and nobody
+    asks any more what it computed. detail: how the last one ended. ends: when those that count
+    ended, oldest first, of the last minute.
     """
 
     role: Role
@@ -40,6 +41,7 @@ class Slot:
     noticed_s: float | None = None
     word_s: float | None = None
     blameless: bool = False
+    orphan: bool = False
     restarts: int = 0
     detail: str = ""
     ends: tuple[float, ...] = ()
@@ -68,7 +70,8 @@ class Slot:
         """A new process is here."""
         self.process = process
         self.epoch = 0
-        self.loaded = self.operator = self.hung = self.blameless = False
+        self.loaded = self.operator = self.hung = False
+        self.blameless = self.orphan = False
         self.reason = self.fault = self.cause = ""
         self.noticed_s = self.word_s = None
 
@@ -95,7 +98,7 @@ class Slot:
         SIGKILL is somebody's hand: ours, because the core did not believe it, or another's; unless
         it had said a fault, or hung. A worker whose link is closed exits with 0.
         """
-        if self.blameless:
+        if self.orphan:
             return False
         return self.hung or bool(self.fault) or status not in (0, -signal.SIGKILL)
 

@@ -252,7 +252,7 @@ class Steps:
             self._tell(api, "core_lost", detail=slot.detail)
         if self.worker.state is State.READY:
             # What it has in flight belongs to a brain that is gone.
-            self.worker.blameless = True
+            self.worker.blameless = self.worker.orphan = True
             self._enter(self.worker, State.KILLED, Wait.FENCE, "its core ended")
 
     def _lose_worker(self, slot: Slot, happened: Happened) -> None:
