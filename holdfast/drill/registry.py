@@ -6,14 +6,17 @@ from holdfast.drill import faults, input, load, pages, processes
 from holdfast.drill.drill import Drill
 from holdfast.errors import OptionError
 
-# Neighbours share a server where their needs are equal.
-DRILLS: tuple[Drill, ...] = (
+_FAMILIES: tuple[Drill, ...] = (
     *faults.DRILLS,
     *processes.DRILLS,
     *pages.DRILLS,
     *load.DRILLS,
     *input.DRILLS,
 )
+
+_NEEDS = [drill.needs for drill in _FAMILIES]
+# Neighbours share a server, so those with equal needs are neighbours.
+DRILLS = tuple(sorted(_FAMILIES, key=lambda drill: _NEEDS.index(drill.needs)))
 
 
 def chosen(name: str) -> tuple[Drill, ...]:

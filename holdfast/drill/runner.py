@@ -21,8 +21,9 @@ from holdfast.drill.stage import WARM_S, Judges, Stage
 from holdfast.errors import HoldfastError, OptionError
 from holdfast.model.spec import ModelSpec, resolve_model
 
-# From the third end within a minute on, a worker's restart is delayed (proc.lifecycle.policy).
-WORKER_ENDS_MAX = 3
+# A server gives up at the sixth end of a worker within a minute (proc.lifecycle.policy); until then
+# a prepared standby takes over without a pause.
+WORKER_ENDS_MAX = 5
 # Of one case, waits included: whatever happens, the next one has its turn.
 CASE_S_MAX = 600.0
 
@@ -100,7 +101,7 @@ class Runner:
             count = streams or drill.streams
             stage = Stage(server, report, self._judges, count, device=self._plan.device)
             asyncio.run(_play(drill, stage))
-            server.worker_ends += drill.ends
+            server.spend(drill.ends)
             unfit = report.failures and not sabotage
             if not server.alive or unfit or (sabotage and drill.spoils):
                 self._drop_server()
@@ -116,7 +117,7 @@ class Runner:
         worn = server is not None and (
             not server.alive
             or server.needs != drill.needs
-            or server.worker_ends + drill.ends > WORKER_ENDS_MAX
+            or server.recent_ends + drill.ends > WORKER_ENDS_MAX
         )
         if worn:
             self._drop_server()

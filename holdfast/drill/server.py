@@ -20,6 +20,7 @@ from typing import Any
 
 from holdfast.errors import OperatorError
 from holdfast.proc import status
+from holdfast.proc.lifecycle.policy import RESTART_WINDOW_S
 
 START_S = 180.0
 STOP_S = 60.0
@@ -51,8 +52,7 @@ class DrillServer:
 
     def __init__(self, needs: Needs, *, model: str | None, device: str, threads: int) -> None:
         self.needs = needs
-        # Ends of its worker so far: after several in a minute restarts are paced.
-        self.worker_ends = 0
+        self._ends: deque[float] = deque()
         self.said: deque[str] = deque(maxlen=_LINES_KEPT)
         self.url = ""
         self._ready = threading.Event()
@@ -118,6 +118,17 @@ class DrillServer:
                 return True
             time.sleep(_POLL_S)
         return False
+
+    def spend(self, ends: int) -> None:
+        """So many ends of its worker are of now."""
+        self._ends.extend([time.monotonic()] * ends)
+
+    @property
+    def recent_ends(self) -> int:
+        """Ends of its worker that still count against it."""
+        while self._ends and time.monotonic() - self._ends[0] > RESTART_WINDOW_S:
+            self._ends.popleft()
+        return len(self._ends)
 
     def tail(self) -> list[str]:
         """Its last lines."""
