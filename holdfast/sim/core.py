@@ -212,7 +212,7 @@ class SimCore:
         running = self.brain.scheduler.running
         lives = (self.life, self.sim.apis[api].life)
         live = self.brain.requests.values()
-        self.sim.witness.to_core(message, lives, live, running.active, self.sim.now)
+        self.sim.witness.to_core(message, lives, live, running.active)
         self.brain.receive(api, message, self.sim.now_s)
 
     def tick(self) -> None:

@@ -65,18 +65,12 @@ class Witness:
         lives: tuple[int, int],
         live: Iterable[Request],
         active: int,
-        now: int,
     ) -> None:
         """A message reaches a core with these requests `live`, `active` of them in a row.
 
         lives: of that core, and of the api process that sent it.
         """
         if isinstance(message, Submit):
-            if message.timeout_s <= TIMEOUT_MIN_S:
-                # Its deadline had passed when a core was there at last, which is to end it.
-                for request in message.ids:
-                    late = now + int(TIMEOUT_MIN_S * 1e6) + 1
-                    self._deadlines[request] = max(self._deadlines.get(request, 0), late)
             self._asked.update((lives[0], request) for request in message.ids)
             self._submit(message, list(live), active)
         elif isinstance(message, Resume):

@@ -24,6 +24,8 @@ COMMANDS = (
     ("generate",),
     ("plan",),
     ("ps",),
+    ("faults",),
+    ("replay",),
     ("bench",),
     ("bench", "offline"),
     ("bench", "core"),
@@ -117,6 +119,9 @@ def test_an_unknown_command_is_named() -> None:
         (("--load", "pickle"), ("--load",)),
         (("--journal-sync", "often"), ("--journal-sync",)),
         (("--port", "70000"), ("--port",)),
+        (("--gpu-coredump", "dumps"), ("--gpu-coredump", "--device cuda")),
+        (("--fault-tokens",), ("--fault-tokens", "--fault-dir")),
+        (("--fault-dir", "/dev/null/faults"), ("--fault-dir",)),
         (("--api-key", ""), ("--api-key",)),
         (("--request-timeout-s", "0"), ("--request-timeout-s",)),
         (("/no/such/model",), ("/no/such/model",)),
@@ -146,6 +151,26 @@ def test_a_gpu_that_cannot_be_used_is_refused_before_any_process(
     monkeypatch.setattr("holdfast.proc.cuda_driver.LIBRARY", "libnone.so")
     with pytest.raises(OptionError, match=r"--device: cuda needs an NVIDIA driver.*libnone\.so"):
         Driver()
+
+
+@pytest.mark.parametrize("content", [None, "not JSON", "[]", '{"format": "another"}'])
+def test_a_file_that_is_no_fault_report_is_named(
+    content: str | None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "fault.json"
+    if content is not None:
+        path.write_text(content)
+    code = run(["faults", str(path)])
+    seen = capfd.readouterr()
+    done = subprocess.CompletedProcess((), code, seen.out, seen.err)
+    assert_one_clear_line(done, str(path))
+
+
+def test_a_folder_without_fault_reports_says_so(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["faults", str(tmp_path)]) == 0
+    assert "no fault reports" in capfd.readouterr().out
 
 
 def test_a_host_that_is_none_is_named() -> None:

@@ -612,3 +612,49 @@ def test_a_tick_that_fails_ends_the_process_with_a_dump_and_never_continues(
     ]
     error = capsys.readouterr().err
     assert "Traceback" in error and "epoch=1, in_flight=1" in error
+
+
+class ScriptedReports:
+    """Notes what it is told; `ready` is what may leave."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.ready: list[dict[str, Any]] = []
+
+    def lost(self, epoch: int, detail: str, now_s: float, *, hung: bool = False) -> None:
+        self.calls.append(("lost", epoch, detail))
+
+    def ended(self, detail: str, *, implicates: bool) -> None:
+        self.calls.append(("ended", detail, implicates))
+
+    def renewed(self, epoch: int) -> None:
+        self.calls.append(("renewed", epoch))
+
+    def take(self, now_s: float, *, last: bool = False) -> list[dict[str, Any]]:
+        ready, self.ready = self.ready, []
+        return [*ready, {"last": True}] if last else ready
+
+
+def test_a_fault_is_noted_before_the_brain_is_told_and_the_report_goes_to_the_supervisor(
+    bench: Bench,
+) -> None:
+    reports, worker = ScriptedReports(), bench.worker()
+    bench.loop._reports = reports
+    suspend = bench.brain.suspend
+
+    def suspended() -> None:
+        assert [call[0] for call in reports.calls] == ["lost"], "the evidence was taken too late"
+        suspend()
+
+    bench.brain.suspend = suspended  # type: ignore[method-assign]
+    worker.close()
+    bench.loop.tick(0)
+    bench.say(type="worker_lost", epoch=1, detail="ended with code 70", implicates=True)
+    bench.worker(2)
+    assert [call[0] for call in reports.calls] == ["lost", "ended", "renewed"]
+    assert reports.calls[1:] == [("ended", "ended with code 70", True), ("renewed", 2)]
+    reports.ready = [{"epoch": 1}]
+    bench.loop.tick(0)
+    bench.say(type="stop")
+    told = [message["report"] for message in bench.heard() if message["type"] == "fault_report"]
+    assert told == [{"epoch": 1}, {"last": True}]

@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -153,3 +156,40 @@ def test_sigterm_finishes_the_stream_refuses_new_requests_and_exits_0(server: Se
     stream(server, 2, terminate, tokens=150)
     assert server.wait_exit() == 0
     assert refused[-1] == 503
+
+
+@pytest.mark.parametrize("with_folder", [False, True])
+def test_a_fault_is_told_in_one_line_and_in_a_file_where_one_was_asked_for(
+    serve: Serve, tmp_path: Path, with_folder: bool
+) -> None:
+    folder = tmp_path / "faults"
+    limits = {"vocab_size": 6144, "context_tokens": 256, "pages": 128, "live_tokens": 4096}
+    options: dict[str, Any] = {"modules": {"worker": "sim_worker"}, "model": MODEL}
+    if with_folder:
+        options["fault_dir"] = str(folder)
+    server = serve(api_processes=1, limits=limits, extra={"step_s": 0.02}, **options).wait_ready()
+    stream(server, 5, lambda: os.kill(server.pids()["holdfast worker 0"], signal.SIGKILL))
+
+    def line() -> str | None:
+        said = [event[2] for event in server.events() if event[0] == "warning"]
+        return next((one for one in said if one.startswith("epoch 1 ended")), None)
+
+    said = until("a line", line)
+    assert "1 requests were in flight" in said and "SIGKILL" in said
+    if not with_folder:
+        assert not folder.exists() and "report:" not in said
+        return
+    (file,) = until("a report", lambda: list(folder.glob("*.json")))
+    assert said.endswith(f"report: {file}")
+    shown = subprocess.run(
+        [sys.executable, "-m", "holdfast", "faults", str(file)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env={**os.environ, "COLUMNS": "160"},
+    ).stdout
+    report = json.loads(file.read_text())
+    assert report["in_flight"][0]["rows"][0]["request"] in shown
+    assert "by its own fault: no" in shown and "Pages that these plans wrote" in shown
+    assert "token_ids" not in file.read_text()
