@@ -86,7 +86,6 @@ class EngineOptions:
         _option(
             MODEL_PANEL,
             "Where the model runs: cpu, cuda or cuda:N; auto: the first GPU that torch can use",
-            metavar="DEVICE",
         ),
     ] = "auto"
     dtype: Annotated[

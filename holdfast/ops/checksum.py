@@ -8,6 +8,7 @@ triton, or a page is no whole number of 16-byte lines, a torch expression does, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -27,17 +28,28 @@ _ONLY = np.zeros(1, np.int64)
 
 
 class PageSums:
-    """Checksums of pages of one size. Holds the weights of the words, int64[words] on `device`."""
+    """Checksums of pages of one size on one device."""
 
     def __init__(self, words: int, device: torch.device | str = "cpu") -> None:
         self.words = words
-        order = np.arange(1, words + 1, dtype=np.uint64)
-        self._host = (order * np.uint64(GOLDEN)) | np.uint64(1)
-        # sum (w + 1) * mix = sum w * mix + sum mix: the second part is a constant of the size.
-        self._constant = np.uint64((int(self._host.sum(dtype=np.uint64)) + SEED) % (1 << 64))
-        self._weights = torch.from_numpy(self._host.view(np.int64)).to(device=device)
+        self._device = torch.device(device)
+        # sum (w + 1) * mix = sum w * mix + sum mix: the second part is a constant of the size. It
+        # is GOLDEN * (1 + .. + words), and 1 for each odd place (see ops.kernels.checksum).
+        mixes = GOLDEN * (words * (words + 1) // 2) + words // 2
+        self._constant = np.uint64((mixes + SEED) % (1 << 64))
         # A device without triton is slower, never wrong: `kernel` says which it is.
-        self.kernel = torch.device(device).type != "cpu" and words % 4 == 0 and kernels.available()
+        self.kernel = self._device.type != "cpu" and words % 4 == 0 and kernels.available()
+
+    @functools.cached_property
+    def _host(self) -> np.ndarray:
+        """uint64[words]: the weights. The kernel does without."""
+        order = np.arange(1, self.words + 1, dtype=np.uint64)
+        return (order * np.uint64(GOLDEN)) | np.uint64(1)
+
+    @functools.cached_property
+    def _weights(self) -> torch.Tensor:
+        """int64[words] on the device: the same bits."""
+        return torch.from_numpy(self._host.view(np.int64)).to(device=self._device)
 
     def of(self, pool: torch.Tensor, pages: np.ndarray) -> np.ndarray:
         """uint64[k] checksums of rows `pages` int[k] of pool: int32[pages_total, words]."""
