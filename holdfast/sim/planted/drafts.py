@@ -110,15 +110,15 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "dirty-after-a-core",
         "a page that a dead core gave out is zeroed before it is used",
-        _L + "Ledger.reset",
-        "self._soil_all()",
+        _L + "Ledger._start_over",
+        "self._soil.mark_all_but(group, stays)",
         "pass",
     ),
     Mutation(
         "dirty-after-a-fault",
         "a page that a dead worker was writing is zeroed before it is used",
         _L + "Ledger.soiled",
-        "if self._dirty_pages == 0:",
-        "if self._dirty_pages >= 0:",
+        "if self._soil.count == 0:",
+        "if self._soil.count >= 0:",
     ),
 )
