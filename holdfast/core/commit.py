@@ -262,7 +262,8 @@ class Commit:
         """The sums of the plan's seals are in: pages become sealed, shared, and followers go."""
         if not flight.seals:
             return
-        self.ledger.seal(flight.sealed, result.seal_sums[: flight.sealed.size])
+        sealed = flight.sealed
+        self.ledger.seal(sealed, result.seal_sums[: sealed.size])
         share, size = self.ledger.share, 4 * self.limits.page_tokens
         windowed = self.limits.groups > 1
         tiers = self.scheduler.tiers
@@ -286,7 +287,7 @@ class Commit:
                     chain.stood.append(chain.parent)
                 if chain.request.followers and chain.pages >= chain.waits:
                     self.scheduler.release_followers(chain.request)
-        self._release_groups(flight.sealed, flight.plan.step)
+        self._release_groups(sealed, flight.plan.step)
 
     def _share_beside(self, batch: SealBatch) -> None:
         """Window pages go beside the pages of group 0 that stand for the same tokens."""

@@ -52,7 +52,8 @@ class Flight:
     @property
     def sealed(self) -> np.ndarray:
         """uint64[k] handles of the pages that the plan seals."""
-        return self.plan.seals[: self.plan.seals.size - self.checks.size]
+        seals = self.plan.seals
+        return seals[: seals.size - self.checks.size] if self.checks.size else seals
 
 
 @dataclass(slots=True)

@@ -169,8 +169,11 @@ class Scheduler:
             parts.writes.extend(self._windows.take(run))
         parts.put_into(plan)
         if seals or checks.size:
-            plan.seals = concat([*(batch.handles for batch in seals), checks], np.uint64)
-            self.ledger.read(checks, self.step)
+            named = [batch.handles for batch in seals]
+            if checks.size:
+                named.append(checks)
+                self.ledger.read(checks, self.step)
+            plan.seals = concat(named, np.uint64)
         if zeros:
             plan.zeros = concat(zeros, np.uint64)
         if self.tiers is not None and self.tiers.pending:

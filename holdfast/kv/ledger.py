@@ -203,9 +203,10 @@ class Ledger:
             for group, handles in self._retired.pop(due):
                 self._retiring[group] -= handles.size
                 self._drop(group, self.pools[group].pages_of(handles))
-        for due in sorted(at for at in self._read if at <= step) if self._read else ():
-            for group, handles in self._read.pop(due):
-                self._finish_read(group, handles)
+        if self._read:
+            for due in sorted(at for at in self._read if at <= step):
+                for group, handles in self._read.pop(due):
+                    self._finish_read(group, handles)
 
     def _drop(self, group: int, pages: np.ndarray, *, used: bool = True) -> None:
         """One lease fewer on each of these pages. used: whether that was a use of them."""

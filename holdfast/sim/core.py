@@ -288,7 +288,9 @@ class SimCore:
         ledger = self.brain.ledger
         sealed = np.flatnonzero(ledger.pools[0].state == PageState.SEALED).tolist()
         if sealed:
-            page = self._rot_rng.choice(sealed)
+            # Those that a copy reads are few.
+            lent = [page for page in sealed if ledger.lent[page]]
+            page = self._rot_rng.choice(lent if self._rot_rng.random() < 0.5 and lent else sealed)
             self.sim.rot.strike(page, self._rot_rng.randrange(self.limits.page_tokens))
 
     def _computes(self, plan: StepPlan) -> list[tuple[int, int, int]]:

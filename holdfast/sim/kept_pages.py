@@ -44,6 +44,7 @@ class KeptPages:
         self._places: dict[Place, int] = {}  # slots and blocks: when their content was sealed
         self._doubtful: set[Place] = set()  # those of them that bad weights may have computed
         self._plans: dict[int, StepPlan] = {}
+        self._spoilt: set[Place] = set()  # pages whose sums were wrong, not zeroed since
         self._good_at = 0  # the weights were surely right until then
         self._words: list[int] = []  # of a scrub, that they are good: when each came
         self._changed_at: int | None = None
@@ -55,6 +56,7 @@ class KeptPages:
                 f"step {plan.step} computes while {len(self.waiting)} kept pages are unverified"
             )
         self._plans[plan.step] = plan
+        self._check_zeroed(plan)
         for copy in plan.copies:
             slot, handle = ("slot", int(copy["slot"])), int(copy["handle"])
             if copy["kind"] == LOAD:
@@ -64,6 +66,16 @@ class KeptPages:
             else:
                 self._doubtful.discard(slot)
                 self._places[slot] = self._pages[handle].at
+
+    def _check_zeroed(self, plan: StepPlan) -> None:
+        """A page that has changed may hold what is not finite: a row that gets it has it zeroed."""
+        for handle in (*plan.zeros.tolist(), *plan.copies["handle"].tolist()):
+            self._spoilt.discard(_page_of(handle))
+        if not self._spoilt:
+            return
+        for write in plan.page_writes.tolist():
+            if (f"group {write[0]}", write[3]) in self._spoilt:
+                raise Violation(f"step {plan.step}: page {write[3]} has changed and is not zeroed")
 
     def order(self, orders: MoveOrders) -> None:
         """Orders for the mover leave the core."""
@@ -87,6 +99,8 @@ class KeptPages:
                 self._pages[handle] = Sealed(self.results if before is None else before.at, total)
             elif before.sum != total and ledger.is_sealed(handle):
                 raise Violation(f"page {handle:#x} has another sum than it was sealed with, and is")
+            elif before.sum != total:
+                self._spoilt.add(_page_of(handle))
         # A page that was given up need not be read any more.
         self.waiting = {handle for handle in self.waiting if ledger.is_sealed(handle)}
 
@@ -123,5 +137,10 @@ class KeptPages:
         if memory is Memory.RELOADED:
             self._doubtful.update(at for at, when in self._places.items() if when > self._good_at)
         self._plans.clear()
+        self._spoilt.clear()  # with all pages that are not kept
         self.waiting = alive
         self._good_at = self.results
+
+
+def _page_of(handle: int) -> Place:
+    return f"group {handle >> 56}", handle & 0xFF_FFFF

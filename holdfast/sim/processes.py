@@ -283,6 +283,9 @@ class Processes:
                 page, at = self.rng.randrange(1, len(pages)), self.rng.randrange(pages.shape[1])
                 if sealed and self.rng.random() < 0.5:
                     page = self.rng.choice(sealed)
+                    if self.rng.random() < 0.5:  # Whatever part of it is written anew.
+                        pages[page, :] = NOT_FINITE
+                        continue
                 pages[page, at] = NOT_FINITE if self.rng.random() < 0.5 else pages[page, at] ^ 1
 
     def _ring(self) -> None:

@@ -290,6 +290,17 @@ def test_what_was_in_flight_is_suspect_when_the_worker_ended_by_its_own_fault(
     assert bench.brain.implicated is False, "what was said of one worker is said of no other"
 
 
+def test_the_brain_is_told_what_became_of_the_memory_and_of_no_word_thinks_the_worst(
+    bench: Bench,
+) -> None:
+    for epoch, word in enumerate(("kept", "reloaded", "lost", None), start=1):
+        said = {} if word is None else {"memory": word}
+        link = bench.connect({"type": "worker", "epoch": epoch, **said}, epoch)
+        assert bench.brain.memory is Memory(word or "lost")
+        link.close()
+        bench.loop.tick(0)
+
+
 def test_acknowledgements_of_copies_are_taken_with_no_step_in_flight(bench: Bench) -> None:
     worker = bench.worker()
     acks = CopyAcks(

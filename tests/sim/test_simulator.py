@@ -160,6 +160,8 @@ def test_every_kind_of_fault_strikes_somewhere():
         "never_ready",
         "output_twice",
         "output_lost",
+        "page_rot",
+        "memory_lost",
     }
 
 

@@ -253,11 +253,4 @@ MUTATIONS: tuple[Mutation, ...] = (
         "self.waiting.push(follower)",
         "pass",
     ),
-    Mutation(
-        "worker-loss-keeps-pages",
-        "after a worker is lost nothing unverified is reused",
-        _B + "Brain.new_epoch",
-        "self.ledger.reset()",
-        "self.ledger.acknowledge(1 << 40)\n    self.ledger._acknowledged = 0",
-    ),
 )

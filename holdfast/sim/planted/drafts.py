@@ -112,7 +112,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "a page that a dead core gave out is zeroed before it is used",
         _L + "Ledger._start_over",
         "self._soil.mark_all_but(group, stays)",
-        "if handles.size: self._soil.mark_all_but(group, stays)",
+        "pass",
     ),
     Mutation(
         "dirty-after-a-fault",

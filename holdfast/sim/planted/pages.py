@@ -8,7 +8,6 @@ _F = "holdfast.core.page_faults:"
 _L = "holdfast.kv.ledger:"
 _P = "holdfast.kv.prefix:"
 _T = "holdfast.kv.tiers:"
-_W = "holdfast.kv.window:"
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
@@ -127,24 +126,10 @@ MUTATIONS: tuple[Mutation, ...] = (
         "pass",
     ),
     Mutation(
-        "kept-beside-nothing",
-        "a window's page outlives its worker only beside one that does",
-        _W + "WindowCache.retain",
-        "if beside in trie and trusted[ours & 0xFF_FFFF]",
-        "if trusted[ours & 0xFF_FFFF]",
-    ),
-    Mutation(
         "store-sum-ignored",
         "a page whose copy had another sum is given up",
         _T + "Tiers.copied",
         "if status == COPY_OK and not good:",
         "if False:",
-    ),
-    Mutation(
-        "scrub-without-lease",
-        "a page is not given away while a step sums it",
-        _S + "Scheduler._launch",
-        "self.ledger.read(checks, self.step)",
-        "pass",
     ),
 )
