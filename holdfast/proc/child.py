@@ -12,8 +12,9 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     keeper                                    weights_bytes, pool_bytes
     worker, weights, pool (memfds of the      limits, model, device, dtype, pool_dtype, load,
     standby keeper)                           seed, threads, loaded (the slab holds the weights
-                                              already: do not load)
-    core    journal, metrics (memfds)         limits, epoch, tag, recover
+                                              already: do not load), scrub_gbps
+    core    journal, metrics (memfds)         limits, epoch, tag, recover, step_timeout_s,
+                                              scrub_pages_s
     api     core (link, epoch 0), metrics     limits, model, served_name, api_keys, cors_origins,
             (memfd, slot 2 + index), listen   write_timeout_s, keepalive_s, body_bytes_max,
             (a listening socket)              drain_timeout_s, log_level
@@ -22,24 +23,31 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     child       super  ready              facts; keeper: 2 fds; worker: it is prepared
     child       super  progress           what, done, total (bytes)
     supervisor  worker verify             sum the weights
-    worker      super  weights_sum        sum (uint64)
+    worker      super  weights_sum        sum (uint64); one that scrubs says it unasked
     supervisor  worker promote            epoch, fd: its link to the core; it may write from now on
-    child       super  fault              operator (bool), message; the child then exits
+    child       super  fault              operator (bool), message, at_s (monotonic; optional);
+                                          the child then exits
+    supervisor  any    ping               are you there? (keeper, core, api; a waiting standby)
+    child       super  pong               yes
     supervisor  any    stop               finish what is being written and exit 0
     supervisor  api    drain              refuse new requests with 503, keep streams going
     supervisor  api    core               fd: link (epoch 0) to a new core; resume over it
     supervisor  api    core_lost          detail; hold the streams until `core` comes
     supervisor  core   drain              refuse new requests
     supervisor  core   end_all            end (wire.messages.End), message: end what is live
-    supervisor  core   worker             epoch, memory (wire.messages; none: lost), fd: link to
-                                          the worker of that epoch
+    supervisor  core   worker             epoch, memory (wire.messages; none: lost), pid, fd: link
+                                          to the worker of that epoch
+    supervisor  core   weights_good       a pass of the worker's scrub found the weights good
     supervisor  core   worker_lost        epoch, detail: it is over and fenced; implicates: it
                                            ended by its own fault
     supervisor  core   api                index, process, fresh (a new one), fd: link to it
     supervisor  core   api_lost           index
     core        super  drained            nothing is live any more (after drain)
-    core        super  worker_fault       epoch, detail: that epoch must end; optional hung:
-                                           no result came in time
+    core        super  worker_fault       epoch, detail: that epoch must end; optional hung: no
+                                          result came in time, closed: only its link's end was
+                                          seen, since_s (monotonic): of a hang when its step began
+    core        super  resumed            epoch, streams, at_s (monotonic): the first new token of
+                                          that epoch, or nobody waited for one (streams 0)
     core        super  api_fault          process, detail: that api process must be replaced
     supervisor  keeper weights_sum        process, sum, loaded: what a worker found in the slab
     keeper      super  weights            process, ok: whether they are the bytes that were loaded

@@ -52,7 +52,8 @@ class SimCore:
         self.suspects = Suspects(self.limits, sim.witness.poison)
         self.peers: dict[int, int] = {}  # index -> number of the api process that it is linked to
         self._known: set[int] = set()  # numbers of those that it has ever been linked to
-        self._unread: list[tuple[int, bytes, int]] = []  # of api processes that it will meet
+        # Of api processes that it will meet: index, frame, process, when it came.
+        self._unread: list[tuple[int, bytes, int, int]] = []
         self.flights: dict[int, list[tuple[int, int, int]]] = {}  # step -> what it computes
         self._keeper_rng = Random(sim.world.seed * 0x6C62_272E + life)
         step_s = sim.world.step_time * 1e-6
@@ -171,8 +172,8 @@ class SimCore:
         self._known.add(process)
         unread = [one for one in self._unread if one[2] == process]
         self._unread = [one for one in self._unread if one[2] != process]
-        for api, frame, _ in unread:
-            self._take(api, frame)
+        for api, frame, _, came in unread:
+            self._take(api, frame, waited=self.sim.now - came)
 
     def _lose_api(self, index: int) -> None:
         self._flush()
@@ -192,17 +193,17 @@ class SimCore:
         if life != self.life:
             return  # sent to a core that has died
         if process not in self._known:
-            self._unread.append((api, frame, process))
+            self._unread.append((api, frame, process, self.sim.now))
         elif self.up and self.peers.get(api) == process:
             self._take(api, frame)
             self.tick()
 
-    def _take(self, api: int, frame: bytes) -> None:
+    def _take(self, api: int, frame: bytes, waited: int = 0) -> None:
         message = decode_to_core(frame)
         running = self.brain.scheduler.running
         lives = (self.life, self.sim.apis[api].life)
         live = self.brain.requests.values()
-        self.sim.witness.to_core(message, lives, live, running.active, self.sim.now)
+        self.sim.witness.to_core(message, lives, live, running.active, self.sim.now, waited)
         self.brain.receive(api, message, self.sim.now_s)
 
     def tick(self) -> None:

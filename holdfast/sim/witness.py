@@ -67,17 +67,14 @@ class Witness:
         live: Iterable[Request],
         active: int,
         now: int,
+        waited: int,
     ) -> None:
         """A message reaches a core with these requests `live`, `active` of them in a row.
 
-        lives: of that core, and of the api process that sent it.
+        lives: of that core, and of the api process that sent it. waited: until the core read it.
         """
         if isinstance(message, Submit):
-            if message.timeout_s <= TIMEOUT_MIN_S:
-                # Its deadline had passed when a core was there at last, which is to end it.
-                for request in message.ids:
-                    late = now + int(TIMEOUT_MIN_S * 1e6) + 1
-                    self._deadlines[request] = max(self._deadlines.get(request, 0), late)
+            self._postpone(message, now, waited)
             self._asked.update((lives[0], request) for request in message.ids)
             self._submit(message, list(live), active)
         elif isinstance(message, Resume):
@@ -89,6 +86,14 @@ class Witness:
                 raise Violation(f"request {request:#x} was cancelled or finished twice")
             self._told.add((*lives, request))
         self._over.update(over)
+
+    def _postpone(self, submit: Submit, now: int, waited: int) -> None:
+        """What is left of a request's time is said when it is sent, and counts from its reading."""
+        late = now + int(TIMEOUT_MIN_S * 1e6) + 1
+        passed = submit.timeout_s <= TIMEOUT_MIN_S  # before a core was there, which is to end it
+        for request in submit.ids:
+            deadline = self._deadlines.get(request, 0) + waited
+            self._deadlines[request] = max(deadline, late) if passed else deadline
 
     def _submit(self, submit: Submit, live: list[Request], active: int) -> None:
         if not all(request in self.views for request in submit.ids):
