@@ -345,6 +345,7 @@ class Brain:
         self.metrics.observe("step_seconds", result.device_ns * 1e-9)
         if result.step % COUNT_EVERY_STEPS == 0 or not self._flights:
             self.gauges.publish(self._queued())
+            self.trust.taken(result.step, self._moment())
 
     # --- slower tiers ---
 
@@ -503,7 +504,7 @@ class Brain:
         """Where the good pages of an ended worker end on the ledger's clock, as far as that is up
         to the weights; None = nowhere. What is computed from here on is of weights that were
         verified or loaded."""
-        now = Moment(self.ledger.clock, self.committer.tokens_generated)
+        now = self._moment()
         before = self.trust.until
         self.trust.proved(now)
         if memory is not Memory.RELOADED:
@@ -513,9 +514,14 @@ class Brain:
         self.metrics.add("tokens_doubtful_total", doubtful)
         return before.clock
 
-    def weights_good(self, now_s: float) -> None:
-        """The scrub has read the weights through, and they are the bytes that were loaded."""
-        self.trust.found_good(Moment(self.ledger.clock, self.committer.tokens_generated))
+    def weights_good(self, epoch: int, step: int) -> None:
+        """The worker of this epoch has read the weights through, and they are the bytes that were
+        loaded; it began once `step` was computed."""
+        if epoch == self.epoch:
+            self.trust.found_good(step)
+
+    def _moment(self) -> Moment:
+        return Moment(self.ledger.clock, self.committer.tokens_generated)
 
     @property
     def page_faults(self) -> list[dict[str, Any]]:

@@ -21,24 +21,28 @@ class Moment:
     tokens: int
 
 
+# Moments remembered at most; passes over the weights that take longer prove less.
+MOMENTS_MAX = 4096
+
+
 class Trust:
     """`until`: the last moment before which the weights were surely right."""
 
     def __init__(self) -> None:
         self.until = Moment(0, 0)
-        self._words: deque[Moment] = deque(maxlen=2)
+        self._taken: deque[tuple[int, Moment]] = deque(maxlen=MOMENTS_MAX)
 
     def proved(self, now: Moment) -> None:
-        """They were verified, or loaded, while nothing was computed."""
+        """They were verified, or loaded, while nothing was computed. Steps number anew."""
         self.until = now
-        self._words.clear()
+        self._taken.clear()
 
-    def found_good(self, now: Moment) -> None:
-        """The word of a scrub that reads them beside the steps, one pass after another.
+    def taken(self, step: int, now: Moment) -> None:
+        """The result of this step is in; need not be said of every step."""
+        self._taken.append((step, now))
 
-        A pass vouches for no moment after it began to read, and it began before the word of the
-        pass before had travelled here; at the word before that one it had surely not begun.
-        """
-        if len(self._words) == 2:
-            self.until = self._words[0]
-        self._words.append(now)
+    def found_good(self, step: int) -> None:
+        """A pass of the scrub that began once this step was computed found them good. It vouches
+        for nothing that was computed since it began."""
+        while self._taken and self._taken[0][0] <= step:
+            self.until = self._taken.popleft()[1]

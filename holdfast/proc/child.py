@@ -13,10 +13,11 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     worker, weights, pool (the keeper's: a    limits, model, device, dtype, pool_dtype, load,
     standby memfd, or GPU memory behind a     seed, threads, loaded (the slab holds the weights
             descriptor; absent where such     already: do not load), background (a standby
-            memory cannot be shared)          prepares itself with CPU time that is left over);
-                                              drills, provoke (only of a server started with
-                                              --drills)
-    core    journal, metrics (memfds)         limits, epoch, tag, recover, fault_tokens
+            memory cannot be shared)          prepares itself with CPU time that is left over),
+                                              scrub_gbps; drills, provoke (only of a server
+                                              started with --drills)
+    core    journal, metrics (memfds)         limits, epoch, tag, recover, fault_tokens,
+                                              step_timeout_s, scrub_pages_s
     api     core (link, epoch 0), metrics     limits, model, served_name, api_keys, cors_origins,
             (memfd, slot 2 + index), listen   write_timeout_s, keepalive_s, body_bytes_max,
             (a listening socket)              drain_timeout_s, log_level
@@ -27,32 +28,41 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     worker      super  compiled           count, what: kernels compiled by a step
     child       super  progress           what, done, total (bytes)
     supervisor  worker verify             sum the weights
-    worker      super  weights_sum        sum (uint64)
+    worker      super  weights_sum        sum (uint64); one that scrubs says it unasked,
+                                           and the step after which its pass began
     supervisor  worker hurry              it took the worker's place before it was prepared
     supervisor  worker promote            epoch, fd: its link to the core; it may write from now on
     supervisor  worker provoke            a drill's order (device.provoke)
     worker      super  provoked           kind, at_s: it does it now
-    child       super  fault              operator (bool), message; the child then exits
+    child       super  fault              operator (bool), message, at_s (monotonic; optional);
+                                           the child then exits
+    supervisor  any    ping               are you there? (keeper, core, api; a waiting standby)
+    child       super  pong               yes
     supervisor  any    stop               finish what is being written and exit 0
     supervisor  api    drain              refuse new requests with 503, keep streams going
     supervisor  api    core               fd: link (epoch 0) to a new core; resume over it
     supervisor  api    core_lost          detail; hold the streams until `core` comes
     supervisor  core   drain              refuse new requests
     supervisor  core   end_all            end (wire.messages.End), message: end what is live
-    supervisor  core   worker             epoch, memory (wire.messages; none: lost), fd: link to
-                                          the worker of that epoch
+    supervisor  core   worker             epoch, memory (wire.messages; none: lost), pid, fd: link
+                                          to the worker of that epoch
+    supervisor  core   weights_good       epoch, step: a pass over the weights that began after that
+                                           step found them good
     supervisor  core   worker_lost        epoch, detail: it is over and fenced; implicates: it
                                            ended by its own fault
     supervisor  core   api                index, process, first_id of its requests, fd: link
     supervisor  core   api_lost           index
     core        super  drained            nothing is live any more (after drain)
-    core        super  worker_fault       epoch, detail: that epoch must end; optional hung:
-                                           no result came in time
+    core        super  worker_fault       epoch, detail: that epoch must end; optional hung: no
+                                           result came in time, closed: only its link's end was
+                                           seen, since_s (monotonic): of a hang when its step began
     core        super  fault_report       report (core.report): plain data for whoever looks for the
                                            cause
+    core        super  resumed            epoch, streams, at_s (monotonic): the first new token of
+                                           that epoch, or nobody waited for one (streams 0)
     core        super  api_fault          process, detail: that api process must be replaced
-    supervisor  keeper weights_sum        process, sum, loaded: what a worker found in the slab
-    keeper      super  weights            process, ok: whether they are the bytes that were loaded
+    supervisor  keeper weights_sum        process, sum, loaded, step: what a worker found there
+    keeper      super  weights            process, ok, step: whether they are what was loaded
     supervisor  keeper weights_forget     they will be loaded anew
 
 Exit codes of children: 0 after stop, 70 after a fault of our own, 2 after an operator's.

@@ -52,7 +52,7 @@ class Keeper:
     def _obey(self, message: Message) -> None:
         if message["type"] == "weights_sum":
             held = self.hold(message["sum"], loaded=message["loaded"])
-            verdict = {"process": message["process"], "ok": held}
+            verdict = {"process": message["process"], "ok": held, "step": message["step"]}
             self._control.send({"type": "weights", **verdict})
         elif message["type"] == "weights_forget":
             self._weights_sum = None

@@ -261,10 +261,11 @@ class Supervisor:
             self._estate.metrics.add("compiles_after_ready_total", message["count"])
             self._on_event(Notice("warning", "worker", f"compiled in a step: {message['what']}"))
         elif kind == "weights_sum" and role in (Role.WORKER, Role.STANDBY):
-            happened = Happened(Event.SUM, process, weights_sum=message["sum"])
+            found = {"weights_sum": message["sum"], "step": message.get("step", 0)}
+            happened = Happened(Event.SUM, process, **found)
         elif kind == "weights" and role is Role.KEEPER:
             verdict = Event.GOOD if message["ok"] else Event.BAD
-            happened = Happened(verdict, message["process"])
+            happened = Happened(verdict, message["process"], step=message["step"])
         elif kind == "provoked" and self._provoker is not None:
             self._provoker.provoked(process, message)
         elif kind == "drained" and role is Role.CORE:

@@ -107,6 +107,7 @@ class Worker:
         self._link = link
         self._provocations = provocations
         self._scrub = scrub
+        self._pass_step = runner.step
         self._compiles_told = runner.stats.compiles
 
     def run(self) -> None:
@@ -140,7 +141,9 @@ class Worker:
             return
         weights_sum = self._scrub.read(now_s)
         if weights_sum is not None:
-            self._control.send({"type": "weights_sum", "sum": weights_sum})
+            # What the pass says is true of the time before it began.
+            began, self._pass_step = self._pass_step, self._runner.step
+            self._control.send({"type": "weights_sum", "sum": weights_sum, "step": began})
 
     def flush(self) -> None:
         """Give the core what was computed. Raises LinkError when it does not take it in time."""

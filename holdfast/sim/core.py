@@ -60,7 +60,8 @@ class SimCore:
         self.suspects = Suspects(self.limits, sim.witness.poison)
         self.peers: dict[int, int] = {}  # index -> number of the api process that it is linked to
         self._known: set[int] = set()  # numbers of those that it has ever been linked to
-        self._unread: list[tuple[int, bytes, int]] = []  # of api processes that it will meet
+        # Of api processes that it will meet: index, frame, process.
+        self._unread: list[tuple[int, bytes, int]] = []
         self.flights: dict[int, list[tuple[int, int, int]]] = {}  # step -> what it computes
         self._keeper_rng = Random(sim.world.seed * 0x6C62_272E + life)
         step_s = sim.world.step_time * 1e-6
@@ -117,8 +118,9 @@ class SimCore:
                 self._lose_worker(message["detail"])
             self._implicates = message["implicates"]
         elif kind == "weights_good":
-            self.brain.weights_good(self.sim.now_s)
-            self.kept.weights_good()
+            self.brain.weights_good(message["epoch"], message["step"])
+            if message["epoch"] == self.brain.epoch:
+                self.kept.weights_good(message["step"])
         elif kind == "api":
             self._new_api(message["index"], message["process"], message["first_id"])
         elif kind == "api_lost":

@@ -46,7 +46,7 @@ class KeptPages:
         self._plans: dict[int, StepPlan] = {}
         self._spoilt: set[Place] = set()  # pages whose sums were wrong, not zeroed since
         self._good_at = 0  # the weights were surely right until then
-        self._words: list[int] = []  # of a scrub, that they are good: when each came
+        self._first = 0  # results taken before this epoch
         self._changed_at: int | None = None
 
     def launch(self, plan: StepPlan) -> None:
@@ -104,9 +104,9 @@ class KeptPages:
         # A page that was given up need not be read any more.
         self.waiting = {handle for handle in self.waiting if ledger.is_sealed(handle)}
 
-    def weights_good(self) -> None:
-        """The core was told that a pass over the weights found them good."""
-        self._words.append(self.results)
+    def weights_good(self, step: int) -> None:
+        """The core was told that a pass over the weights found them good; it began after a step."""
+        self._good_at = max(self._good_at, self._first + step)
 
     def weights_changed(self) -> None:
         """They are not any more what was loaded, and nobody knows."""
@@ -118,13 +118,10 @@ class KeptPages:
         """The core has been told of another worker, and of the memory."""
         newest = self.results - RECENT
         if memory is Memory.RELOADED:
-            # A pass is sure of the time before it began, and it began after the word of the pass
-            # before the one before it had come.
-            good_at = self._words[-3] if len(self._words) > 2 else self._good_at
-            newest = min(newest, good_at)
+            newest = min(newest, self._good_at)
             if self._changed_at is not None:
                 newest = min(newest, self._changed_at)
-        self._words, self._changed_at = [], None
+        self._changed_at = None
         alive = set()
         for pool in ledger.pools:
             sealed = np.flatnonzero(pool.state == PageState.SEALED)
@@ -139,7 +136,7 @@ class KeptPages:
         self._plans.clear()
         self._spoilt.clear()  # with all pages that are not kept
         self.waiting = alive
-        self._good_at = self.results
+        self._good_at = self._first = self.results
 
 
 def _page_of(handle: int) -> Place:

@@ -181,12 +181,12 @@ class Processes:
 
         self.sim.after(late, silent, f"{process.role} {process.number} has not answered")
 
-    def scrubbed(self, number: int) -> None:
-        """A worker has read the weights through. A byte that changed meanwhile may have been read
+    def scrubbed(self, number: int, step: int) -> None:
+        """A worker has read the weights through, from the end of this step on. A byte that changed meanwhile may have been read
         before or after that."""
         process, rng = self.running[number], self._scrub_rng
         seen = self._read_sound and (self.weights_sound or rng.random() < 0.5)
-        self._say(Event.SUM, process, weights_sum=int(seen))
+        self._say(Event.SUM, process, weights_sum=int(seen), step=step)
         self._read_sound = self.weights_sound
         if self.sim.chance("weights_rot", rng):
             self.weights_sound = False
@@ -472,7 +472,8 @@ class Processes:
         good = bool(message["sum"]) or not message["loaded"]
         if process is not None:
             process.verified = good
-            self._say(Event.GOOD if good else Event.BAD, process)
+            verdict = Event.GOOD if good else Event.BAD
+            self._say(verdict, process, step=message["step"])
 
     def _promote(self, number: int, epoch: int, core: int, memory: Memory) -> None:
         process, life = self._running(number), self._running(core).core

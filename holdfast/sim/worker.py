@@ -34,6 +34,7 @@ class SimWorker:
         self.dying = False
         self.hung = False  # a step or a result of it will never be over
         self._steps = 0
+        self._pass_step = 0  # after which the present pass over the weights began
         self._arrival = 0  # of its last result: a stream socket keeps order
 
     def promoted(self) -> None:
@@ -95,7 +96,8 @@ class SimWorker:
         self._send(result.encode())
         self._steps += 1
         if sim.world.scrub_steps and self._steps % sim.world.scrub_steps == 0:
-            sim.processes.scrubbed(self.number)
+            sim.processes.scrubbed(self.number, self._pass_step)
+            self._pass_step = plan.step
         self._works()
 
     def _dies(self, code: int) -> None:

@@ -141,7 +141,7 @@ def test_the_scrub_of_the_weights_takes_pages_out_of_doubt():
     d.submit(1, PROMPT, max_tokens=60)
     for tokens in (6, 12, 18):
         running(d, tokens)
-        d.brain.weights_good(d.now_s)
+        d.brain.weights_good(1, d.brain.recent[-1].plan.step - 2)
     mark = d.brain.trust.until
     assert 0 < mark.clock < d.brain.ledger.clock
     running(d, 30)

@@ -75,8 +75,8 @@ class ScriptedBrain:
     def context_tokens(self, plan: StepPlan) -> int:
         return 1
 
-    def weights_good(self, now_s: float) -> None:
-        self.calls.append(("weights_good",))
+    def weights_good(self, epoch: int, step: int) -> None:
+        self.calls.append(("weights_good", epoch, step))
 
     def new_epoch(
         self, epoch: int, now_s: float, *, implicates: bool = False, memory: Memory = Memory.KEPT
@@ -572,8 +572,8 @@ def test_the_brain_is_told_what_became_of_the_memory_and_silence_means_lost(
 def test_words_of_the_supervisor_that_need_no_worker(bench: Bench) -> None:
     bench.say(type="ping")
     assert bench.heard() == [{"type": "pong"}]
-    bench.say(type="weights_good")
-    assert bench.brain.calls == [("weights_good",)]
+    bench.say(type="weights_good", epoch=3, step=40)
+    assert bench.brain.calls == [("weights_good", 3, 40)]
 
 
 def test_drained_is_said_once_when_nothing_is_live_any_more(bench: Bench) -> None:

@@ -18,6 +18,7 @@ from holdfast.wire.messages import Memory
 class Happened:
     """An event of the process with this number. detail: in words. code: EXITED, the exit status,
     negative for a signal. operator: FAULT, the operator can mend it. weights_sum: SUM, uint64.
+    step: SUM, GOOD: the last step of the epoch that was computed before the weights were read.
     hung: ACCUSED, no result came in time. closed: ACCUSED, only its link's end was seen. since_s:
     FAULT, ACCUSED, when it was said, of a hang when its step began; None: unknown. facts: READY,
     for the operator's eyes."""
@@ -31,6 +32,7 @@ class Happened:
     closed: bool = False
     since_s: float | None = None
     weights_sum: int = 0
+    step: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -173,8 +173,8 @@ class Steps:
     def _compare(self, slot: Slot, happened: Happened) -> None:
         # One that serves loaded nothing since its sum was compared: a scrub must find the same.
         loaded = slot.loaded or slot.epoch > 0
-        found = {"process": slot.process, "sum": happened.weights_sum, "loaded": loaded}
-        self._tell(self.keeper, "weights_sum", **found)
+        found = {"process": slot.process, "sum": happened.weights_sum, "step": happened.step}
+        self._tell(self.keeper, "weights_sum", **found, loaded=loaded)
 
     def _hold(self, slot: Slot, _: Happened) -> None:
         self.weights_held = True
@@ -186,8 +186,8 @@ class Steps:
             self.memory = Memory.RELOADED
         self._tell(self.keeper, "weights_forget")
 
-    def _tell_good(self, slot: Slot, _: Happened) -> None:
-        self._tell(self.core, "weights_good")
+    def _tell_good(self, slot: Slot, happened: Happened) -> None:
+        self._tell(self.core, "weights_good", epoch=slot.epoch, step=happened.step)
 
     def _kill_keeper(self, slot: Slot, _: Happened) -> None:
         if self.keeper.alive or self.keeper.state is State.ENDING:

@@ -4,6 +4,7 @@ from holdfast.sim.mutations import Mutation
 
 _B = "holdfast.core.brain:"
 _Q = "holdfast.core.quarantine:"
+_C = "holdfast.core.clocks:"
 _M = "holdfast.proc.lifecycle."
 
 MUTATIONS: tuple[Mutation, ...] = (
@@ -88,7 +89,93 @@ MUTATIONS: tuple[Mutation, ...] = (
         "hang-forgiven",
         "a worker that gave no result in time has faulted",
         _M + "steps:Steps._keep_hung",
-        "slot.hung = happened.hung",
+        "slot.hung, slot.word_s = happened.hung, happened.since_s",
         "pass",
+    ),
+    Mutation(
+        "wake-up-forgotten",
+        "with another worker the brain plans again",
+        _B + "Brain.new_epoch",
+        "self.suspended = False",
+        "pass",
+    ),
+    Mutation(
+        "hang-counted-from-sending",
+        "a step's clock runs from its start on the device, not from the sending of its plan",
+        _C + "StepClocks.done",
+        "self._start(now_s)",
+        "pass",
+    ),
+    Mutation(
+        "hang-unseen",
+        "a worker whose step never ends is given up",
+        _C + "StepClocks.hung",
+        "return now_s >= (self.deadline_s or math.inf)",
+        "return False",
+    ),
+    Mutation(
+        "clock-of-a-dead-worker",
+        "what was sent to the worker before is not the next one's to answer",
+        _C + "StepClocks.reset",
+        "self._running.clear()",
+        "pass",
+    ),
+    Mutation(
+        "new-memory-taken-for-kept",
+        "with the keeper all pages are lost",
+        _M + "steps:Steps._lose_memory",
+        "self.weights_held, self.memory = False, Memory.LOST",
+        "self.weights_held = False",
+    ),
+    Mutation(
+        "weights-outlive-the-keeper",
+        "a new keeper's memory holds no weights",
+        _M + "steps:Steps._lose_memory",
+        "self.weights_held, self.memory = False, Memory.LOST",
+        "self.memory = Memory.LOST",
+    ),
+    Mutation(
+        "worker-outlives-keeper",
+        "nobody goes on with the memory of a keeper that is gone",
+        _M + "steps:Steps._lose_memory",
+        "if other.alive:",
+        "if False:",
+    ),
+    Mutation(
+        "memory-made-too-early",
+        "new memory is made once all who map the old one are fenced",
+        _M + "machine:Lifecycle._join",
+        "if slot.role in joint.also and slot.state not in joint.also[slot.role]:",
+        "if joint.name != 'start the keeper' and slot.role in joint.also "
+        "and slot.state not in joint.also[slot.role]:",
+    ),
+    Mutation(
+        "reloaded-taken-for-kept",
+        "pages that wrong weights may have computed are dropped",
+        _M + "steps:Steps._forget",
+        "self.memory = Memory.RELOADED",
+        "pass",
+    ),
+    Mutation(
+        "scrub-believes-itself",
+        "what a scrub finds is compared with what was loaded, also by the worker that loaded it",
+        _M + "steps:Steps._compare",
+        "slot.loaded or slot.epoch > 0",
+        "slot.loaded",
+    ),
+    Mutation(
+        "silence-ignored",
+        "a process that answers nothing is killed",
+        _M + "machine:Lifecycle._handle",
+        "self._enter(slot, rule.then, rule.within, rule.reason or happened.detail)",
+        "if happened.event is not Event.SILENT: "
+        "self._enter(slot, rule.then, rule.within, rule.reason or happened.detail)",
+    ),
+    Mutation(
+        "unstarted-core-untold",
+        "api processes hear that the core which they were given was never made",
+        _M + "steps:Steps._lose_core",
+        'self._tell(api, "core_lost", detail=slot.detail)',
+        "if slot.epoch: pass",
     ),
 )
