@@ -67,7 +67,7 @@ class FaultReports:
 
     def lost(self, epoch: int, detail: str, now_s: float, *, hung: bool = False) -> None:
         """The worker of `epoch` is no longer believed, for this reason. Called before the brain
-        hears of it."""
+        has the next one: 6 ms at 256 rows and ten plans."""
         self._close()
         self._lost_s = now_s
         self._open = self._evidence(epoch, detail, hung, now_s)
