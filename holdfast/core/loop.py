@@ -261,8 +261,6 @@ class CoreLoop:
         if self._worker is None:
             return
         epoch = self._worker.link.epoch
-        if self._reports is not None:
-            self._reports.lost(epoch, detail, self._clock())
         self._unwatch(self._worker)
         self._worker = None
         self._worker_detail = f"the worker is being replaced: {detail}"
@@ -271,6 +269,9 @@ class CoreLoop:
         self._resuming = None
         fault = {"type": "worker_fault", "epoch": epoch, "detail": detail, "hung": hung}
         self._report({**fault, "closed": closed, "since_s": since_s})
+        if self._reports is not None:
+            # Milliseconds at 256 rows, while the supervisor kills and fences.
+            self._reports.lost(epoch, detail, self._clock(), hung=hung)
 
     # --- api processes ---
 
@@ -410,7 +411,7 @@ class CoreLoop:
         try:
             self._control.send(message)
         except LinkError as error:
-            print(f"holdfast core: cannot report {message}: {error}", file=sys.stderr)
+            print(f"holdfast core: cannot report {str(message)[:500]}: {error}", file=sys.stderr)
 
     # --- the selector ---
 

@@ -64,7 +64,9 @@ def main() -> int:
         spent=lambda seconds: metrics.observe("brain_seconds", seconds),
         clocks=clocks,
         watch=starvation.watch,
-        reports=FaultReports(brain, tokens=start.config["fault_tokens"]),
+        reports=FaultReports(
+            brain, tokens=start.config["fault_tokens"], page_faults=lambda: brain.page_faults
+        ),
     ).run()
 
 

@@ -182,8 +182,8 @@ class Processes:
         self.sim.after(late, silent, f"{process.role} {process.number} has not answered")
 
     def scrubbed(self, number: int, step: int) -> None:
-        """A worker has read the weights through, from the end of this step on. A byte that changed meanwhile may have been read
-        before or after that."""
+        """A worker has read the weights through, from the end of this step on. A byte that changed
+        meanwhile may have been read before or after that."""
         process, rng = self.running[number], self._scrub_rng
         seen = self._read_sound and (self.weights_sound or rng.random() < 0.5)
         self._say(Event.SUM, process, weights_sum=int(seen), step=step)

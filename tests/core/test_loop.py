@@ -646,18 +646,19 @@ class ScriptedReports:
         return [*ready, {"last": True}] if last else ready
 
 
-def test_a_fault_is_noted_before_the_brain_is_told_and_the_report_goes_to_the_supervisor(
+def test_evidence_of_a_fault_is_taken_after_the_supervisor_heard_of_it_and_told_to_it_later(
     bench: Bench,
 ) -> None:
     reports, worker = ScriptedReports(), bench.worker()
     bench.loop._reports = reports
-    suspend = bench.brain.suspend
+    lost = reports.lost
 
-    def suspended() -> None:
-        assert [call[0] for call in reports.calls] == ["lost"], "the evidence was taken too late"
-        suspend()
+    def noted(*arguments: Any, **options: Any) -> None:
+        told = [message["type"] for message in bench.heard()]
+        assert told == ["worker_fault"], "it must not wait for the evidence"
+        lost(*arguments, **options)
 
-    bench.brain.suspend = suspended  # type: ignore[method-assign]
+    reports.lost = noted  # type: ignore[method-assign]
     worker.close()
     bench.loop.tick(0)
     bench.say(type="worker_lost", epoch=1, detail="ended with code 70", implicates=True)

@@ -24,6 +24,8 @@ from conftest import Server, until
 from test_http_failover import MODEL, url
 from test_standby import WORKER, prepared
 
+from holdfast.api.format import LOGPROB_UNKNOWN
+
 Serve = Callable[..., Server]
 CONTEXT = 768
 # 40 tokens of prompt a step beside the decode rows: a long prompt takes a dozen steps.
@@ -261,3 +263,34 @@ def test_tokens_are_equal_whenever_the_worker_is_killed(serve: Serve, seed: int)
         again = Crowd(server, wanted).at(name, at, kill(server)).run()
         assert again == clean, f"killed after {at} chunks of {name}"
         until("restarted", lambda n=kills: server.status()["epoch"] == n + 1)
+
+
+def test_every_token_has_its_logprob_entry_when_the_core_dies(serve: Serve) -> None:
+    """Those that were journalled and not sent have a value that says it is not known."""
+    server = serve(
+        api_processes=1, limits=LIMITS, modules={}, model=MODEL, real=True, standby="warm"
+    ).wait_ready()
+    wanted = {"logprobs": cases()["logprobs"], "n": {**cases()["n"], "logprobs": 1}}
+    clean = Crowd(server, wanted).run()
+    prepared(server)
+    crowd = Crowd(server, wanted)
+
+    def kill_core() -> None:
+        os.kill(server.pids()["holdfast core"], signal.SIGKILL)
+
+    again = crowd.at("logprobs", 10, kill_core).run()
+    for name, before in clean.items():
+        after = again[name]
+        assert (after.texts, after.reasons, after.usage) == (
+            before.texts,
+            before.reasons,
+            before.usage,
+        )
+        for choice, entries in before.logprobs.items():
+            known = 0
+            for old, new in zip(entries, after.logprobs[choice], strict=True):
+                assert (new[0], new[3]) == (old[0], old[3]), "token and offset"
+                assert new == old or new[1] == LOGPROB_UNKNOWN
+                known += new == old
+            assert known >= len(entries) - 4, "only the last steps of a core are not known"
+    assert server.status()["epoch"] == 2

@@ -43,7 +43,9 @@ def test_a_dead_worker_is_fenced_and_replaced_over_weights_that_are_held(serve: 
     until("new worker at the core", lambda: server.messages("core", "worker", epoch=2, fds=1))
     assert server.messages("core", "worker_lost", epoch=1)
     assert [boot["loaded"] for boot in server.log("worker", "boot")] == [False, True]
-    assert [m["message"]["epoch"] for m in server.messages("worker", "promote", fds=1)] == [1, 2]
+    # A worker notes its promotion a moment after the core does.
+    until("promoted", lambda: len(server.messages("worker", "promote", fds=1)) == 2)
+    assert [m["message"]["epoch"] for m in server.messages("worker", "promote")] == [1, 2]
     assert server.messages("keeper", "weights_sum", loaded=True)
     until("restarted", lambda: server.event("restarted", "worker"))
     assert "SIGKILL" in server.event("lost", "worker")[2]
