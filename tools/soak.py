@@ -2,11 +2,11 @@
 
     python tools/soak.py --minutes 45 [--streams 24] [--json FILE]
 
-It starts `holdfast serve` with the bundled model on the CPU, keeps so many clients busy with prompts
-of every length up to the context, leaves some of them at random moments, and kills the waiting
-standby now and then, so that the next one warms up beside the load. At the end every process but the
-standby must be the one that was started, every answer complete, and no fault counted but the
-standby's. Exit code 1 when not. Ends only what it started.
+It starts `holdfast serve` with the bundled model on the CPU, keeps so many clients busy with
+prompts of every length up to the context, leaves some of them at random moments, and kills the
+waiting standby now and then, so that the next one warms up beside the load. At the end every
+process but the standby must be the one that was started, every answer complete, and no fault
+counted but the standby's. Exit code 1 when not. Ends only what it started.
 """
 
 from __future__ import annotations

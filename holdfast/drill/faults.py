@@ -12,6 +12,8 @@ KINDS = ("address", "instruction", "assert", "misaligned", "dma")
 PHASES = ("prefill", "decode", "capture")
 # Tokens that every stream has before something breaks: it is in the middle of its answer.
 BEGUN = 4
+# Before a hang: 47 steps of decode each, of which the clock wants to see 30 of a size.
+ROUNDS = 2
 # From the last sign of life to the first new token.
 HANG_S = 3.0
 
@@ -88,6 +90,10 @@ async def _fault_of_the_standby(stage: Stage, kind: str) -> None:
 
 
 async def hang(stage: Stage) -> None:
+    # How long a step may take is learnt from steps of its size (core/clocks): a server that has
+    # served nothing yet waits for --step-timeout-s.
+    for _ in range(ROUNDS):
+        await stage.finish(await stage.open())
     since_s = time.monotonic()
     streams = await stage.open_sabotaged()
     await stage.have(streams, BEGUN)

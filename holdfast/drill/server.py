@@ -7,6 +7,7 @@ its status socket, its /metrics.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -25,6 +26,8 @@ from holdfast.proc.lifecycle.policy import RESTART_WINDOW_S
 START_S = 180.0
 STOP_S = 60.0
 _LINES_KEPT = 400
+_PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(None).prctl
 _POLL_S = 0.02
 
 
@@ -47,6 +50,11 @@ class Needs:
         return [str(one) for one in given]
 
 
+def _end_with_us() -> None:
+    """In the new process: a drill that is killed leaves no server behind."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class DrillServer:
     """Ready when made. Raises OperatorError when it does not come up."""
 
@@ -64,6 +72,7 @@ class DrillServer:
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "HOLDFAST_API_KEY": " ".join(needs.keys), "COLUMNS": "200"},
+            preexec_fn=_end_with_us,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
