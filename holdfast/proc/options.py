@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from holdfast.config import Limits
+from holdfast.cuda_driver import parse_device
 from holdfast.errors import OptionError
 from holdfast.proc.child import limits_config
-from holdfast.proc.cuda_driver import parse_device
 from holdfast.proc.lifecycle.states import Standby
 
 JOURNAL_SYNCS = ("none", "interval", "step")

@@ -31,10 +31,10 @@ from typing import TYPE_CHECKING, Any
 
 import setproctitle
 
+from holdfast.cuda_driver import Driver, parse_device
 from holdfast.errors import LinkClosed, LinkError, OperatorError
 from holdfast.proc.child import EXIT_FAULT, EXIT_OPERATOR, Boot, boot
 from holdfast.proc.control import Control, Message
-from holdfast.proc.cuda_driver import Driver, parse_device
 from holdfast.proc.cuda_memory import Mapping
 from holdfast.proc.lifecycle.slot import title
 from holdfast.wire.link import Kind, Link
