@@ -1,4 +1,4 @@
-"""proc.cuda_driver, cuda_memory and cuda_probe over a fake driver."""
+"""cuda_driver, proc.cuda_memory and cuda_probe over a fake driver."""
 
 from __future__ import annotations
 
