@@ -36,10 +36,10 @@ from holdfast.api.refusal import error_of
 from holdfast.api.schema import Resolved, SamplingParams, check_id
 from holdfast.api.text import Tokenizer
 from holdfast.config import Limits
+from holdfast.cuda_driver import parse_device
 from holdfast.errors import EngineFault, InvalidField, OptionError, RequestError
 from holdfast.local import Drawn, LocalEngine, Run
 from holdfast.model.spec import ModelSpec, resolve_model
-from holdfast.proc.cuda_driver import parse_device
 from holdfast.proc.cuda_probe import probe
 from holdfast.sizing import GpuRoom, Sizing, Wishes, memory_available_bytes, size
 from holdfast.wire.messages import End, Refused, Submit

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from holdfast.cli.options import Dtype, EngineOptions
+from holdfast.cuda_driver import parse_device
 from holdfast.errors import OptionError
-from holdfast.proc.cuda_driver import parse_device
 from holdfast.proc.cuda_probe import devices_there, probe, torch_has_cuda
 from holdfast.sizing import GpuRoom, Sizing, memory_available_bytes, size
 

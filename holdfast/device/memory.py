@@ -110,7 +110,7 @@ class DeviceMemory:
         ):
             if mapped.size < size:
                 raise WorkerFault(f"{name} memory has {mapped.size} bytes, {size} are needed")
-            slabs.append(torch.as_tensor(_CudaArray(mapped, size), device=device))
+            slabs.append(torch.as_tensor(CudaArray(mapped, size), device=device))
         return cls(spec, limits, *slabs, pool_dtype)
 
     @property
@@ -173,7 +173,7 @@ class Addressed(Protocol):
     size: int
 
 
-class _CudaArray:
+class CudaArray:
     """uint8[size] at an address, by the protocol that torch reads without a copy."""
 
     def __init__(self, mapped: Addressed, size: int) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from holdfast.config import Limits
+from holdfast.device import warm_up
 from holdfast.device.batch import HostRows, Rows, StepBatch
 from holdfast.device.memory import DeviceMemory
 from holdfast.errors import WorkerFault
@@ -142,8 +143,17 @@ class Runner:
             positions = torch.arange(tokens, device=self.memory.pool.device)
             hidden = self.decoder.forward(ids, positions, attention, self.memory.pool)
             self.decoder.logits(hidden[-query_lens.size :])
+        if self.memory.pool.device.type != "cpu":
+            self._warm_up_sampler()
         self.memory.warm_up_sums()
         self.memory.zero_pages(np.zeros(1, np.int64))
+
+    def _warm_up_sampler(self) -> None:
+        shape = (warm_up.ROWS, self.limits.vocab_size)
+        logits = torch.zeros(shape, dtype=torch.float32, device=self.memory.pool.device)
+        draws = self._sampler.sample(logits, warm_up.sampler_inputs(), warm_up.TOP_COUNT)
+        draws.tokens.cpu()
+        logits.isfinite().all(dim=-1).cpu()
 
     def _warm_up_shapes(self) -> list[np.ndarray]:
         """int32[n] query lengths each. A GPU loads a kernel when it first sees its shape, which a

@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import os
 
+from holdfast.cuda_driver import OUT_OF_MEMORY, READ, READ_WRITE, CudaError, Driver
 from holdfast.errors import OptionError, require
-from holdfast.proc.cuda_driver import OUT_OF_MEMORY, READ, READ_WRITE, CudaError, Driver
 from holdfast.sizing import show_bytes
 
 # What the driver asks of sizes and addresses on every GPU so far; `slab_bytes` rounds to it where

@@ -15,9 +15,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from holdfast.cuda_driver import CudaError, Driver
 from holdfast.errors import OperatorError, OptionError
 from holdfast.proc import cuda_memory
-from holdfast.proc.cuda_driver import CudaError, Driver
 
 # Making a context takes 0.2 s on an idle machine; a first one after boot has taken seconds.
 PROBE_S = 60.0

@@ -14,11 +14,11 @@ import os
 import sys
 from typing import Any
 
+from holdfast.cuda_driver import CudaError, Driver, parse_device
 from holdfast.errors import HoldfastError, LinkError
 from holdfast.proc import cuda_memory, memfd
 from holdfast.proc.child import EXIT_FAULT, EXIT_OPERATOR, boot
 from holdfast.proc.control import Control, Message
-from holdfast.proc.cuda_driver import CudaError, Driver, parse_device
 
 # It only waits for the supervisor, whose death is end of file; the deadline is a heartbeat.
 _WAIT_S = 60.0

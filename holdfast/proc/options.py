@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 from holdfast.config import Limits
 from holdfast.core.clocks import STEP_TIMEOUT_S
+from holdfast.cuda_driver import parse_device
 from holdfast.errors import OptionError
 from holdfast.proc.child import limits_config
 from holdfast.proc.coredump import check_device, coredump_environment
-from holdfast.proc.cuda_driver import parse_device
 from holdfast.proc.lifecycle.policy import HEARTBEAT_S
 from holdfast.proc.lifecycle.states import Standby
 

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import setproctitle
 
+from holdfast.cuda_driver import Driver, parse_device
 from holdfast.errors import LinkClosed, LinkError, OperatorError
 from holdfast.proc.background import (
     LOOK_S,
@@ -41,7 +42,6 @@ from holdfast.proc.background import (
 )
 from holdfast.proc.child import EXIT_FAULT, EXIT_OPERATOR, Boot, boot
 from holdfast.proc.control import Control, Message
-from holdfast.proc.cuda_driver import Driver, parse_device
 from holdfast.proc.cuda_memory import Mapping
 from holdfast.proc.lifecycle.slot import title
 from holdfast.wire.link import Kind, Link

@@ -14,8 +14,8 @@ import pytest
 
 from holdfast import __version__
 from holdfast.__main__ import run
+from holdfast.cuda_driver import Driver
 from holdfast.errors import OptionError
-from holdfast.proc.cuda_driver import Driver
 
 COMMANDS = (
     (),
@@ -148,7 +148,7 @@ def test_a_gpu_that_cannot_be_used_is_refused_before_any_process(
     done = subprocess.CompletedProcess((), code, seen.out, seen.err)
     assert_one_clear_line(done, "--device", "built without CUDA")
     monkeypatch.setattr("holdfast.proc.cuda_probe.torch_has_cuda", lambda: True)
-    monkeypatch.setattr("holdfast.proc.cuda_driver.LIBRARY", "libnone.so")
+    monkeypatch.setattr("holdfast.cuda_driver.LIBRARY", "libnone.so")
     with pytest.raises(OptionError, match=r"--device: cuda needs an NVIDIA driver.*libnone\.so"):
         Driver()
 

@@ -20,14 +20,14 @@ SCRIPT = """
 import sys
 import torch
 from holdfast.device.cuda import broken, open_device
-from holdfast.device.memory import _CudaArray
-from holdfast.proc.cuda_driver import Driver
+from holdfast.device.memory import CudaArray
+from holdfast.cuda_driver import Driver
 from holdfast.proc.cuda_memory import Mapping
 
 fd, size, what = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 device = open_device("cuda:0")
 mapping = Mapping(Driver(), fd, size, 0, write=what == "write")
-slab = torch.as_tensor(_CudaArray(mapping, size), device=device)
+slab = torch.as_tensor(CudaArray(mapping, size), device=device)
 assert slab.data_ptr() == mapping.address, "torch made a copy"
 if what == "read":
     print(int(slab.to(torch.int64).sum()))

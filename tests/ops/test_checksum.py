@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from holdfast.ops import checksum as twin
-from holdfast.ops.checksum import PageSums, SlabSum, slab_sum
+from holdfast.ops.checksum import BLOCK_BYTES, PageSums, SlabSum, slab_sum
 from holdfast.wire import checksum
 
 
@@ -83,3 +83,18 @@ def test_a_slab_is_summed_in_blocks_over_and_over():
     slab[5] ^= 1  # read already: this pass does not see it, the next one does
     assert [whole.advance() for _ in range(2)] == [None, right]
     assert [whole.advance() for _ in range(3)][-1] not in (None, right)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 100])
+def test_a_slab_read_some_blocks_at_a_time_has_the_sum_of_the_definition_pass_after_pass(blocks):
+    data = np.random.default_rng(blocks).integers(0, 256, 5 * BLOCK_BYTES + 24, np.uint8)
+    sums = SlabSum(torch.from_numpy(data))
+    expected = checksum.bytes_sum(data)
+    for _ in range(2):
+        found = None
+        while found is None:
+            before = sums.done
+            found = sums.advance(blocks)
+            assert found is not None or before < sums.done <= before + blocks * BLOCK_BYTES
+        assert found == expected
+        assert sums.done == 0

@@ -52,8 +52,9 @@ def main() -> int:
     if act == "mute":
         time.sleep(600)
     if start.role == "keeper":
-        fds = [memfd.make(n, 4096, option="x") for n in ("weights", "pool")]
-        control.send({"type": "ready"}, fds)
+        names = () if act == "unshared" else ("weights", "pool")
+        fds = [memfd.make(n, 4096, option="x") for n in names]
+        control.send({"type": "ready", "unshared": "" if fds else "CUDA_ERROR"}, fds)
     else:
         if start.role == "worker":
             control.progress("weights", 1, 2)

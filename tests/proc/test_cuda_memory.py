@@ -1,4 +1,4 @@
-"""proc.cuda_driver, cuda_memory and cuda_probe over a fake driver."""
+"""cuda_driver, proc.cuda_memory and cuda_probe over a fake driver."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import pytest
 from fake_cuda import GRANULE, NOT_SUPPORTED, Library
 
+from holdfast.cuda_driver import CudaError, Driver, parse_device
 from holdfast.errors import OptionError, WorkerFault
 from holdfast.proc import cuda_memory, cuda_probe, keeper
-from holdfast.proc.cuda_driver import CudaError, Driver, parse_device
 from holdfast.proc.cuda_memory import Mapping, make_slabs, shares, slab_bytes
 
 MIB = 1 << 20

@@ -70,6 +70,21 @@ def test_a_worker_that_finds_other_weights_never_serves_and_they_are_loaded_anew
     assert promoted == [boots[0]["pid"], boots[2]["pid"]]
 
 
+def test_where_memory_cannot_be_shared_each_worker_loads_its_own_and_there_is_no_standby(
+    serve: Serve,
+) -> None:
+    server = serve(act={"keeper": "unshared"}, standby="warm").wait_ready()
+    assert "CUDA_ERROR" in server.event("warning", "keeper")[2]
+    os.kill(server.pids()["holdfast worker 0"], signal.SIGKILL)
+    until("second epoch", lambda: server.messages("core", "worker", epoch=2))
+    boots = server.log("worker", "boot")
+    assert [boot["loaded"] for boot in boots] == [False, False]
+    assert all(boot["fds"] == ["control"] for boot in boots)
+    # What it loaded is compared with what the first one did.
+    until("compared", lambda: server.messages("keeper", "weights_sum", loaded=True))
+    assert not server.log("standby", "boot")
+
+
 def test_a_dead_core_is_replaced_by_one_that_recovers_and_both_sides_are_linked_anew(
     serve: Serve,
 ) -> None:

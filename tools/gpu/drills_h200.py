@@ -32,6 +32,8 @@ for _folder in (ROOT, ROOT / "tests" / "gpu", ROOT / "tests" / "device"):
 GIB = 1 << 30
 # The page of an 8B model: 16 tokens, 36 layers, K and V of 8 heads of 128 in bfloat16.
 PAGE_BYTES = 16 * 36 * 2 * 8 * 128 * 2
+# Issue 4's figure, and for kinds without one what the driver takes for the slowest, and room.
+FENCED_MS, FENCED_MS_ELSE = {"address": 400}, 800
 FAULTS = ("address", "instruction", "trap", "misaligned", "assert", "dma")
 STREAMS, TOKENS = 32, 400
 FAULT_SCRIPT = """
@@ -105,8 +107,7 @@ def environment(report: Report) -> None:
 
 def tests(report: Report, left_s: float) -> None:
     log = report.out / "tests.log"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "-x"]
-    command.remove("-x")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
     started_s = time.monotonic()
     with log.open("w") as file:
         code = subprocess.run(
@@ -115,7 +116,7 @@ def tests(report: Report, left_s: float) -> None:
     text = log.read_text()
     if code:
         print(text[-7000:], flush=True)
-    last = text.strip().splitlines()[-1]
+    last = next(x for x in reversed(text.splitlines()) if " in " in x and "ed" in x)
     report.add("tests", f"pytest -m gpu, {time.monotonic() - started_s:.0f} s", last, code == 0)
 
 
@@ -278,7 +279,8 @@ def faults(report: Report, left_s: float) -> None:
         process.wait(10)
         figure = f"word {word_ms:.0f} ms, pidfd {fenced_ms:.0f} ms: {word}"
         facts = {"word_ms": word_ms, "fenced_ms": fenced_ms}
-        report.add("faults", kind, figure, bool(word) and fenced_ms <= 500, **facts)
+        ok = bool(word) and fenced_ms <= FENCED_MS.get(kind, FENCED_MS_ELSE)
+        report.add("faults", kind, figure, ok, **facts)
 
 
 def load(report: Report, left_s: float) -> None:
@@ -317,7 +319,7 @@ def drills(report: Report, left_s: float) -> None:
         return
     out = report.out / "drills.json"
     command = [sys.executable, "-m", "holdfast", "drill", "run", "all", "--device", "cuda"]
-    command += ["--streams", str(STREAMS), "--json", str(out)]
+    command += ["--json", str(out)]
     log = report.out / "drills.log"
     with log.open("w") as file:
         code = subprocess.run(

@@ -2,8 +2,8 @@
 
 Owns the few structures and calls of libcuda.so.1 that the keeper, the probe and the worker need; so
 the keeper needs neither torch nor a binding package. Every call that fails raises CudaError with
-the driver's own name for it. Called by proc.cuda_memory, proc.cuda_probe and their tests, which
-hand a fake library in. It must not know what the memory is for.
+the driver's own name for it. Called by proc (which hands its tests' fake library in) and by
+device.provoke_cuda. It must not know what the memory is for.
 """
 
 from __future__ import annotations
