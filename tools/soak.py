@@ -2,7 +2,7 @@
 
     python tools/soak.py --minutes 45 [--streams 24] [--json FILE]
 
-It starts `holdfast serve` with the bundled model on the CPU, keeps so many clients busy with prompts
+It starts `holdfast serve` with the bundled model on the CPU, keeps many clients busy with prompts
 of every length, leaves some of them at random moments and all of them at the end, and kills the
 waiting standby now and then, so that the next one warms up beside the load. At the end every
 process but the standby must be the one that was started, every answer complete, and no fault
