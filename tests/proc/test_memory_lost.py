@@ -70,7 +70,7 @@ def test_weights_that_change_are_found_by_the_scrub_and_loaded_anew(serve: Serve
 
 
 def test_faults_never_turn_into_a_client_error(serve: Serve) -> None:
-    """While workers, the core and the keeper die, answers are 200, or 503 with nobody to compute."""
+    """While workers, the core and the keeper die: 200, or 503 with nobody to compute."""
     server = real(serve, standby="warm", restarts_per_minute=1000)
     codes: set[int] = set()
     over = threading.Event()
