@@ -2,8 +2,8 @@
 
     python tools/soak.py --minutes 45 [--streams 24] [--json FILE]
 
-It starts `holdfast serve` with the bundled model on the CPU, keeps so many clients busy with
-prompts of every length up to the context, leaves some of them at random moments, and kills the
+It starts `holdfast serve` with the bundled model on the CPU, keeps many clients busy with prompts
+of every length, leaves some of them at random moments and all of them at the end, and kills the
 waiting standby now and then, so that the next one warms up beside the load. At the end every
 process but the standby must be the one that was started, every answer complete, and no fault
 counted but the standby's. Exit code 1 when not. Ends only what it started.
@@ -107,11 +107,11 @@ class Soak:
     async def _client(self, client: httpx.AsyncClient, end: float) -> None:
         while time.monotonic() < end:
             try:
-                await self._ask(client)
+                await self._ask(client, end)
             except httpx.HTTPError as error:
                 self.report.wrong.append(f"a stream broke: {error!r}")
 
-    async def _ask(self, client: httpx.AsyncClient) -> None:
+    async def _ask(self, client: httpx.AsyncClient, end: float) -> None:
         rng = self.rng
         words = rng.choice([3, 30, 120, 400])
         tokens = rng.choice([1, 20, 100, 300])
@@ -136,7 +136,8 @@ class Soak:
                     self.report.events += 1
                     if '"error"' in line:
                         self.report.wrong.append(line[:200])
-                if leaves_after is not None and seen > leaves_after:
+                leaves = leaves_after is not None and seen > leaves_after
+                if leaves or time.monotonic() > end:
                     self.report.left += 1
                     return
         self.report.wrong.append("a stream ended without [DONE]")

@@ -436,6 +436,8 @@ class Supervisor:
             return None  # It could not be started; the machine was told.
         try:
             child.control.send(message, fds or [])
+        except LinkClosed as error:
+            return Happened(Event.EOF, process, str(error))
         except LinkError as error:
             return Happened(Event.BROKEN, process, str(error))
         self._watch_writing(process)

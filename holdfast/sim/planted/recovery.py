@@ -171,11 +171,4 @@ MUTATIONS: tuple[Mutation, ...] = (
         "if happened.event is not Event.SILENT: "
         "self._enter(slot, rule.then, rule.within, rule.reason or happened.detail)",
     ),
-    Mutation(
-        "unstarted-core-untold",
-        "api processes hear that the core which they were given was never made",
-        _M + "steps:Steps._lose_core",
-        'self._tell(api, "core_lost", detail=slot.detail)',
-        "if slot.epoch: pass",
-    ),
 )
