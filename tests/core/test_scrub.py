@@ -197,7 +197,7 @@ def test_a_row_that_computed_behind_its_own_changed_page_leaves_nothing_under_it
     d = Clocked(step_s=0.0, rows_max=4, prefill_tokens=64)
     # Both are admitted before either is shared: each computes its own pages.
     d.submit(1, PROMPT, max_tokens=40)
-    d.submit(2, PROMPT, max_tokens=40)
+    d.submit(2, [*PROMPT, *range(40, 52)], max_tokens=40)
     running(d, 20)
     run = d.brain.scheduler.running
     rows = [d.brain.requests[request].row for request in (1, 2)]
@@ -211,6 +211,7 @@ def test_a_row_that_computed_behind_its_own_changed_page_leaves_nothing_under_it
         for one in run.handles[0, twin, 2 : run.pages_len[twin]].tolist()
         if d.brain.ledger.is_sealed(one)
     }
+    assert own & set(d.brain.ledger.index.handles()), "what only this row computed is shared"
     d.flip(page)
     d.now_s += 1.0
     d.find()
