@@ -455,6 +455,8 @@ class Processes:
 
     def _check_blame(self, lost: dict[str, Any]) -> None:
         """The core is told whether a worker faulted by itself, as it was."""
+        if self._links[lost["epoch"]] != self.sim.core.life:
+            return  # It computed for a core that is gone: nobody's rows were in flight.
         own = self.blame[lost["epoch"]]
         if own is not None and lost["implicates"] != own:
             raise Violation(f"epoch {lost['epoch']}: implicates {lost['implicates']}, was {own}")

@@ -27,7 +27,8 @@ def real(serve: Serve, **options: Any) -> Server:
 def spoil_weights(server: Server) -> None:
     """Change a byte in the middle of the slab that the keeper owns."""
     folder = f"/proc/{server.pids()[KEEPER]}/fd"
-    fds = [fd for fd in os.listdir(folder) if "weights" in os.readlink(f"{folder}/{fd}")]
+    name = "memfd:holdfast-weights"
+    fds = [fd for fd in os.listdir(folder) if name in os.readlink(f"{folder}/{fd}")]
     with open(f"{folder}/{fds[0]}", "r+b") as slab:
         slab.seek(os.fstat(slab.fileno()).st_size // 2)
         byte = slab.read(1)[0]
