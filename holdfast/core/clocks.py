@@ -3,7 +3,7 @@
 A step's clock runs from its start on the device: a plan that is sent while another runs starts when
 that one's result came. Its bound is FACTOR times the p99.9 of the steps of its size so far, plus
 MARGIN_S, and never more than `timeout_s`. A size that has been seen too seldom borrows the bound of
-another, scaled up by how much larger it is; at first there is none, and `timeout_s` holds.
+another, scaled up by how much larger it is; for the very first steps `timeout_s` holds.
 
 A false restart is worse than a late one, so two kinds of time do not count: what this process
 itself slept through (`lapse`: a stopped core, a suspended machine), and what the worker waited for
@@ -30,8 +30,11 @@ MARGIN_S = 0.5
 QUANTILE = 0.999
 # A step that takes longer than this and half its bound makes the server not ready until it is back.
 LATE_S = 5.0
-# Fewer steps than this say nothing of a size.
+# Fewer steps than this say little of a size. While no size has so many, the longest step counts
+# FEW_FACTOR times and the margin as well: a young server must not wait a minute for a hang.
 SAMPLES_MIN = 30
+FEW_MIN = 3
+FEW_FACTOR = 4
 # After so many steps older ones count half: a size's bound follows a machine that became faster.
 SAMPLES_MAX = 20_000
 # The first steps of an epoch meet cold caches and pages that this process never touched: a size of
@@ -202,16 +205,23 @@ class StepClocks:
         """Seconds that a step of this size may take."""
         bound = self._bounds.get(size)
         if bound is None:
-            usual = [
-                known.quantile() * size.over(other)
-                for other, known in self._durations.items()
-                if known.count >= SAMPLES_MIN
-            ]
+            usual, margin_s = self._usual(size, SAMPLES_MIN), self._margin_s
+            if not usual:
+                usual = [FEW_FACTOR * seconds for seconds in self._usual(size, FEW_MIN)]
+                margin_s *= FEW_FACTOR
             seen = self._durations.get(size)
             # What has been seen of it, however seldom, is the least that is usual.
             least = 0.0 if seen is None else seen.quantile()
             bound = self._timeout_s
             if usual:
-                bound = min(bound, self._factor * max(least, min(usual)) + self._margin_s)
+                bound = min(bound, self._factor * max(least, min(usual)) + margin_s)
             self._bounds[size] = bound
         return bound
+
+    def _usual(self, size: Size, samples: int) -> list[float]:
+        """What each size that was seen so often says of this one, in seconds."""
+        return [
+            known.quantile() * size.over(other)
+            for other, known in self._durations.items()
+            if known.count >= samples
+        ]

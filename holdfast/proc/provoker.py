@@ -21,11 +21,14 @@ import contextlib
 import mmap
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from holdfast.cuda_driver import parse_device
 from holdfast.proc.child import Child
 from holdfast.proc.control import Message
 from holdfast.proc.lifecycle.machine import Lifecycle
@@ -38,6 +41,8 @@ REFUSAL = "this server was not started with --drills: nothing can be provoked in
 # The sign of one float32 in every page of the slab: it moves any answer, and every number stays
 # finite.
 _FLIP_EVERY_BYTES = 4096
+# A context, and two copies of the weights over the bus.
+_FLIP_S = 60.0
 
 Say = Callable[[int, Message], None]
 
@@ -45,8 +50,19 @@ Say = Callable[[int, Message], None]
 class Provoker:
     """`children` are the supervisor's, by number; `say` sends a control message to one of them."""
 
-    def __init__(self, lifecycle: Lifecycle, children: Mapping[int, Child], say: Say) -> None:
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        children: Mapping[int, Child],
+        say: Say,
+        *,
+        device: str = "cpu",
+        weights_bytes: int = 0,
+    ) -> None:
+        """device, weights_bytes: where the weights lie, and how many bytes they are."""
         self._lifecycle = lifecycle
+        self._device = device
+        self._weights_bytes = weights_bytes
         self._children = children
         self._say = say
         self._standing: list[Message] = []
@@ -68,7 +84,7 @@ class Provoker:
                     self._next = None
                 case other:
                     raise ValueError(f"nothing is called {other!r}")
-        except (KeyError, TypeError, ValueError, OSError) as error:
+        except (KeyError, TypeError, ValueError, OSError, subprocess.TimeoutExpired) as error:
             return {"error": f"{type(error).__name__}: {error}"}
         return {"at_s": time.monotonic()}
 
@@ -132,9 +148,30 @@ class Provoker:
         if kill:
             # First: what it computes with wrong weights must not leave it.
             self._child("worker 0").kill()
+        if self._device != "cpu":
+            self._flip_on_gpu(fd)
+            return
         with mmap.mmap(fd, os.fstat(fd).st_size) as slab:
             signs = slice(3, None, _FLIP_EVERY_BYTES)
             slab[signs] = bytes(byte ^ 0x80 for byte in slab[signs])
+
+    def _flip_on_gpu(self, fd: int) -> None:
+        """By a process of its own: this one has no context, and must not make one."""
+        ordinal = parse_device(self._device)[1]
+        numbers = (ordinal, fd, self._weights_bytes, _FLIP_EVERY_BYTES)
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "holdfast.proc.cuda_flip", *map(str, numbers)],
+            env={**os.environ, "PYTHONPATH": path},
+            pass_fds=(fd,),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_FLIP_S,
+            check=False,
+        )
+        if done.returncode:
+            raise ValueError(f"the weights could not be changed: {done.stderr[-300:]}")
 
     def _child(self, role: str) -> Child:
         return self._children[self._number(role)]

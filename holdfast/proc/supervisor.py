@@ -85,7 +85,13 @@ class Supervisor:
         self._unshared = ""
         self._provoker: Provoker | None = None
         if options.drills:
-            self._provoker = Provoker(self.lifecycle, self._children, self._order)
+            self._provoker = Provoker(
+                self.lifecycle,
+                self._children,
+                self._order,
+                device=options.device,
+                weights_bytes=options.weights_bytes,
+            )
         self._selector = selectors.DefaultSelector()
         self._started_s = time.monotonic()
 

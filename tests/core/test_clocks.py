@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from holdfast.core.clocks import (
+    FEW_FACTOR,
+    FEW_MIN,
     FRESH_STEPS,
     MARGIN_S,
     SAMPLES_MAX,
@@ -49,9 +51,19 @@ def test_a_size_that_was_seen_often_enough_has_four_times_its_longest_step_and_a
     worker = Worker()
     worker.step(0.02, times=SAMPLES_MIN - 2)
     worker.step(0.05)
-    assert worker.bound() == STEP_TIMEOUT_S
+    assert worker.bound() > FEW_FACTOR * MARGIN_S
     worker.step(0.02)
     assert 3.6 * 0.05 + MARGIN_S < worker.bound() <= 4 * 0.05 + MARGIN_S
+
+
+def test_a_young_server_waits_longer_for_a_hang_but_not_a_minute() -> None:
+    worker = Worker()
+    worker.step(0.05, times=FEW_MIN - 1)
+    assert worker.bound() == STEP_TIMEOUT_S, "two steps may be two accidents"
+    worker.step(0.05)
+    few = FEW_FACTOR * (4 * 0.05 + MARGIN_S)
+    assert 0.9 * few < worker.bound() <= few
+    assert worker.bound(tokens=40) > few, "a larger step may take longer"
 
 
 def test_the_p999_leaves_out_one_step_in_a_thousand_and_follows_a_faster_machine() -> None:
