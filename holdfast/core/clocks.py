@@ -96,7 +96,7 @@ class Durations:
         if self.count >= SAMPLES_MAX:
             self._counts = [count // 2 for count in self._counts]
             self.count = sum(self._counts)
-        return at > self._usual or self.count == SAMPLES_MIN or self.count % 64 == 0
+        return at > self._usual or self.count in (FEW_MIN, SAMPLES_MIN) or self.count % 64 == 0
 
     def quantile(self) -> float:
         """The p99.9, rounded up to a bucket's end: of fewer than a thousand, the longest."""
