@@ -183,6 +183,7 @@ def draw(seed: int, profile: str = "short") -> World:
     span = rng.choice([5, 50, 400]) * step_time
     jobs = _draw_jobs(rng, limits, rates, rng.randint(1, requests_max), span, step_time)
     rates, deadly = _draw_deaths(Random(seed * 0x27D4_EB2F + 9), rates)
+    rates = _draw_spoilt(Random(seed * 0x1656_67B1 + 7), rates)
     rates, jobs = _draw_poison(Random(seed * 0xC2B2_AE35 + 3), rates, jobs, fault_chance)
     limits, rates, copy_time, disk_time = _draw_tiers(seed, profile, limits, rates, step_time)
     if profile == "tiers":
@@ -445,6 +446,14 @@ def _draw_deaths(rng: Random, rates: Rates) -> tuple[Rates, bool]:
     if not rates.core_death or rng.random() >= 0.3:
         return rates, False
     return replace(rates, core_death=0.03, nan_row=0.15), True
+
+
+def _draw_spoilt(rng: Random, rates: Rates) -> Rates:
+    """In some worlds whose clients leave, many rows are not finite: those of which nobody is told.
+    With a Random of its own."""
+    if rates.nan_row and rates.abort > 0.2 and rng.random() < 0.5:
+        return replace(rates, nan_row=0.4)
+    return rates
 
 
 def _draw_poison(
