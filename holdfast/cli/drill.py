@@ -95,9 +95,6 @@ def run_drills(
         threads=threads,
         explain=explain,
     )
-    for each in plan.drills:
-        if each.cpu_only and device is not Device.CPU:
-            err.print(f"{each.name} is for the CPU alone: {each.cpu_only}", markup=False)
     runner = Runner(plan)
     try:
         reports = runner.run(_show)

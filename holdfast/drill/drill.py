@@ -24,7 +24,7 @@ class Drill:
     caught: how the provocation must be met (report.CAUGHT). sabotage: what is broken besides, in
     words; sabotage_kind: the kind of failure that must see it. ends: ends of the worker a case
     costs, since restarts of a server are paced. spoils: under sabotage the server is not fit for
-    another drill. cpu_only: why it cannot be run on a GPU.
+    another drill.
     """
 
     name: str
@@ -38,4 +38,3 @@ class Drill:
     sabotage_kind: str = "tokens"
     ends: int = 1
     spoils: bool = False
-    cpu_only: str = ""

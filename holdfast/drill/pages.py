@@ -164,7 +164,6 @@ DRILLS = (
         needs=SCRUBBED,
         ends=2,
         sabotage="what is emitted before anybody looks at the weights is judged, too",
-        cpu_only="the supervisor cannot write a GPU's memory, and workers map weights read-only",
         spoils=True,
     ),
     Drill(

@@ -49,7 +49,6 @@ class Plan:
             for drill in self.drills
             for case in drill.cases
             if self.kind is None or self.kind in case.split("/")
-            if not (drill.cpu_only and self.device != "cpu")
         ]
         if not found:
             what = f"kind {self.kind!r}" if self.kind else f"a run on {self.device}"

@@ -36,6 +36,42 @@ PAGE_BYTES = 16 * 36 * 2 * 8 * 128 * 2
 FENCED_MS, FENCED_MS_ELSE = {"address": 400}, 800
 FAULTS = ("address", "instruction", "trap", "misaligned", "assert", "dma")
 STREAMS, TOKENS = 32, 400
+ALONE = ("worker-kill", "gpu-fault:address/decode", "gpu-fault:assert/decode", "hang:spin")
+BESIDE = {
+    "faults": (
+        "gpu-fault:instruction/decode",
+        "gpu-fault:misaligned/decode",
+        "gpu-fault:dma/decode",
+        "gpu-fault:address/prefill",
+        "gpu-fault:address/capture",
+        "gpu-fault:dma/prefill",
+    ),
+    "more-faults": (
+        "gpu-fault:assert/prefill",
+        "gpu-fault:instruction/prefill",
+        "gpu-fault:misaligned/prefill",
+        "gpu-fault:assert/capture",
+        "gpu-fault:instruction/capture",
+        "gpu-fault:misaligned/capture",
+        "gpu-fault:dma/capture",
+    ),
+    "processes": (
+        "hang:stop",
+        "zombie-writer",
+        "double-fault",
+        "core-kill",
+        "keeper-kill",
+        "poison-request",
+    ),
+    "pages": (
+        "corrupt-page:promotion",
+        "corrupt-page:scrub",
+        "corrupt-weights:promotion",
+        "corrupt-weights:scrub",
+        "tenant-isolation",
+    ),
+    "load": ("nan-row", "hostile-input", "abort-storm", "api-kill", "api-overload"),
+}
 FAULT_SCRIPT = """
 import os, sys, time, torch
 from holdfast.device.cuda import open_device
@@ -313,20 +349,50 @@ def load(report: Report, left_s: float) -> None:
 
 
 def drills(report: Report, left_s: float) -> None:
-    """`holdfast drill run all` where this version has it."""
-    if not (ROOT / "holdfast" / "drill").exists():
-        report.add("drills", "holdfast drill run all", "not in this version")
-        return
-    out = report.out / "drills.json"
-    command = [sys.executable, "-m", "holdfast", "drill", "run", "all", "--device", "cuda"]
-    command += ["--json", str(out)]
-    log = report.out / "drills.log"
-    with log.open("w") as file:
-        code = subprocess.run(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=left_s, check=False
-        ).returncode
-    print(log.read_text()[-6000:], flush=True)
-    report.add("drills", "holdfast drill run all --device cuda", f"exit code {code}", code == 0)
+    """Every case: those that say how long things take alone on the machine, the others beside each
+    other, each lane with a server of its own."""
+    end_s = time.monotonic() + left_s
+    alone = _lanes(report.out, {"alone": ALONE}, left_s / 2)
+    beside = _lanes(report.out, BESIDE, end_s - time.monotonic())
+    played = alone + beside
+    (report.out / "drills.json").write_text(json.dumps(played, indent=1) + "\n")
+    for each in played:
+        times = (each[clock] for clock in ("noticed_s", "fenced_s", "resumed_s"))
+        clocks = " / ".join("-" if s is None else f"{s * 1000:.0f}" for s in times)
+        equal, explained = each["tokens_equal"], each["tokens_explained"]
+        figure = f"{each['lost']} of {each['streams']} lost, {equal}"
+        figure += f" equal and {explained} explained of {each['tokens']} tokens, {clocks} ms"
+        passed = each["verdict"] == "pass"
+        if not passed:
+            figure += f"; {each['failures']}"
+        report.add("drills", f"{each['drill']} {each['case']}".strip(), figure, passed)
+    wanted = sum(len(lane) for lane in (ALONE, *BESIDE.values()))
+    report.add("drills", "cases played", f"{len(played)} of {wanted}", len(played) == wanted)
+
+
+def _lanes(out: Path, lanes: dict[str, tuple[str, ...]], left_s: float) -> list[dict[str, Any]]:
+    """Run lanes side by side; their reports."""
+    script = Path(__file__).with_name("drill_lane.py")
+    started = []
+    for name, cases in lanes.items():
+        command = [sys.executable, str(script), str(out / f"lane-{name}.json"), str(left_s - 30)]
+        with (out / f"lane-{name}.log").open("w") as log:
+            started.append(
+                subprocess.Popen([*command, *cases], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            )
+    end_s = time.monotonic() + left_s
+    for process in started:
+        try:
+            process.wait(max(1.0, end_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.terminate()
+    played = []
+    for name in lanes:
+        print((out / f"lane-{name}.log").read_text()[-2500:], flush=True)
+        path = out / f"lane-{name}.json"
+        if path.exists():
+            played += [one | {"lane": name} for one in json.loads(path.read_text())["drills"]]
+    return played
 
 
 PARTS: dict[str, tuple[Callable[[Report, float], None], float]] = {
