@@ -401,7 +401,7 @@ PARTS: dict[str, tuple[Callable[[Report, float], None], float]] = {
     "faults": (faults, 90),
     "tests": (tests, 200),
     "kill": (kill, 120),
-    "drills": (drills, 400),
+    "drills": (drills, 290),
 }
 
 
