@@ -80,6 +80,7 @@ async def _fault_of_the_standby(stage: Stage, kind: str) -> None:
     await stage.fired(kind, since_s)
     await stage.finish()
     stage.judge()
+    await stage.until("the standby's end", lambda: stage.moments("exited", stage.broken_s or 0.0))
     stage.expect_moved("faults_total", kind="standby")
     exited = stage.moments("exited", stage.broken_s or 0.0)
     titles = [m["title"] for m in exited]

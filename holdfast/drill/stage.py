@@ -30,7 +30,6 @@ WARM_S = 150.0
 _POLL_S = 0.01
 # Moments are noted by several processes: one that is this much early is of the same provocation.
 _SLACK_S = 0.05
-CLEAN_STREAMS = 16
 # On a machine that does other work besides; an idle one needs 1 ms (EOF after SIGKILL).
 NOTICE_S = 0.5
 # Faults of the server must never look like faults of the client.
@@ -101,8 +100,8 @@ class Stage:
         which tau is taken from. Raises OperatorError when one of them does not end well."""
         if self.judges.explainer is None:
             return
-        # No more than have rows: nothing of it may be refused.
-        room = asyncio.Semaphore(min(CLEAN_STREAMS, self.server.needs.rows))
+        # As many as have rows: nothing of it may be refused, and logits differ with the batch.
+        room = asyncio.Semaphore(self.server.needs.rows)
 
         async def run(job: Job) -> None:
             async with room:

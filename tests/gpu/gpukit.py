@@ -96,9 +96,18 @@ class Server:
             time.sleep(0.05)
 
     def metrics(self) -> str:
+        with self._connected() as connection:
+            connection.request("GET", "/metrics")
+            with connection.getresponse() as response:
+                return response.read().decode()
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[http.client.HTTPConnection]:
         connection = http.client.HTTPConnection(self.host, self.port, timeout=DEADLINE_S)
-        connection.request("GET", "/metrics")
-        return connection.getresponse().read().decode()
+        try:
+            yield connection
+        finally:
+            connection.close()
 
     def stream(
         self, prompts: list[str], tokens: int
@@ -128,28 +137,12 @@ class Server:
             "ignore_eos": True,
             "stream": True,
         }
+        kind = {"Content-Type": "application/json"}
         try:
-            connection = http.client.HTTPConnection(self.host, self.port, timeout=DEADLINE_S)
-            connection.request(
-                "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
-            )
-            response = connection.getresponse()
-            if response.status != 200:
-                stream.error = f"{response.status} {response.read()[:300]!r}"
-                return
-            for raw in response:
-                line = raw.decode().strip()
-                if not line.startswith("data: ") or line == "data: [DONE]":
-                    continue
-                event = json.loads(line.removeprefix("data: "))
-                if "error" in event:
-                    stream.error = str(event["error"])
-                    return
-                for choice in event["choices"]:
-                    if choice["text"]:
-                        stream.pieces.append(choice["text"])
-                        stream.at_s.append(time.monotonic())
-                    stream.finish = choice["finish_reason"] or stream.finish
+            with self._connected() as connection:
+                connection.request("POST", "/v1/completions", json.dumps(body), kind)
+                with connection.getresponse() as response:
+                    _take(response, stream)
         except OSError as error:
             stream.error = repr(error)
 
@@ -182,3 +175,23 @@ def until_streaming(streams: list[Stream], pieces: int) -> None:
         assert not failed, failed
         assert time.monotonic() < end_s, [len(stream.pieces) for stream in streams]
         time.sleep(0.002)
+
+
+def _take(response: http.client.HTTPResponse, stream: Stream) -> None:
+    """Read an answer's events until its end."""
+    if response.status != 200:
+        stream.error = f"{response.status} {response.read()[:300]!r}"
+        return
+    for raw in response:
+        line = raw.decode().strip()
+        if not line.startswith("data: ") or line == "data: [DONE]":
+            continue
+        event = json.loads(line.removeprefix("data: "))
+        if "error" in event:
+            stream.error = str(event["error"])
+            return
+        for choice in event["choices"]:
+            if choice["text"]:
+                stream.pieces.append(choice["text"])
+                stream.at_s.append(time.monotonic())
+            stream.finish = choice["finish_reason"] or stream.finish

@@ -91,7 +91,7 @@ def main() -> int:
                     return 0
                 if kind == "weights_sum":
                     ok = message["sum"] == 1 << 63 or not message["loaded"]
-                    verdict = {"process": message["process"], "ok": ok}
+                    verdict = {"process": message["process"], "ok": ok, "step": message["step"]}
                     control.send({"type": "weights", **verdict})
                 if kind == "verify" and act != "stuck":
                     control.send({"type": "weights_sum", "sum": weights_sum()})

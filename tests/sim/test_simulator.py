@@ -162,6 +162,9 @@ def test_every_kind_of_fault_strikes_somewhere():
         "output_lost",
         "page_rot",
         "memory_lost",
+        "keeper_death",
+        "freeze",
+        "weights_rot",
     }
 
 
