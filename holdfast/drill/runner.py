@@ -43,7 +43,7 @@ class Plan:
     explain: bool = False
 
     def cases(self) -> Iterator[tuple[Drill, str]]:
-        """Raises OptionError when no case is of that kind, or for that device."""
+        """Raises OptionError when no case is of that kind."""
         found = [
             (drill, case)
             for drill in self.drills
@@ -51,8 +51,7 @@ class Plan:
             if self.kind is None or self.kind in case.split("/")
         ]
         if not found:
-            what = f"kind {self.kind!r}" if self.kind else f"a run on {self.device}"
-            raise OptionError("NAME", f"no drill chosen has a case for {what}")
+            raise OptionError("NAME", f"no drill chosen has a case for kind {self.kind!r}")
         return iter(found)
 
 

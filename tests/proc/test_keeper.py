@@ -30,10 +30,11 @@ def keeper():
 
 
 def ask(child: Child, process: int, weights_sum: int, *, loaded: bool) -> bool:
-    fields = {"process": process, "sum": weights_sum, "loaded": loaded}
+    fields = {"process": process, "sum": weights_sum, "loaded": loaded, "step": 31}
     child.control.send({"type": "weights_sum", **fields})
     message, _ = child.control.wait(10)
-    assert (message["type"], message["process"]) == ("weights", process)
+    told = (message["type"], message["process"], message["step"])
+    assert told == ("weights", process, 31)
     return message["ok"]
 
 
