@@ -17,11 +17,12 @@ JOBS   ?= 2
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint clean
+.PHONY: help setup serve test soak lint clean
 
 help:
 	@echo 'make serve   set up, then serve the bundled model on port $(PORT)   (ARGS=... passes options)'
 	@echo 'make test    set up, then run the test suite                     (ARGS=... passes options)'
+	@echo 'make soak    set up, then saturate a server; nothing may restart (ARGS=--minutes 45 for longer)'
 	@echo 'make lint    set up, then check style'
 	@echo 'make clean   remove $(VENV)'
 
@@ -36,6 +37,9 @@ serve: $(STAMP)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -q -m 'not gpu' -n $(JOBS) --dist loadfile $(ARGS)
+
+soak: $(STAMP)
+	$(VENV)/bin/python tools/soak.py --minutes 5 $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/python -m ruff check .
