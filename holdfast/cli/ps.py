@@ -10,6 +10,7 @@ import json
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from holdfast.cli.show import out
@@ -34,7 +35,7 @@ def ps(
 def _table(server: dict[str, Any]) -> Table:
     ready = "ready" if server["ready"] else "not ready"
     title = f"{server['model']} on {server['host']}:{server['port']}, {server['phase']}, {ready}"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     for name, side in (
         ("pid", "right"),
         ("process", "left"),
@@ -44,8 +45,7 @@ def _table(server: dict[str, Any]) -> Table:
         ("restarts", "right"),
         ("last end", "left"),
     ):
-        fixed = name in ("pid", "process", "state")
-        table.add_column(name, justify=side, no_wrap=fixed)  # type: ignore[arg-type]
+        table.add_column(name, justify=side, no_wrap=name != "last end")  # type: ignore[arg-type]
     table.add_row(
         str(server["pid"]),
         server["title"],
