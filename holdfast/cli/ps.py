@@ -30,12 +30,16 @@ def ps(
         out.print("no Holdfast server of yours runs here; start one with: holdfast serve")
     for server in servers:
         out.print(_table(server))
+        # In full, under the table: what they say is too long for a column.
+        for process in server["processes"]:
+            if process["last_end"]:
+                out.print(f"{process['title']} ended: {process['last_end']}", markup=False)
 
 
 def _table(server: dict[str, Any]) -> Table:
     ready = "ready" if server["ready"] else "not ready"
     title = f"{server['model']} on {server['host']}:{server['port']}, {server['phase']}, {ready}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name, side in (
         ("pid", "right"),
         ("process", "left"),
@@ -43,16 +47,14 @@ def _table(server: dict[str, Any]) -> Table:
         ("since", "right"),
         ("memory", "right"),
         ("restarts", "right"),
-        ("last end", "left"),
     ):
-        table.add_column(name, justify=side, no_wrap=name != "last end")  # type: ignore[arg-type]
+        table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
     table.add_row(
         str(server["pid"]),
         server["title"],
         server["phase"],
         _age(server["uptime_s"]),
         show_bytes(server["rss_bytes"]),
-        "",
         "",
     )
     for process in server["processes"]:
@@ -63,7 +65,6 @@ def _table(server: dict[str, Any]) -> Table:
             _age(process["since_s"]),
             show_bytes(process["rss_bytes"]),
             str(process["restarts"]),
-            process["last_end"] or "",
         )
     return table
 
