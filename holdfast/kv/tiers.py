@@ -385,7 +385,8 @@ class Tiers:
     def _share(self, job: Job) -> None:
         parent: int | None = job.parent
         for handle, entry, good in zip(job.handles.tolist(), job.entries, job.good, strict=True):
-            if not good or parent is None:
+            # One that has changed since it came was given up, while others were on their way.
+            if not good or parent is None or not self.ledger.is_sealed(handle):
                 break
             # Another page stands for these tokens when they were computed meanwhile; ours is free.
             parent = self.ledger.share(handle, parent, entry.tokens)

@@ -164,7 +164,8 @@ class Suspects:
         self.poison = poison
         # A step can be in flight at as many positions as there are steps ahead. At each it takes
         # three faults to be sure; and each other culprit that is found may clear this one once.
-        self.faults_each = 3 * limits.steps_ahead + 2
+        # Where it is first computed as a draft, each epoch may get one token nearer to it.
+        self.faults_each = 3 * limits.steps_ahead + 2 + limits.draft_depth
         self._faults: dict[int, list[tuple[int, bool]]] = {}
         self._killed: dict[int, int] = {}
 

@@ -249,7 +249,9 @@ class SimCore:
             self.brain.expire(self.sim.now_s)
         except WorkerFault as fault:
             self._flush()
-            self.sim.copies.check_given_up()
+            # One that ends already says nothing more of its copies.
+            if self.worker is None or not self.worker.dying:
+                self.sim.copies.check_given_up()
             if self.worker is not None:
                 self._lose_worker(f"given up: {fault}")
         if self.sim.chance("core_death"):

@@ -226,8 +226,11 @@ class FakeWorker:
         for at, (row, length) in enumerate(zip(plan.rows.tolist(), lengths, strict=True)):
             count = int(drafts[at]) if drafts.size else 0
             self._place = at
+            drawn = len(self.misread)
             # Looked at in the middle of a prompt too, where nothing is drawn.
             said = self._say(rows, first_seen, row, length, count)
+            if not plan.samples[at]:
+                del self.misread[drawn:]
             if said is None:
                 faults[at] = ROW_NOT_FINITE
             elif plan.samples[at]:

@@ -250,6 +250,21 @@ def test_a_load_is_cut_to_the_room_there_is():
     assert len(bench.copies()) == 2
 
 
+def test_a_page_that_changes_while_the_rest_of_its_load_is_on_its_way_is_not_shared():
+    bench = Bench()
+    bench.stored(1, 3)
+    bench.forget_device()
+    assert bench.bring(1, 3)
+    orders = [(ticket, handle) for ticket, _, _, handle in bench.copies()]
+    for at, (ticket, _) in enumerate(orders[:2]):
+        assert bench.tiers.copied(bench.ack(ticket, 100 + at)) == []
+    bench.ledger.drop({orders[1][1]})  # The scrub has read it again.
+    bench.verify()
+    assert bench.tiers.copied(bench.ack(orders[2][0], 102)) == ["waiter"]
+    assert bench.cached(1, 3) == 1
+    bench.verify()
+
+
 def test_a_second_request_for_the_same_pages_waits_for_the_same_load():
     bench = Bench()
     bench.stored(1, 2)
