@@ -112,13 +112,19 @@ class Sizing:
     available_bytes: int
     weights_bytes: int
     kv_token_bytes: int
-    page_bytes: int
-    kv_bytes: int
     journal_bytes: int
     process_bytes: int
     binds: str
     gpu: GpuRoom | None = None
     gpu_work_bytes: int = 0
+
+    @property
+    def page_bytes(self) -> int:
+        return self.kv_token_bytes * self.limits.page_tokens
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.limits.pages * self.page_bytes
 
     @property
     def needed_bytes(self) -> int:
@@ -142,7 +148,14 @@ class Sizing:
     def as_dict(self) -> dict[str, object]:
         facts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         facts["limits"] = dataclasses.asdict(self.limits)
-        for name in ("needed_bytes", "left_bytes", "kv_tokens", "full_rows"):
+        for name in (
+            "page_bytes",
+            "kv_bytes",
+            "needed_bytes",
+            "left_bytes",
+            "kv_tokens",
+            "full_rows",
+        ):
             facts[name] = getattr(self, name)
         return facts
 
@@ -210,8 +223,6 @@ def size(
         available_bytes=available_bytes,
         weights_bytes=weights,
         kv_token_bytes=token_bytes,
-        page_bytes=page_bytes,
-        kv_bytes=pages * page_bytes,
         journal_bytes=journal,
         process_bytes=process,
         binds=binds,
@@ -274,8 +285,6 @@ def _size_on_gpu(
         available_bytes=available_bytes,
         weights_bytes=weights,
         kv_token_bytes=token_bytes,
-        page_bytes=page_bytes,
-        kv_bytes=pages * page_bytes,
         journal_bytes=journal,
         process_bytes=process,
         binds=binds,

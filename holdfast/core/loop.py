@@ -185,8 +185,9 @@ class CoreLoop:
             self._lose_worker(str(error))
         self._launch()
         self._send_output()
-        self._tell_resumed()
         self._update_state()
+        # After the state: who reads that streams go on finds the server ready.
+        self._tell_resumed()
         self._tell_faults()
         self._watch_control()
 
@@ -345,7 +346,7 @@ class CoreLoop:
             if self._worker is not None and self._worker.link.epoch <= message["epoch"]:
                 self._lose_worker(message["detail"])
             self._worker_detail = f"the worker is being replaced: {message['detail']}"
-            self._implicates = _implicates(message)
+            self._implicates = message["implicates"]
             if self._reports is not None:
                 self._reports.ended(message["detail"], implicates=self._implicates)
         elif kind == "api":
@@ -486,15 +487,6 @@ class CoreLoop:
                 print(f"holdfast core: {peer.key}: {error}", file=sys.stderr)
             peer.link.close()
         self._selector.close()
-
-
-def _implicates(lost: dict[str, Any]) -> bool:
-    """Whether a lost worker faulted by itself, so that what it computed may be the cause.
-
-    The supervisor says so when it knows. Else SIGKILL is somebody's hand: a human's, the kernel's
-    for want of memory, or the supervisor's own, because we could not believe the worker.
-    """
-    return lost.get("implicates", not lost["detail"].startswith("killed by SIGKILL"))
 
 
 def _socket_of(fds: list[int]) -> socket.socket:

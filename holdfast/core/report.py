@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,19 +43,16 @@ Report = dict[str, Any]
 
 
 class FaultReports:
-    """`tokens`: prompts and answers of the requests in flight are told too. `page_faults`: the last
-    pages that were not as they had been sealed, as plain data, oldest first."""
+    """`tokens`: prompts and answers of the requests in flight are told too."""
 
     def __init__(
         self,
         brain: Brain,
         *,
         tokens: bool = False,
-        page_faults: Callable[[], Sequence[dict[str, Any]]] = tuple,
         wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._brain = brain
-        self._page_faults = page_faults
         self._page_told: dict[str, Any] | None = None  # the last entry that was
         self._tokens = tokens
         self._wall_ns = wall_ns
@@ -117,11 +114,11 @@ class FaultReports:
 
     def _note_pages(self) -> None:
         """Make a report of each damaged page that is new since the last time."""
-        entries = self._page_faults()
+        entries = self._brain.page_faults
         if not entries or entries[-1] is self._page_told:
             return
         told = [at for at, entry in enumerate(entries) if entry is self._page_told]
-        for entry in list(entries)[told[0] + 1 if told else 0 :]:
+        for entry in entries[told[0] + 1 if told else 0 :]:
             self._keep({**self._head("page", self._brain.epoch), **entry})
         self._page_told = entries[-1]
 

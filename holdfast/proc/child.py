@@ -81,6 +81,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,11 +193,9 @@ def spawn(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
     try:
         _write_all(boot_fd, blob)
-        # Modules are found where this process finds them, and not in the child's directory (-P).
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module],
-            env={**os.environ, **(env or {}), BOOT_FD: str(boot_fd), "PYTHONPATH": path},
+            module_command(module),
+            env=module_environment({**(env or {}), BOOT_FD: str(boot_fd)}),
             stdin=subprocess.DEVNULL,
             pass_fds=(boot_fd, *given.values()),
             close_fds=True,
@@ -209,6 +208,18 @@ def spawn(
         os.close(boot_fd)
         theirs.close()
     return Child(role, index, process, control)
+
+
+def module_command(module: str, *arguments: str) -> list[str]:
+    """To run a module of ours in another process, in `module_environment`; -P: its own directory is
+    no place where modules are found."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def module_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Ours, and `more`; modules are found there where this process finds them."""
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    return {**os.environ, **(more or {}), "PYTHONPATH": path}
 
 
 def boot() -> Boot:

@@ -64,9 +64,7 @@ def main() -> int:
         spent=lambda seconds: metrics.observe("brain_seconds", seconds),
         clocks=clocks,
         watch=starvation.watch,
-        reports=FaultReports(
-            brain, tokens=start.config["fault_tokens"], page_faults=lambda: brain.page_faults
-        ),
+        reports=FaultReports(brain, tokens=start.config["fault_tokens"]),
     ).run()
 
 

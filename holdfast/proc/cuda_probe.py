@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from holdfast.cuda_driver import CudaError, Driver
 from holdfast.errors import OperatorError, OptionError
 from holdfast.proc import cuda_memory
+from holdfast.proc.child import module_command, module_environment
 
 # Making a context takes 0.2 s on an idle machine; a first one after boot has taken seconds.
 PROBE_S = 60.0
@@ -42,12 +42,10 @@ def probe(ordinal: int) -> Gpu:
     """Ask a GPU. Raises OptionError("--device") when it, a driver or torch's half is not there."""
     if not torch_has_cuda():
         raise OptionError("--device", "the torch that is installed was built without CUDA; say cpu")
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    command = [sys.executable, "-P", "-m", "holdfast.proc.cuda_probe", str(ordinal)]
     try:
         done = subprocess.run(
-            command,
-            env={**os.environ, "PYTHONPATH": path},
+            module_command("holdfast.proc.cuda_probe", str(ordinal)),
+            env=module_environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

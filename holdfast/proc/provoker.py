@@ -22,14 +22,13 @@ import mmap
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from holdfast.cuda_driver import parse_device
-from holdfast.proc.child import Child
+from holdfast.proc.child import Child, module_command, module_environment
 from holdfast.proc.control import Message
 from holdfast.proc.lifecycle.machine import Lifecycle
 from holdfast.proc.lifecycle.states import Event, Role
@@ -159,10 +158,9 @@ class Provoker:
         """By a process of its own: this one has no context, and must not make one."""
         ordinal = parse_device(self._device)[1]
         numbers = (ordinal, fd, self._weights_bytes, _FLIP_EVERY_BYTES)
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "holdfast.proc.cuda_flip", *map(str, numbers)],
-            env={**os.environ, "PYTHONPATH": path},
+            module_command("holdfast.proc.cuda_flip", *map(str, numbers)),
+            env=module_environment(),
             pass_fds=(fd,),
             stdin=subprocess.DEVNULL,
             capture_output=True,

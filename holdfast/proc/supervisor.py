@@ -81,6 +81,9 @@ class Supervisor:
         self._modules = dict(modules or {})
         self._children: dict[int, Child] = {}
         self._first_ids: dict[int, int] = {}  # of the requests of each api process
+        # Ids of requests rise with the processes that give them, also when the wall clock is set
+        # back: it is looked at once, so that another server's ids are others.
+        self._began_ns = time.time_ns() - time.monotonic_ns()
         self._hurried: int | None = None
         self._unshared = ""
         self._provoker: Provoker | None = None
@@ -397,11 +400,14 @@ class Supervisor:
                 "listen": self._estate.listeners[action.index].fileno(),
                 "metrics": self._estate.fds["metrics"],
             }
-            self._first_ids[action.process] = first_id(action.index, time.time_ns() // 1000)
-            config = self.options.api_config() | {"first_id": self._first_ids[action.process]}
+            first = first_id(action.index, (self._began_ns + time.monotonic_ns()) // 1000)
+            config = self.options.api_config() | {"first_id": first}
             failed = self._start(action, config, given)
-            if failed is not None or not action.linked:
+            if failed is not None:
                 return failed
+            self._first_ids[action.process] = first
+            if not action.linked:
+                return None
             core = self.lifecycle.core.process or 0
             message = self._introduction(action.process, action.index)
             return self._say(core, message, [ours.fileno()])

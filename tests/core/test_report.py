@@ -7,6 +7,7 @@ from collections import deque
 from typing import Any
 
 import msgspec
+import pytest
 from brain_driver import Driver, limits_of
 
 from holdfast.core import report as report_module
@@ -197,10 +198,13 @@ def test_workers_that_die_one_after_the_other_leave_the_newest_reports() -> None
     assert taken[0]["reports_dropped"] == 3
 
 
-def test_damaged_pages_are_told_once_each_as_the_brain_notes_them() -> None:
+def test_damaged_pages_are_told_once_each_as_the_brain_notes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     driver, _ = decoding()
     noted: deque[dict[str, Any]] = deque(maxlen=3)
-    reports = FaultReports(driver.brain, page_faults=lambda: noted)
+    monkeypatch.setattr(type(driver.brain), "page_faults", property(lambda brain: list(noted)))
+    reports = FaultReports(driver.brain)
     for first, last in ((1, 1), (2, 4)):
         pages = range(first, last + 1)
         noted.extend(

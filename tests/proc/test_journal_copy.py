@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import stat
@@ -54,7 +55,11 @@ class Writer:
 
     def requests(self) -> dict[int, list[int]]:
         """What a reader of the copy finds: tokens by request."""
-        records = [r for path in self.files() for r in records_of(memoryview(path.read_bytes()))]
+        records: list[object] = []
+        for path in self.files():
+            # The writer may take a file away between the listing and the reading.
+            with contextlib.suppress(FileNotFoundError):
+                records += records_of(memoryview(path.read_bytes()))
         return {number: request.tokens for number, request in replay(records).items()}
 
 
