@@ -10,8 +10,6 @@ from holdfast.drill.stage import WARM_S as STANDBY_S
 
 KINDS = ("address", "instruction", "assert", "misaligned", "dma")
 PHASES = ("prefill", "decode", "capture")
-# Tokens that every stream has before something breaks: it is in the middle of its answer.
-BEGUN = 4
 # Before a hang: 47 steps of decode each, of which the clock wants to see 30 of a size.
 ROUNDS = 2
 # From the last sign of life to the first new token.
@@ -19,8 +17,7 @@ HANG_S = 3.0
 
 
 async def worker_kill(stage: Stage) -> None:
-    streams = await stage.open_sabotaged()
-    await stage.have(streams, BEGUN)
+    await stage.begin()
     await stage.kill("worker 0")
     stage.report.broken = "SIGKILL of the worker"
     await stage.finish()
@@ -47,8 +44,7 @@ async def gpu_fault(stage: Stage) -> None:
     late = stage.jobs(2, stage.report.name) if phase == "prefill" else []
     await stage.prepare(late)
     since_s = time.monotonic()
-    streams = await stage.open_sabotaged()
-    await stage.have(streams, BEGUN)
+    await stage.begin()
     await stage.arm(kind, phase, after=2 if phase == "decode" else 0)
     await stage.open(late, clean=False)
     stage.report.broken = f"{kind} in a step of {phase}"
@@ -67,7 +63,7 @@ async def _fault_of_the_standby(stage: Stage, kind: str) -> None:
     since_s = time.monotonic()
     streams = await stage.open_sabotaged()
     await stage.arm(kind, "capture", to="next")
-    await stage.have(streams, BEGUN)
+    await stage.have(streams)
     await stage.kill("standby 0")
     stage.report.broken = f"{kind} while a standby captures"
 
@@ -92,12 +88,11 @@ async def _fault_of_the_standby(stage: Stage, kind: str) -> None:
 
 async def hang(stage: Stage) -> None:
     # How long a step may take is learnt from steps of its size (core/clocks): a server that has
-    # served nothing yet waits for --step-timeout-s.
+    # seen three of them gives one two seconds more than it needs.
     for _ in range(ROUNDS):
         await stage.finish(await stage.open())
     since_s = time.monotonic()
-    streams = await stage.open_sabotaged()
-    await stage.have(streams, BEGUN)
+    await stage.begin()
     if stage.case == "stop":
         await stage.kill("worker 0", name="SIGSTOP")
         stage.report.broken = "SIGSTOP of the worker"
@@ -115,7 +110,7 @@ async def zombie_writer(stage: Stage) -> None:
     unfenced = stage.sabotage and stage.device == "cpu"
     kind = "unfenced-writer" if unfenced else "zombie"
     streams = await (stage.open() if unfenced else stage.open_sabotaged())
-    await stage.have(streams, BEGUN)
+    await stage.have(streams)
     await stage.arm(kind, "decode")
     stage.report.broken = "the worker goes on writing pages while it is being ended"
     await stage.fired(kind, since_s)
@@ -126,8 +121,7 @@ async def zombie_writer(stage: Stage) -> None:
 
 
 async def double_fault(stage: Stage) -> None:
-    streams = await stage.open_sabotaged()
-    await stage.have(streams, BEGUN)
+    await stage.begin()
     await stage.arm("instruction", "verify", to="standby")
     await stage.kill("worker 0")
     stage.report.broken = "SIGKILL of the worker; its successor faults while it verifies"
@@ -140,8 +134,7 @@ async def double_fault(stage: Stage) -> None:
 async def poison_request(stage: Stage) -> None:
     poison = stage.jobs(1, "poison")[0]
     await stage.arm("address", "any", tokens=poison.prompt, standing=True, lasting=True)
-    streams = await stage.open_sabotaged()
-    await stage.have(streams, BEGUN)
+    streams = await stage.begin()
     since_s = time.monotonic()
     (poisoned,) = await stage.open([poison], clean=False)
     stage.report.broken = "a request that kills the worker each time it is computed"

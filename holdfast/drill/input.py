@@ -9,7 +9,6 @@ import time
 from collections.abc import Awaitable, Callable
 
 from holdfast.drill.drill import Drill
-from holdfast.drill.faults import BEGUN
 from holdfast.drill.stage import Stage
 
 # A client that is refused hears so within this; a slow one is left hanging no longer.
@@ -121,8 +120,7 @@ MANNERS: tuple[Callable[[Address], Awaitable[None]], ...] = (_slow, _half_closed
 
 
 async def hostile_input(stage: Stage) -> None:
-    streams = await stage.open_sabotaged()
-    await stage.have(streams, BEGUN)
+    streams = await stage.begin()
     address = stage.server.address
     stage.report.broken = f"{len(REQUESTS)} bad requests, {len(MANNERS)} bad manners, a flood"
     stage.broken_s = time.monotonic()

@@ -7,7 +7,6 @@ import random
 
 from holdfast.drill.client import Stream
 from holdfast.drill.drill import Drill
-from holdfast.drill.faults import BEGUN
 from holdfast.drill.server import Needs
 from holdfast.drill.stage import Stage
 from holdfast.proc.listen import raise_file_limit
@@ -41,8 +40,7 @@ async def api_overload(stage: Stage) -> None:
 
 async def abort_storm(stage: Stage) -> None:
     raise_file_limit()
-    victims = await stage.open_sabotaged(stage.jobs(2, "storm"))
-    await stage.have(victims, BEGUN)
+    victims = await stage.begin(stage.jobs(2, "storm"))
     kinds = stage.jobs(STORM_JOBS, "storm")
     streams = await stage.open([kinds[at % STORM_JOBS] for at in range(stage.count)])
     draw = random.Random(stage.count)

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 from holdfast.drill.drill import COLD_WORKER_S, WARM_S, Drill
-from holdfast.drill.faults import BEGUN, broke_itself, judge
+from holdfast.drill.faults import broke_itself, judge
 from holdfast.drill.job import Job
 from holdfast.drill.server import Needs
 from holdfast.drill.stage import Stage
@@ -25,8 +25,7 @@ async def corrupt_page(stage: Stage) -> None:
     # The bit flips and the worker dies before a token of it leaves: what is verified at promotion
     # must be found, and what was computed before it must stay.
     since_s = time.monotonic()
-    streams = await stage.open_sabotaged()
-    await stage.have(streams, BEGUN)
+    await stage.begin()
     await stage.arm("corrupt-page", "decode", then="address")
     stage.report.broken = "a bit of a sealed page, and then the worker"
     await stage.fired("corrupt-page", since_s)
@@ -42,7 +41,7 @@ async def _scrubbed_page(stage: Stage) -> None:
     since_s = time.monotonic()
     (job,) = stage.jobs(1, f"scrubbed {stage.sabotage}")
     streams = await stage.open()
-    await stage.have(streams, BEGUN)
+    await stage.have(streams)
     kind, phase = ("plant-page", "prefill") if stage.sabotage else ("corrupt-page", "decode")
     await stage.arm(kind, phase, tokens=job.prompt)
     (victim,) = await stage.open([job], clean=False)
@@ -64,7 +63,7 @@ async def _scrubbed_page(stage: Stage) -> None:
 async def corrupt_weights(stage: Stage) -> None:
     scrub = stage.case == "scrub"
     streams = await stage.open()
-    await stage.have(streams, BEGUN)
+    await stage.have(streams)
     await stage.provoke(do="corrupt-weights", kill=not (scrub or stage.sabotage))
     stage.report.broken = f"signs of weights, {'beside' if scrub else 'after the end of'} a worker"
     stage.report.planted = stage.sabotage
@@ -90,7 +89,7 @@ async def nan_row(stage: Stage) -> None:
     (job,) = stage.jobs(1, "nan")
     streams = await stage.open_sabotaged()
     (victim,) = await stage.open([job])
-    await stage.have([*streams, victim], BEGUN)
+    await stage.have([*streams, victim])
     await stage.arm("nan", "decode", tokens=job.prompt)
     stage.report.broken = "NaN in the keys and values of one row"
     await stage.fired("nan", since_s)

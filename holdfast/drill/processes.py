@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from holdfast.drill.drill import COLD_CORE_S, COLD_WORKER_S, Drill
-from holdfast.drill.faults import BEGUN
 from holdfast.drill.server import Needs
 from holdfast.drill.stage import Stage
 
 
 async def core_kill(stage: Stage) -> None:
-    streams = await stage.open_sabotaged()
-    await stage.have(streams, BEGUN)
+    await stage.begin()
     await stage.kill("core")
     stage.report.broken = "SIGKILL of the core"
     await stage.finish()
@@ -22,8 +20,7 @@ async def core_kill(stage: Stage) -> None:
 
 
 async def keeper_kill(stage: Stage) -> None:
-    streams = await stage.open_sabotaged()
-    await stage.have(streams, BEGUN)
+    await stage.begin()
     await stage.kill("keeper 0")
     stage.report.broken = "SIGKILL of the keeper, and the memory with it"
     await stage.finish()
@@ -38,8 +35,7 @@ async def keeper_kill(stage: Stage) -> None:
 
 
 async def api_kill(stage: Stage) -> None:
-    streams = await stage.open_sabotaged()
-    await stage.have(streams, BEGUN)
+    streams = await stage.begin()
     await stage.kill("api 0")
     stage.report.broken = "SIGKILL of one of two api processes"
     await stage.finish()

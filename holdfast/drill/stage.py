@@ -27,6 +27,8 @@ from holdfast.errors import OperatorError
 # Until every stream has begun, a provocation has fired, a process is up: far above what it takes.
 WAIT_S = 60.0
 WARM_S = 150.0
+# Tokens that every stream has before something breaks: it is in the middle of its answer.
+BEGUN = 4
 _POLL_S = 0.01
 # Moments are noted by several processes: one that is this much early is of the same provocation.
 _SLACK_S = 0.05
@@ -95,6 +97,12 @@ class Stage:
             jobs = [victim, *jobs]
         return await self.open(jobs, clean=False)
 
+    async def begin(self, jobs: Sequence[Job] | None = None) -> list[Stream]:
+        """`open_sabotaged`, and all of them in the middle of their answers."""
+        streams = await self.open_sabotaged(jobs)
+        await self.have(streams)
+        return streams
+
     async def prepare(self, jobs: Sequence[Job]) -> None:
         """Where tokens are explained: the same jobs on the same server before anything is broken,
         which tau is taken from. Raises OperatorError when one of them does not end well."""
@@ -125,7 +133,7 @@ class Stage:
             await asyncio.sleep(_POLL_S)
         return True
 
-    async def have(self, streams: Sequence[Stream], tokens: int) -> None:
+    async def have(self, streams: Sequence[Stream], tokens: int = BEGUN) -> None:
         """Until each has so many tokens, or has ended."""
         what = f"{tokens} tokens of each stream"
         await self.until(what, lambda: all(len(s.tokens) >= tokens or s.ended for s in streams))

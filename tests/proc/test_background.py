@@ -112,29 +112,31 @@ def test_a_promoted_standby_has_no_thread_in_the_background(serve: Serve) -> Non
     assert set(found) == {os.SCHED_OTHER} and len(found) >= 2
 
 
-def test_a_standby_that_is_needed_before_it_is_prepared_leaves_the_background(
-    serve: Serve,
-) -> None:
-    server = real(serve)
+def needed_early(server: Server) -> tuple[Any, int]:
+    """Kill the worker while its standby is still being prepared, until that is in a hurry: what an
+    undisturbed stream says, and the standby's pid."""
     undisturbed = stream(server, tokens=60)
     os.kill(prepared(server, 90), signal.SIGKILL)
     standby = starting(server)
     os.kill(server.pids()[WORKER], signal.SIGKILL)
     until("the place is taken", lambda: server.pids()[WORKER] == standby)
     until("it is in a hurry", lambda: set(classes(standby)) == {os.SCHED_OTHER}, 60)
+    return undisturbed, standby
+
+
+def test_a_standby_that_is_needed_before_it_is_prepared_leaves_the_background(
+    serve: Serve,
+) -> None:
+    server = real(serve)
+    undisturbed, standby = needed_early(server)
     assert stream(server, tokens=60) == undisturbed
-    assert server.status()["epoch"] == 2
+    assert server.pids()[WORKER] == standby and server.status()["epoch"] == 2
 
 
 def test_where_nobody_may_leave_the_background_the_process_starts_again(serve: Serve) -> None:
     """As an ordinary user's does; the worker gives its privilege up, in case a test has it."""
     server = real(serve, modules={"worker": "humble_worker"})
-    undisturbed = stream(server, tokens=60)
-    os.kill(prepared(server, 90), signal.SIGKILL)
-    standby = starting(server)
-    os.kill(server.pids()[WORKER], signal.SIGKILL)
-    until("the place is taken", lambda: server.pids()[WORKER] == standby)
-    until("it is in a hurry", lambda: set(classes(standby)) == {os.SCHED_OTHER}, 60)
+    undisturbed, standby = needed_early(server)
     # The same process, which has gone through its start a second time.
     assert stream(server, tokens=60) == undisturbed
     assert server.pids()[WORKER] == standby and server.status()["epoch"] == 2
