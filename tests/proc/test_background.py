@@ -112,7 +112,7 @@ def test_a_promoted_standby_has_no_thread_in_the_background(serve: Serve) -> Non
     assert set(found) == {os.SCHED_OTHER} and len(found) >= 2
 
 
-def needed_early(server: Server) -> tuple[Any, int]:
+def needed_early(server: Server) -> tuple[str, int]:
     """Kill the worker while its standby is still being prepared, until that is in a hurry: what an
     undisturbed stream says, and the standby's pid."""
     undisturbed = stream(server, tokens=60)
