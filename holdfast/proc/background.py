@@ -4,23 +4,19 @@ A standby imports a tensor library and warms up beside streams that run on the s
 schedules threads, so the work is done in a thread of the SCHED_IDLE class and the main thread stays
 as it is: what serves later was never slow. An ordinary user may enter that class and not leave it
 (that takes CAP_SYS_NICE or RLIMIT_NICE), hence `hurry` leaves it where it may, and else starts the
-process anew by `exec`: same pid, same descriptors, same parent, and in the foreground from then on.
+process anew by `exec` (proc.child.start_again): same pid, same descriptors, same parent, and in the
+foreground from then on. A thread of the class also dies when there is time left over, so whoever
+kills the process takes it out of there first, where it may.
 
 The work must not touch the control channel, which the main thread reads meanwhile.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
-
-import msgspec
-
-from holdfast.proc.child import BOOT_FD, Boot
 
 # A start takes two to four seconds of a core. On a machine whose cores are all taken it would never
 # end, and a second fault would find no standby: after so long it is the others' equal.
@@ -59,9 +55,14 @@ class Background:
             self._error = error
 
 
-def leave_background() -> bool:
-    """Every thread of this process back in the usual class; False when we may not do that."""
-    for name in os.listdir("/proc/self/task"):
+def leave_background(pid: int | None = None) -> bool:
+    """Every thread of a process, this one if none is named, back in the usual class; False when we
+    may not do that."""
+    try:
+        names = os.listdir(f"/proc/{'self' if pid is None else pid}/task")
+    except FileNotFoundError:
+        return True  # It has ended, and with it every thread.
+    for name in names:
         try:
             if os.sched_getscheduler(int(name)) == os.SCHED_IDLE:
                 os.sched_setscheduler(int(name), os.SCHED_OTHER, os.sched_param(0))
@@ -70,23 +71,3 @@ def leave_background() -> bool:
         except PermissionError:
             return False
     return True
-
-
-def start_again(start: Boot, module: str) -> None:
-    """This process anew, told the same and that it is in a hurry. Does not return."""
-    blob = msgspec.msgpack.encode(
-        {
-            "role": start.role,
-            "index": start.index,
-            "parent": os.getppid(),
-            "config": {**start.config, "background": False},
-            "fds": start.fds,
-        }
-    )
-    boot_fd = os.memfd_create("holdfast-boot", 0)  # inherited over exec
-    with contextlib.closing(os.fdopen(boot_fd, "wb", closefd=False)) as file:
-        file.write(blob)
-    for fd in start.fds.values():
-        os.set_inheritable(fd, True)
-    environment = {**os.environ, BOOT_FD: str(boot_fd)}
-    os.execve(sys.executable, [sys.executable, "-P", "-m", module], environment)

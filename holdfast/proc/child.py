@@ -90,6 +90,7 @@ import setproctitle
 
 from holdfast.config import Limits
 from holdfast.errors import require
+from holdfast.proc.background import leave_background
 from holdfast.proc.control import Control
 from holdfast.proc.lifecycle.slot import title
 
@@ -146,6 +147,8 @@ class Child:
             # It may have ended in between; `wait` reaps it.
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+                # On a machine without time to spare a thread in the background does not even die.
+                leave_background(self.pid)
 
     def wait(self, timeout_s: float) -> int | None:
         """Exit status (negative signal number) once the process is gone, None at the deadline.
@@ -241,6 +244,27 @@ def boot() -> Boot:
     faulthandler.enable()
     setproctitle.setproctitle(title(blob["role"], blob["index"]))
     return Boot(blob["role"], blob["index"], blob["config"], blob["fds"])
+
+
+def start_again(start: Boot, module: str) -> None:
+    """This process anew, told the same and that it is in a hurry (proc.background). Does not
+    return."""
+    blob = msgspec.msgpack.encode(
+        {
+            "role": start.role,
+            "index": start.index,
+            "parent": os.getppid(),
+            "config": {**start.config, "background": False},
+            "fds": start.fds,
+        }
+    )
+    boot_fd = os.memfd_create("holdfast-boot", 0)  # inherited over exec
+    with contextlib.closing(os.fdopen(boot_fd, "wb", closefd=False)) as file:
+        file.write(blob)
+    for fd in start.fds.values():
+        os.set_inheritable(fd, True)
+    environment = {**os.environ, BOOT_FD: str(boot_fd)}
+    os.execve(sys.executable, module_command(module), environment)
 
 
 def die_with_parent(parent: int) -> None:

@@ -38,9 +38,8 @@ from holdfast.proc.background import (
     PATIENCE_S,
     Background,
     leave_background,
-    start_again,
 )
-from holdfast.proc.child import EXIT_FAULT, EXIT_OPERATOR, Boot, boot
+from holdfast.proc.child import EXIT_FAULT, EXIT_OPERATOR, Boot, boot, start_again
 from holdfast.proc.control import Control, Message
 from holdfast.proc.cuda_memory import Mapping
 from holdfast.proc.lifecycle.slot import title

@@ -81,6 +81,41 @@ def test_death_is_end_of_file_on_control_and_a_readable_pidfd(start: Start) -> N
     child.kill()  # Harmless after the end.
 
 
+def test_a_child_in_the_background_dies_at_once_on_a_machine_without_time_to_spare(
+    start: Start,
+) -> None:
+    body = """
+    import threading
+    held = bytearray(256 << 20)
+    held[::4096] = b"x" * (len(held) // 4096)
+
+    def work():
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        control.ready()
+        while True:
+            pass
+
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        pass
+    """
+    child = start(body)
+    assert child.control.wait(30)
+    try:
+        os.sched_setscheduler(child.pid, os.SCHED_OTHER, os.sched_param(0))
+    except PermissionError:
+        pytest.skip("an ordinary user takes no thread out of the background")
+    busy = [
+        start(f"os.sched_setaffinity(0, {{{core}}})\ncontrol.ready()\nwhile True: pass")
+        for core in [min(os.sched_getaffinity(0))] * 3
+    ]
+    for other in busy:
+        assert other.control.wait(30)
+    child.kill()
+    assert child.wait(2.0) == -signal.SIGKILL
+
+
 def test_signals_that_arrive_before_boot_do_not_end_a_child(start: Start) -> None:
     child = start("control.ready()\ncontrol.wait(600)")
     # The interpreter has hardly begun: the signals were blocked before the process was made.
