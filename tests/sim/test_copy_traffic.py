@@ -14,7 +14,7 @@ from holdfast.sim.fake_mover import FakeMover, TierMemory
 from holdfast.sim.page_order import PageOrder
 from holdfast.sim.simulator import Simulation
 from holdfast.sim.violation import Violation
-from holdfast.sim.world import TIER_RATES, draw
+from holdfast.sim.world import TIER_RATES, draw, without
 from holdfast.wire.copies import COPY, FETCH, LOAD, MOVE, RESET, SPILL, STORE, MoveOrders
 from holdfast.wire.plan import StepPlan
 
@@ -134,9 +134,9 @@ def test_moves_meet_the_end_of_their_keeper(monkeypatch):
     monkeypatch.setattr(CopyTraffic, "pump", pumped)
     monkeypatch.setattr(CopyTraffic, "_alive", stood)
     struck: dict[str, int] = {}
-    for seed in range(60):
-        outcome = Simulation(draw(seed, "tiers")).run()
-        assert outcome.violation is None, f"holdfast simulate --seed {seed} --profile tiers"
+    for seed in range(40):
+        outcome = Simulation(without(draw(seed, "tiers"), keeper_lost=0.3)).run()
+        assert outcome.violation is None, f"seed {seed}: {outcome.violation}"
         for fault, count in outcome.faults.items():
             struck[fault] = struck.get(fault, 0) + count
     assert min(struck["keeper_death"], struck["keeper_lost"], struck["freeze"]) > 5
