@@ -199,7 +199,9 @@ class CopyTraffic:
             return
         for transfer in self.mover.begin(MoveOrders.decode(frame)):
             time = self.sim.world.disk_time
-            self._run(transfer, time, "move", "disk_late", "disk_error", keeper=keeper)
+            fetch = transfer.source.base is self.memory.disk
+            late = "fetch_late" if fetch else "disk_late"
+            self._run(transfer, time, "move", late, "disk_error", keeper=keeper)
         if self.sim.chance("keeper_lost", self._keeper_rng):
             rng, processes = self._keeper_rng, self.sim.processes
             end = processes.kill_keeper if rng.random() < 0.7 else processes.freeze_keeper

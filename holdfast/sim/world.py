@@ -54,6 +54,7 @@ class Rates:
     copy_failed: float = 0.0
     ack_withheld: float = 0.0  # the acknowledgement of a copy never comes
     disk_late: float = 0.0
+    fetch_late: float = 0.0  # where a move from the disk may be: somebody waits for it
     disk_error: float = 0.0
     host_corrupt: float = 0.0  # per step: a cell of a held slot changes
     disk_corrupt: float = 0.0
@@ -84,7 +85,7 @@ COPY_RATES = (
     "host_corrupt",
     "disk_corrupt",
 )
-TIER_RATES = (*COPY_RATES, "waiter_leaves")
+TIER_RATES = (*COPY_RATES, "fetch_late", "waiter_leaves")
 PROCESS_RATES = (
     "killed",
     "standby_death",
@@ -293,8 +294,10 @@ def _draw_tiers(
         # Moves are few, and those of an older core fewer.
         drawn["disk_late"] = max(drawn["disk_late"], 0.2)
         drawn["core_death"] = max(rates.core_death, rng.choice([0.0, 0.01, 0.03]))
-    # Few wait, and not for long.
-    drawn["waiter_leaves"] = rng.uniform(0.2, 0.8) if rng.random() < chance and on else 0.0
+    drawn["fetch_late"] = 0.6 if drawn["disk_late"] else 0.0
+    # Few wait, and not for long. Whoever waits for a late move must go on, so there they stay.
+    leaves = rng.random() < chance and on and not drawn["disk_late"]
+    drawn["waiter_leaves"] = rng.uniform(0.2, 0.8) if leaves else 0.0
     return limits, replace(rates, **drawn), copy_time, disk_time
 
 
