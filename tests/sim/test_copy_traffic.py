@@ -41,7 +41,7 @@ def test_the_tiers_profile_stresses_every_road_and_every_fault(monkeypatch):
     monkeypatch.setattr(Request, "finish", watched)
     struck: dict[str, int] = {}
     stored = loaded = spilled = fetched = full = 0
-    for seed in range(60):
+    for seed in range(100):
         simulation = Simulation(draw(seed, "tiers"))
         outcome = simulation.run()
         assert outcome.violation is None, f"holdfast simulate --seed {seed} --profile tiers"
