@@ -471,7 +471,9 @@ class Brain:
         run = self.scheduler.running
         sealed_until = self._sealed_until(memory)
         if self.tiers is not None:
-            self.scheduler.brought(self.tiers.new_epoch(sealed_until))
+            lost = memory is Memory.LOST
+            waiters = self.tiers.reset() if lost else self.tiers.new_epoch(sealed_until)
+            self.scheduler.brought(waiters)
         rows = run.rows()
         for row in rows[np.argsort(-run.order[rows])].tolist():
             self.scheduler.recompute(row)

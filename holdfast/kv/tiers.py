@@ -10,7 +10,8 @@ meanwhile changes nothing, and the pages end up cached or free.
 
 Invariants, of which this file is the home: a place that an unacknowledged copy reads or writes is
 nobody else's; bytes that do not have their sealed sum are never shared; no slot is used before the
-mover has said that all orders of older cores are over. Every order has a ticket and an age.
+mover has said that all orders of older cores, and all for memory that is lost, are over. Every
+order has a ticket and an age.
 
 Called by core.scheduler, core.commit and core.brain. It knows pages, tokens and tickets; of who
 waits it knows nothing (`waiter` is any object), and it moves no bytes itself.
@@ -85,10 +86,6 @@ class Tiers:
         self.limits = limits
         self.ledger = ledger
         self.life = life
-        self.host = Slots(limits.host_pages)
-        self.disk = Slots(limits.disk_pages)
-        # Without a disk nothing but copies of this epoch touches a slot, and the fence ends those.
-        self.ready = limits.disk_pages == 0
         # Spilling takes a while: so many slots are free or on their way to be, for the next fetch.
         self.headroom = min(limits.host_pages // 4, limits.copies_max) if limits.disk_pages else 0
         # name, reason -> count, for the metrics.
@@ -103,6 +100,14 @@ class Tiers:
         self._copies_new: list[int] = []  # not in a plan yet
         self._moves_new: list[int] = []
         self._arriving: dict[Key, Job] = {}
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """Nothing is held in any tier, and nothing may be until the mover is known to be idle."""
+        self.host = Slots(self.limits.host_pages)
+        self.disk = Slots(self.limits.disk_pages)
+        # Without a disk nothing but copies of this epoch touches a slot, and the fence ends those.
+        self.ready = self.limits.disk_pages == 0
         if not self.ready:
             self._order(_Move(RESET, 0, 0))
 
@@ -497,6 +502,18 @@ class Tiers:
         self.spoiled.clear()
         self.changed.clear()
         return [waiter for job in jobs.values() for waiter in job.waiters]
+
+    def reset(self) -> list[Any]:
+        """The old worker is fenced, and the memory is not the one that it wrote: the keeper's end
+        took the host slots, the disk blocks and the mover with its orders. Nothing of any tier is
+        believed, and orders that the new mover may have got meanwhile are waited for. Returns
+        everybody who waits."""
+        waiters = self.new_epoch()
+        # Those that the old mover had are answered by nobody.
+        self._moves.clear()
+        self._moves_new.clear()
+        self._start_over()
+        return waiters
 
     # --- checks ---
 

@@ -1,8 +1,9 @@
 """The tiers' part of a simulation: copies of workers and moves of the mover, in virtual time.
 
 Every copy reads at one event and writes at a later one; its acknowledgement is a third. A killed
-worker's copies go on until its fence. All choices come from a Random of their own, so that a world
-without tiers runs as if this were not there.
+worker's copies go on until its fence, and a killed keeper's moves; those of one that is frozen
+stand still. What the core orders while no keeper listens is lost. All choices come from Randoms of
+their own, so that a world without tiers runs as if this were not there.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 from random import Random
 from typing import TYPE_CHECKING
 
+from holdfast.core.request import Phase
 from holdfast.kv.slots import SlotState
 from holdfast.sim.copy_watch import CopyWatch
 from holdfast.sim.fake_mover import FakeMover, TierMemory, Transfer
 from holdfast.sim.rot import Cell
 from holdfast.sim.violation import Violation
-from holdfast.wire.copies import COPY_FAILED, COPY_OK, STORE, CopyAcks, MoveOrders
+from holdfast.wire.copies import COPY_FAILED, COPY_OK, FETCH, LOAD, STORE, CopyAcks, MoveOrders
 from holdfast.wire.link import Kind
 from holdfast.wire.plan import StepPlan
 
@@ -36,6 +38,8 @@ class CopyTraffic:
         self._said: list[CopyAcks] = []  # by all workers
         # (epoch, ticket) of a store -> rotten cells that it read
         self._rotten: dict[tuple[int, int], set[Cell]] = {}
+        self._keeper_rng = Random(sim.world.seed * 0x85EB_CA77 + 23)
+        self._leave_rng = Random(sim.world.seed * 0xC4CE_B9FF + 5)
         self.fences: dict[int, int] = {}  # epoch -> when nothing of it writes any more
 
     # --- copies of the worker ---
@@ -58,6 +62,26 @@ class CopyTraffic:
             if held and sim.chance(rate, self.rng):
                 cells[self.rng.choice(held), 0] ^= 1
 
+        if (plan.copies["kind"] == LOAD).any():
+            self._waiter_leaves(self.sim.world.copy_time)
+
+    def _waiter_leaves(self, time: int) -> None:
+        """Pages are brought: somebody who waits for any may not wait till they are there."""
+        if not self.sim.chance("waiter_leaves", self._leave_rng):
+            return
+        live = self.sim.core.brain.requests.values()
+        waiting = [request.id for request in live if request.phase is Phase.LOADING]
+        clients = [
+            client
+            for api in self.sim.apis
+            for client in api.clients
+            if any(view.request in waiting for view in client.views)
+        ]
+        if clients:
+            client = self._leave_rng.choice(clients)
+            delay = self._leave_rng.randint(0, time)
+            self.sim.after(delay, client.leave, f"{client.name} leaves")
+
     def worker_receives(self, plan: StepPlan) -> None:
         time = self.sim.world.copy_time
         for transfer, copy in zip(self.memory.copies_of(plan), plan.copies, strict=True):
@@ -67,8 +91,15 @@ class CopyTraffic:
     def kill(self, epoch: int, fenced_at: int) -> None:
         self.fences[epoch] = fenced_at
 
-    def _alive(self, transfer: Transfer, kind: str) -> bool:
-        return kind != "copy" or self.sim.now < self.fences.get(transfer.epoch, self.sim.now + 1)
+    def new_keeper(self) -> None:
+        """A keeper has started: new memory, and a mover without orders."""
+        self.memory.begin_anew()
+        self.mover = FakeMover(self.memory)
+
+    def _alive(self, transfer: Transfer, keeper: int | None) -> bool:
+        if keeper is not None:
+            return self.sim.processes.may_write(keeper)
+        return self.sim.now < self.fences.get(transfer.epoch, self.sim.now + 1)
 
     def _run(
         self,
@@ -78,8 +109,10 @@ class CopyTraffic:
         late: str,
         failed: str,
         page: int | None = None,
+        keeper: int | None = None,
     ) -> None:
-        """Schedule both halves and the end of a transfer; `page`: of the device, which it reads."""
+        """Schedule both halves and the end of a transfer; `page`: of the device, which it reads;
+        `keeper`: whose mover moves it."""
         fails = self.sim.chance(failed, self.rng)
         name = f"{kind} {transfer.epoch}:{transfer.ticket}"
         read_after, write_after = self.rng.randint(0, time), self.rng.randint(1, time)
@@ -89,7 +122,7 @@ class CopyTraffic:
             )
 
         def read() -> None:
-            if self._alive(transfer, kind):
+            if self._alive(transfer, keeper):
                 transfer.read()
                 if page is not None:
                     key = (transfer.epoch, transfer.ticket)
@@ -97,13 +130,14 @@ class CopyTraffic:
                 self.sim.after(write_after, write, f"{name} writes")
 
         def write() -> None:
-            if not self._alive(transfer, kind):
+            if not self._alive(transfer, keeper):
                 return
             if fails:
                 transfer.fail()
             else:
                 transfer.write()
-            self._over(transfer, kind, transfer.ack(COPY_FAILED if fails else COPY_OK))
+            if keeper is None or self.sim.processes.answers(keeper):
+                self._over(transfer, kind, transfer.ack(COPY_FAILED if fails else COPY_OK))
 
         self.sim.after(read_after, read, f"{name} reads")
 
@@ -150,12 +184,29 @@ class CopyTraffic:
         self.watch.order(orders, self.sim.now)
         self.sim.core.kept.order(orders)
         self.sim.core.order.order(orders)
-        frame = orders.encode()
-        self.sim.after(self.sim.world.channel_time, lambda: self._mover_receives(frame), "orders")
+        if (orders.moves["kind"] == FETCH).any():
+            self._waiter_leaves(self.sim.world.disk_time)
+        frame, keeper = orders.encode(), self.sim.processes.keeper()
+        if keeper is None:
+            self.sim.say("no keeper hears the orders")
+            return
+        self.sim.after(
+            self.sim.world.channel_time, lambda: self._mover_receives(frame, keeper), "orders"
+        )
 
-    def _mover_receives(self, frame: bytes) -> None:
+    def _mover_receives(self, frame: bytes, keeper: int) -> None:
+        if not self.sim.processes.answers(keeper):
+            return
         for transfer in self.mover.begin(MoveOrders.decode(frame)):
-            self._run(transfer, self.sim.world.disk_time, "move", "disk_late", "disk_error")
+            time = self.sim.world.disk_time
+            fetch = transfer.source.base is self.memory.disk
+            late = "fetch_late" if fetch else "disk_late"
+            self._run(transfer, time, "move", late, "disk_error", keeper=keeper)
+        if self.sim.chance("keeper_lost", self._keeper_rng):
+            rng, processes = self._keeper_rng, self.sim.processes
+            end = processes.kill_keeper if rng.random() < 0.7 else processes.freeze_keeper
+            delay = rng.randint(0, self.sim.world.disk_time)
+            self.sim.after(delay, lambda: end(rng), "keeper is lost among moves")
         for reset in self.mover.over():
             self._send("move", reset)
 
@@ -173,7 +224,9 @@ class CopyTraffic:
             # Whether the mover really has nothing older, it says itself.
             if life != self.sim.core.life:
                 raise Violation(f"core {self.sim.core.life} took an answer to core {life}")
-            self.watch.reset(life)
+            # The mover answers one order at a time, and this was a RESET.
+            self.watch.reset(life, int(acks.tickets[0]))
+            self.sim.core.order.reset()
         self.sim.core.tick()
 
     # --- checks ---
@@ -197,6 +250,8 @@ class CopyTraffic:
         tiers = self.sim.core.brain.tiers
         if tiers is None:
             return
+        if not tiers.ready:
+            raise Violation("the mover's answer to a RESET is waited for at the end")
         for name, slots in (("host", tiers.host), ("disk", tiers.disk)):
             if slots.free + slots.held != slots.count or any(slots.leases):
                 raise Violation(f"{name} slots in motion at the end: {slots.counts()}")

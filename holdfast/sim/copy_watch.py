@@ -1,9 +1,9 @@
 """Who reads and writes which page, slot and block at the moment, by what was ordered alone.
 
 An access is open from the order to its acknowledgement's arrival at the core, to the fence of its
-worker, or to the mover's answer to a later core's RESET. Two open accesses of one place, of which
-one writes, are a Violation, and so is a step on the page of an open copy unless both only read.
-Knows nothing of the ledger or of kv.tiers.
+worker, or to the mover's answer to a later RESET, of the same core or the next one. Two open
+accesses of one place, of which one writes, are a Violation, and so is a step on the page of an open
+copy unless both only read. Knows nothing of the ledger or of kv.tiers.
 """
 
 from __future__ import annotations
@@ -75,17 +75,17 @@ class CopyWatch:
 
     def fence(self, epoch: int) -> None:
         """Workers before `epoch` write nothing any more."""
-        self._forget("worker", epoch)
+        self._forget("worker", epoch, 0)
 
-    def reset(self, life: int) -> None:
-        """The mover has told core number `life` that everything older is over."""
-        self._forget("mover", life)
+    def reset(self, life: int, ticket: int) -> None:
+        """The mover has told core number `life` that everything older than its RESET is over."""
+        self._forget("mover", life, ticket)
 
-    def _forget(self, kind: str, number: int) -> None:
+    def _forget(self, kind: str, number: int, ticket: int) -> None:
         self.opened = {
             owner: access
             for owner, access in self.opened.items()
-            if owner[0] != kind or owner[1] >= number
+            if owner[0] != kind or owner[1:] >= (number, ticket)
         }
 
     def step_touches(self, step: int, page: int, *, writes: bool) -> None:

@@ -2,8 +2,9 @@
 another, and nobody but the tests' order of events says when.
 
 A `Transfer` is one copy of a plan or one move of the mover. `FakeMover` stands for the threads of
-the keeper that move pages between host and disk: it outlives cores and workers, runs its orders in
-any order, and answers a RESET once every order that came before it is over.
+one keeper that move pages between host and disk: it outlives cores and workers, runs its orders in
+any order, and answers a RESET once every order that came before it is over. The next keeper has its
+own, and new memory.
 """
 
 from __future__ import annotations
@@ -69,12 +70,17 @@ class Transfer:
 
 class TierMemory:
     """All bytes: pages uint64[pages, T] (group 0 of the device), host uint64[host_pages, T],
-    disk uint64[disk_pages, T]. It outlives workers and cores."""
+    disk uint64[disk_pages, T]. It outlives workers and cores, and no keeper."""
 
     def __init__(self, limits: Limits, pages: list[np.ndarray] | None = None) -> None:
         self.pages = (memory_of(limits) if pages is None else pages)[0]
         self.host = np.zeros((limits.host_pages, limits.page_tokens), np.uint64)
         self.disk = np.zeros((limits.disk_pages, limits.page_tokens), np.uint64)
+
+    def begin_anew(self) -> None:
+        """A new keeper has made the host arena and the disk's file: zeros."""
+        self.host[:] = 0
+        self.disk[:] = 0
 
     def copies_of(self, plan: StepPlan) -> list[Transfer]:
         """What a worker begins when it gets `plan`."""

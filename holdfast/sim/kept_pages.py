@@ -4,6 +4,7 @@ Its own book of every page that was sealed: when, on a count of results taken, a
 After a new epoch each page that still counts as sealed must be in it, old enough, and not computed
 with weights that were found bad; nothing is computed before all of these were read again; and a
 page whose sum is not the first one must be gone once the core has taken the result that says so.
+Of a tier nothing is read that was not put there since the memory was lost.
 
 One core's life. Raises Violation.
 """
@@ -62,10 +63,16 @@ class KeptPages:
             if copy["kind"] == LOAD:
                 if slot in self._doubtful:
                     raise Violation(f"{slot} is loaded, which bad weights may have computed")
-                self._pages[handle] = Sealed(self._places.get(slot, self.results), None)
+                self._pages[handle] = Sealed(self._put_at(slot), None)
             else:
                 self._doubtful.discard(slot)
                 self._places[slot] = self._pages[handle].at
+
+    def _put_at(self, place: Place) -> int:
+        """When the content of a slot or block was sealed."""
+        if place not in self._places:
+            raise Violation(f"{place} is read, and nothing was put there in this memory")
+        return self._places[place]
 
     def _check_zeroed(self, plan: StepPlan) -> None:
         """A page that has changed may hold what is not finite: a row that gets it has it zeroed."""
@@ -83,7 +90,7 @@ class KeptPages:
             if move["kind"] != RESET:
                 slot, block = ("slot", int(move["slot"])), ("block", int(move["block"]))
                 source, target = (block, slot) if move["kind"] == FETCH else (slot, block)
-                self._places[target] = self._places.get(source, self.results)
+                self._places[target] = self._put_at(source)
                 self._doubtful.discard(target)
                 if source in self._doubtful:
                     self._doubtful.add(target)
@@ -131,6 +138,9 @@ class KeptPages:
             if memory is Memory.LOST or known is None or known.at > newest:
                 raise Violation(f"page {handle:#x} ({known}) is kept, after {newest}, {memory}")
         self._pages = {handle: self._pages[handle] for handle in sorted(alive)}
+        if memory is Memory.LOST:
+            self._places.clear()
+            self._doubtful.clear()
         if memory is Memory.RELOADED:
             self._doubtful.update(at for at, when in self._places.items() if when > self._good_at)
         self._plans.clear()

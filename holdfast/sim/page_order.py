@@ -106,6 +106,11 @@ class PageOrder:
         """The brain has taken the mover's acknowledgement."""
         self._over(("move", ticket))
 
+    def reset(self) -> None:
+        """The brain has taken the mover's answer to a RESET: it runs nothing older, and has got
+        nothing newer."""
+        self.checker.fence(MOVER)
+
     def fence(self) -> None:
         """Nothing of the worker runs any more."""
         self.checker.fence(WORKER)

@@ -156,6 +156,21 @@ class Processes:
             if process.role is Role.KEEPER:
                 self.dies(process.number, rng.choice([_SIGKILL, EXIT_FAULT]))
 
+    def keeper(self) -> int | None:
+        """The number of the keeper that listens, if one does."""
+        keepers = (one for one, p in self.running.items() if p.role is Role.KEEPER)
+        return next((one for one in keepers if self.answers(one)), None)
+
+    def answers(self, number: int) -> bool:
+        """Whether a process hears what it is told and can say something."""
+        process = self.running.get(number)
+        return process is not None and process.up and not process.dying and not process.frozen
+
+    def may_write(self, number: int) -> bool:
+        """Whether a process may still write: it is not fenced, nor does it stand still."""
+        process = self.running.get(number)
+        return process is not None and not process.frozen
+
     def freeze(self, rng: Random) -> None:
         """Some process that nobody's deadline watches stops for ever. The supervisor asks it
         whether it is there, and kills it when the answer is late."""
@@ -164,7 +179,15 @@ class Processes:
             for process in self.running.values()
             if process.role in (Role.CORE, Role.KEEPER, Role.STANDBY) and not process.dying
         ]
-        process = rng.choice(able)
+        self._freeze(rng.choice(able))
+
+    def freeze_keeper(self, rng: Random) -> None:
+        """The keeper stops for ever, if one is there."""
+        for process in list(self.running.values()):
+            if process.role is Role.KEEPER and not process.dying:
+                self._freeze(process)
+
+    def _freeze(self, process: Process) -> None:
         slot = self.lifecycle.slot_of(process.number)
         if process.frozen or slot is None or PINGED.get(slot.role) is not slot.state:
             return
@@ -396,6 +419,7 @@ class Processes:
             self.weights_sound = False
             for pages in self.sim.memory:
                 pages[:] = 0
+            self.sim.copies.new_keeper()
         if process.role is Role.CORE:
             self.sim.core.start()
         elif process.role is Role.API:

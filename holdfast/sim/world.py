@@ -54,9 +54,11 @@ class Rates:
     copy_failed: float = 0.0
     ack_withheld: float = 0.0  # the acknowledgement of a copy never comes
     disk_late: float = 0.0
+    fetch_late: float = 0.0  # where a move from the disk may be: somebody waits for it
     disk_error: float = 0.0
     host_corrupt: float = 0.0  # per step: a cell of a held slot changes
     disk_corrupt: float = 0.0
+    waiter_leaves: float = 0.0  # per plan or order that brings pages: a client that waits goes
     # Of processes, each per chance to strike.
     killed: float = 0.0  # per step: SIGKILL of the worker by nobody of ours
     standby_death: float = 0.0  # while it waits
@@ -69,11 +71,12 @@ class Rates:
     memory_lost: float = 0.0  # per promotion: the pool is new memory
     keeper_death: float = 0.0  # per tick of the core
     freeze: float = 0.0  # per tick of the core: it, the keeper or a standby answers nothing more
+    keeper_lost: float = 0.0  # per order of moves: the keeper dies or freezes while it runs them
     weights_rot: float = 0.0  # per pass of a scrub: the slab's bytes change
     poison: float = 0.0  # per request: the worker dies whenever it computes a certain token of it
 
 
-TIER_RATES = (
+COPY_RATES = (
     "copy_late",
     "copy_failed",
     "ack_withheld",
@@ -82,6 +85,7 @@ TIER_RATES = (
     "host_corrupt",
     "disk_corrupt",
 )
+TIER_RATES = (*COPY_RATES, "fetch_late", "waiter_leaves")
 PROCESS_RATES = (
     "killed",
     "standby_death",
@@ -92,7 +96,7 @@ PROCESS_RATES = (
     "page_corrupt",
 )
 PAGE_RATES = ("page_rot", "memory_lost")
-KEEPER_RATES = ("keeper_death", "freeze", "weights_rot")
+KEEPER_RATES = ("keeper_death", "freeze", "keeper_lost", "weights_rot")
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +240,7 @@ def _draw_checks(
 
 def _draw_keeper(seed: int, limits: Limits, rates: Rates, fault_chance: float) -> tuple[Rates, int]:
     """Ends of the keeper, processes that freeze, and weights that change while a worker serves,
-    from a Random of their own. Moves of a keeper that died are not simulated: not with tiers."""
+    from a Random of their own. Moves are few, so there the keeper's end looks for them."""
     rng = Random(seed * 0x2545_F491 + 21)
     drawn = {}
     for name, low, high in (
@@ -246,10 +250,11 @@ def _draw_keeper(seed: int, limits: Limits, rates: Rates, fault_chance: float) -
     ):
         on, exponent = rng.random() < fault_chance / 2, rng.uniform(low, high)
         drawn[name] = 10.0**exponent if on else 0.0
-    if limits.host_pages:
-        drawn["keeper_death"] = drawn["freeze"] = 0.0
     steps = rng.choice([1, 3, 10])
-    return replace(rates, **drawn), steps if drawn["weights_rot"] or rng.random() < 0.2 else 0
+    scrub_steps = steps if drawn["weights_rot"] or rng.random() < 0.2 else 0
+    lost, exponent = rng.random() < fault_chance, rng.uniform(-1.3, -0.5)
+    drawn["keeper_lost"] = 10.0**exponent if lost and limits.disk_pages else 0.0
+    return replace(rates, **drawn), scrub_steps
 
 
 def _draw_tiers(
@@ -280,7 +285,7 @@ def _draw_tiers(
         )
     drawn = {}
     chance = 0.5 if profile == "tiers" else PROFILES[profile][1]
-    for name in TIER_RATES:
+    for name in COPY_RATES:
         struck, exponent = rng.random() < chance, rng.uniform(-2.5, -0.7)
         drawn[name] = 10.0**exponent if struck and on else 0.0
     for costly in ("copy_late", "ack_withheld"):  # an epoch each
@@ -289,6 +294,10 @@ def _draw_tiers(
         # Moves are few, and those of an older core fewer.
         drawn["disk_late"] = max(drawn["disk_late"], 0.2)
         drawn["core_death"] = max(rates.core_death, rng.choice([0.0, 0.01, 0.03]))
+    drawn["fetch_late"] = 0.6 if drawn["disk_late"] else 0.0
+    # Few wait, and not for long. Whoever waits for a late move must go on, so there they stay.
+    leaves = rng.random() < chance and on and not drawn["disk_late"]
+    drawn["waiter_leaves"] = rng.uniform(0.2, 0.8) if leaves else 0.0
     return limits, replace(rates, **drawn), copy_time, disk_time
 
 

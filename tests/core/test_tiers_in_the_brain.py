@@ -9,9 +9,8 @@ from holdfast.core.request import Phase
 from holdfast.errors import InvariantError, OptionError, WorkerFault
 from holdfast.kv.pages import PageState
 from holdfast.sim.fake_mover import FakeMover, TierMemory, Transfer
-from holdfast.sim.fake_worker import FakeWorker
 from holdfast.wire.copies import LOAD
-from holdfast.wire.messages import Cancel, End
+from holdfast.wire.messages import Cancel, End, Memory
 
 PROMPT = list(range(40, 57))  # four full pages of 4 and one token
 OTHER = list(range(200, 217))
@@ -78,6 +77,21 @@ class TierDriver(Driver):
         self.answer(1, PROMPT)
         for request in (2, 3):
             self.answer(request, [token + 50 * request for token in PROMPT] + [1] * 8)
+
+    def evicted_again(self) -> None:
+        """PROMPT was answered, stored by the new memory, and other prompts came since."""
+        for request in (12, 13):
+            self.answer(request, [token + 10 * request for token in PROMPT] + [1] * 8)
+
+    def keeper_dies(self, epoch: int) -> None:
+        """Memory and mover go with it, moves in flight as well; a worker over new memory."""
+        self.copies.clear()
+        self.moves.clear()
+        self.replace_worker(epoch, memory=Memory.LOST)
+        self.memory = TierMemory(self.limits, self.worker.pages)
+        self.mover = FakeMover(self.memory)
+        self.brain.verify()
+        self.pump()
 
     def loading(self, request: int = 9) -> list[Transfer]:
         """`request` waits for PROMPT's pages; returns the loads, not begun."""
@@ -217,9 +231,7 @@ def test_a_new_epoch_voids_loads_and_keeps_what_the_host_holds():
     old = list(driver.loading())
     driver.copies.clear()
     held = driver.brain.tiers.host.held
-    pages = driver.worker.pages
-    driver.replace_worker(2)
-    driver.worker = FakeWorker(driver.limits, 2, pages)
+    driver.replace_worker(2, memory=Memory.KEPT)
     driver.brain.verify()
     assert driver.brain.tiers.host.held == held
     with pytest.raises(InvariantError, match="epoch 1 in 2"):
@@ -228,6 +240,36 @@ def test_a_new_epoch_voids_loads_and_keeps_what_the_host_holds():
     driver.check(9)
     assert driver.ends[9] is End.LENGTH
     assert driver.cached[9] == 16
+    driver.check_home()
+
+
+def test_what_the_host_held_is_not_believed_after_the_keeper_died():
+    driver = TierDriver()
+    driver.loading()
+    driver.keeper_dies(2)
+    assert driver.brain.tiers.host.held == 0
+    driver.settle()
+    driver.check(9)
+    assert driver.ends[9] is End.LENGTH
+    assert driver.cached[9] == 0
+    assert driver.count("tier_failures_total", "bad_sum") == 0, "lost bytes were copied"
+    driver.check_home()
+
+
+def test_a_request_that_waits_for_the_disk_is_computed_when_the_keeper_dies():
+    driver = TierDriver(host_pages=8, disk_pages=40)
+    driver.evicted()
+    driver.submit(9, PROMPT, 3)
+    driver.tick()
+    assert driver.brain.requests[9].phase is Phase.LOADING and driver.moves
+    driver.keeper_dies(2)
+    driver.settle()
+    driver.check(9)
+    assert driver.ends[9] is End.LENGTH
+    driver.check_home()
+    driver.evicted_again()
+    driver.answer(19, PROMPT)
+    assert driver.cached[19] == 16, "the new keeper's tiers are not used"
     driver.check_home()
 
 

@@ -514,3 +514,76 @@ def test_a_fetch_of_what_bad_weights_computed_leaves_nothing_in_the_host():
     bench.tiers.moved(bench.ack(ticket, 100, epoch=3))
     bench.verify()
     assert bench.tiers.host.held == bench.tiers.disk.held == 0
+
+
+# --- memory that is lost ---
+
+
+def lost(bench: Bench) -> list[object]:
+    """The keeper died: who waited for its tiers."""
+    waiters = bench.tiers.reset()
+    bench.ledger.reset()
+    bench.verify()
+    return waiters
+
+
+def spilling() -> tuple[Bench, int]:
+    """A prompt's page is on its way from the host to the disk; the ticket of that move."""
+    bench = Bench(host_pages=1, disk_pages=2)
+    bench.reset()
+    bench.stored(1, 1)
+    bench.compute(11, 1)
+    ((ticket, kind, _, _),) = bench.moves()
+    assert kind == SPILL
+    return bench, ticket
+
+
+def test_nothing_that_host_or_disk_held_is_found_in_new_memory():
+    bench = on_disk()
+    assert (bench.tiers.host.held, bench.tiers.disk.held) == (1, 1)
+    assert lost(bench) == []
+    assert (bench.tiers.host.held, bench.tiers.disk.held) == (0, 0)
+    bench.reset()
+    assert not bench.bring(1, 1) and not bench.bring(11, 1)
+
+
+def test_the_places_of_a_spill_that_a_dead_keeper_had_are_used_again():
+    bench, _ = spilling()
+    lost(bench)
+    assert (bench.tiers.host.free, bench.tiers.disk.free) == (1, 2)
+    bench.reset()
+    bench.stored(1, 1)
+    assert bench.tiers.host.held == 1
+
+
+def test_who_waits_for_a_fetch_of_a_dead_keeper_goes_on_without_it():
+    bench = on_disk()
+    assert bench.bring(1, 1)
+    assert FETCH in {kind for _, kind, _, _ in bench.moves()}
+    assert lost(bench) == ["waiter"]
+    assert (bench.tiers.host.free, bench.tiers.disk.free) == (2, 2)
+
+
+def test_nothing_is_stored_in_new_memory_before_its_mover_said_that_it_is_idle():
+    bench, old = spilling()
+    lost(bench)
+    ((ticket, kind, _, _),) = bench.moves()
+    assert kind == RESET
+    bench.compute(1, 1)
+    assert bench.copies() == []
+    bench.tiers.moved(bench.ack(old, 100, epoch=3))  # said before its end, or of the new memory
+    assert not bench.tiers.ready and bench.tiers.disk.held == 0
+    bench.tiers.moved(bench.ack(ticket, 0, epoch=3))
+    assert bench.tiers.ready
+    bench.stored(11, 1)
+    assert bench.tiers.host.held == 1
+
+
+def test_an_answer_to_the_reset_before_the_memory_was_lost_says_nothing_of_the_new_one():
+    bench = Bench(disk_pages=2)
+    ((first, _, _, _),) = bench.moves()
+    lost(bench)
+    bench.tiers.moved(bench.ack(first, 0, epoch=3))
+    assert not bench.tiers.ready
+    bench.reset()
+    assert bench.tiers.ready

@@ -8,12 +8,13 @@ import pytest
 from holdfast.config import Limits
 from holdfast.core.request import Phase, Request
 from holdfast.sim.checkers import PageWatch
+from holdfast.sim.copy_traffic import CopyTraffic
 from holdfast.sim.copy_watch import CopyWatch
 from holdfast.sim.fake_mover import FakeMover, TierMemory
 from holdfast.sim.page_order import PageOrder
 from holdfast.sim.simulator import Simulation
 from holdfast.sim.violation import Violation
-from holdfast.sim.world import TIER_RATES, draw
+from holdfast.sim.world import TIER_RATES, draw, without
 from holdfast.wire.copies import COPY, FETCH, LOAD, MOVE, RESET, SPILL, STORE, MoveOrders
 from holdfast.wire.plan import StepPlan
 
@@ -40,7 +41,7 @@ def test_the_tiers_profile_stresses_every_road_and_every_fault(monkeypatch):
     monkeypatch.setattr(Request, "finish", watched)
     struck: dict[str, int] = {}
     stored = loaded = spilled = fetched = full = 0
-    for seed in range(60):
+    for seed in range(100):
         simulation = Simulation(draw(seed, "tiers"))
         outcome = simulation.run()
         assert outcome.violation is None, f"holdfast simulate --seed {seed} --profile tiers"
@@ -96,10 +97,52 @@ def test_a_move_is_watched_until_its_core_or_a_reset_says_that_it_is_over():
     watch.order(orders_of((1, SPILL, 0, 3)), 0)
     with pytest.raises(Violation):
         watch.launch(plan_of(1, (9, 5, STORE, 0)), 0, {})
-    watch.reset(2)
+    watch.reset(2, 1)
     watch.launch(plan_of(1, (9, 5, STORE, 0)), 0, {})
     watch.fence(2)
     assert not watch.opened
+
+
+def test_a_reset_of_the_same_core_ends_what_is_older_and_nothing_else():
+    watch = CopyWatch()
+    watch.order(orders_of((1, SPILL, 0, 3), (2, RESET, 0, 0), (3, SPILL, 1, 2)), 0)
+    watch.reset(1, 2)
+    assert list(watch.opened) == [("mover", 1, 3)]
+
+
+def test_moves_meet_the_end_of_their_keeper(monkeypatch):
+    orphaned, unheard, frozen = [], [], []
+    new_keeper, pump = CopyTraffic.new_keeper, CopyTraffic.pump
+    alive = CopyTraffic._alive
+
+    def watched(traffic):
+        orphaned.extend(traffic.mover._open)
+        new_keeper(traffic)
+
+    def pumped(traffic):
+        tiers = traffic.sim.core.brain.tiers
+        if tiers is not None and tiers._moves_new and traffic.sim.processes.keeper() is None:
+            unheard.extend(tiers._moves_new)
+        pump(traffic)
+
+    def stood(traffic, transfer, keeper):
+        process = traffic.sim.processes.running.get(keeper)
+        frozen.append(process is not None and process.frozen)
+        return alive(traffic, transfer, keeper)
+
+    monkeypatch.setattr(CopyTraffic, "new_keeper", watched)
+    monkeypatch.setattr(CopyTraffic, "pump", pumped)
+    monkeypatch.setattr(CopyTraffic, "_alive", stood)
+    struck: dict[str, int] = {}
+    for seed in range(40):
+        outcome = Simulation(without(draw(seed, "tiers"), keeper_lost=0.3)).run()
+        assert outcome.violation is None, f"seed {seed}: {outcome.violation}"
+        for fault, count in outcome.faults.items():
+            struck[fault] = struck.get(fault, 0) + count
+    assert min(struck["keeper_death"], struck["keeper_lost"], struck["freeze"]) > 5
+    assert orphaned, "no keeper ended with moves under way"
+    assert unheard, "nothing was ordered while no keeper listened"
+    assert any(frozen), "no move stood still with its keeper"
 
 
 @pytest.mark.parametrize(("kind", "writes"), [(LOAD, False), (STORE, True)])

@@ -164,6 +164,7 @@ def test_every_kind_of_fault_strikes_somewhere():
         "memory_lost",
         "keeper_death",
         "freeze",
+        "keeper_lost",
         "weights_rot",
     }
 
