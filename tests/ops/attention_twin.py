@@ -90,9 +90,9 @@ class Step:
         """int32[n]: tokens in the pages, the step's own included."""
         return self.starts + self.lens
 
-    def batch(self) -> AttentionBatch:
+    def batch(self, device: str = "cpu") -> AttentionBatch:
         return AttentionBatch.build(
-            self.lens, self.starts, self.table, self.shape.page_tokens, "cpu"
+            self.lens, self.starts, self.table, self.shape.page_tokens, device
         )
 
     def forget(self, before: list[int], column_page: int = NO_PAGE) -> None:

@@ -113,7 +113,7 @@ def prefill(heads: int, kv_heads: int, head_dim: int, layers: int, window: int =
 BUILDS: dict[str, Callable[[], None]] = {
     "8B decode of 1 row": decode(32, 8, 128, 36, 1),
     "8B decode of 128 rows": decode(32, 8, 128, 36, 128),
-    "8B decode of 256 rows": decode(32, 8, 128, 36, 256),
+    "8B decode of 512 rows, not split": decode(32, 8, 128, 36, 512),
     "8B verify of 32 rows, 4 drafts": decode(32, 8, 128, 36, 32, 5),
     "0.6B decode of 64 rows": decode(16, 8, 128, 28, 64),
     "tiny decode of 8 rows": decode(6, 2, 64, 7, 8),

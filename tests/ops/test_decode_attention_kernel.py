@@ -43,6 +43,9 @@ def run(module, step: Step, *, query_len=1, window=0, splits=3, block=16, **opti
         **step.shape.made_for(),
     )
     out = step.out()
+    # What a split did not write is never what this step is made of.
+    attention._partial.fill_(float("nan"))
+    attention._partial_lse.fill_(float("nan"))
     attention.run(
         step.qkv,
         step.pool,
@@ -125,6 +128,11 @@ def test_padding_rows_are_zero_and_no_page_of_theirs_is_looked_up(module, splits
 def test_a_split_of_fewer_blocks_than_it_must_have_is_left_to_its_neighbour(module):
     step = Step(Shape(), [1] * 3, [0, 40, 90])
     close(run(module, step, splits=6, blocks_min=2), step.reference())
+
+
+def test_more_splits_than_are_joined_at_once_are_joined_in_turns(module):
+    step = Step(Shape(group=1, kv_heads=1, page_tokens=16), [1] * 2, [700, 30])
+    close(run(module, step, splits=40), step.reference())
 
 
 def test_a_length_beyond_the_table_reads_no_further_than_the_table(module):

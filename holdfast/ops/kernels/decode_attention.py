@@ -12,7 +12,7 @@ many parts of equal length, in whole blocks. A program behind the end of its row
 Cost. A token of a kv head is 2 * head_dim elements, read once: 32/8 heads of 128 in bfloat16 are
 4 KiB a token and layer, 128 rows of 2,048 tokens 1.07 GB, 253 us at the H200's 4.24 TB/s. A tile
 of K and V is at most 32 KiB and the next two are in flight, so three programs an SM hold 96 KiB or
-more under way where 4.8 TB/s times 0.8 us need 30.
+more under way where 4.8 TB/s times 0.8 us need 30 (ops.kernels.decode_config).
 
 Called by ops.attention_triton and by who captures graphs. Knows no plan and no host length.
 """
@@ -20,13 +20,13 @@ Called by ops.attention_triton and by who captures graphs. Knows no plan and no 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from holdfast.errors import require
+from holdfast.ops.kernels.decode_config import DecodeConfig, choose_config
 from holdfast.ops.kernels.paged_kv import (
     LOG2_E,
     computes_wide,
@@ -38,13 +38,6 @@ from holdfast.ops.kernels.paged_kv import (
 
 # Fewer rows than 16 no product takes; more than 64 of 256 lanes do not fit the registers.
 _ROWS_MIN, _ROWS_MAX = 16, 64
-# Bytes of a tile of K and V.
-_TILE_BYTES = {2: 32 << 10, 4: 16 << 10}
-# Programs an SM holds at once (150 registers a thread, 72 KiB of shared memory), and tokens that
-# one program should not exceed: at about 80 GB/s it reads 32,768 of a kv head of 128 in 200 us.
-_PROGRAMS_PER_SM = 3
-_SPLIT_TOKENS_MAX = 32768
-_PROGRAMS_MAX = 4096
 # Parts that `_join` reads at once.
 _JOIN_SPLITS = 16
 
@@ -54,8 +47,8 @@ def _cut(
     length,
     window,
     columns,
-    SPLITS: tl.constexpr,
-    BLOCKS_MIN: tl.constexpr,
+    splits,
+    blocks_min,
     Q_LEN: tl.constexpr,
     BLOCK: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
@@ -67,15 +60,16 @@ def _cut(
     end = tl.minimum(tl.maximum(length, 0), columns * PAGE_TOKENS)
     low = tl.where(window > 0, tl.maximum(end - Q_LEN - window + 1, 0), 0)
     first = low // BLOCK * BLOCK
-    blocks = (tl.cdiv(end - first, BLOCK) + SPLITS - 1) // SPLITS
-    return end, first, tl.maximum(blocks, BLOCKS_MIN)
+    blocks = tl.cdiv(tl.cdiv(end - first, BLOCK), splits)
+    return end, first, tl.maximum(blocks, blocks_min)
 
 
-# Neither integers nor the alignment of index arrays make another kernel: nothing compiles later.
-_SPLIT_INPUTS = ["page_table", "lengths", "first_tokens", "layer", "columns", "table_stride"]
+# Neither integers nor the alignment of index arrays make another kernel: nothing compiles later,
+# and the buckets of an engine, whose splits differ, share their kernels.
+_CUT_INPUTS = ["lengths", "first_tokens", "columns", "window", "splits", "blocks_min"]
 
 
-@triton.jit(do_not_specialize=[*_SPLIT_INPUTS, "window"])
+@triton.jit(do_not_specialize=[*_CUT_INPUTS, "page_table", "layer", "table_stride"])
 def _attend_split(
     q,
     pool,
@@ -89,9 +83,10 @@ def _attend_split(
     columns,
     table_stride,
     window,
+    splits,
+    blocks_min,
     factor,
-    SPLITS: tl.constexpr,
-    BLOCKS_MIN: tl.constexpr,
+    JOINED: tl.constexpr,
     SCATTERED: tl.constexpr,
     Q_LEN: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -115,12 +110,12 @@ def _attend_split(
     PARTS: tl.constexpr = Q_LEN * GROUP
 
     end, first, blocks = _cut(
-        tl.load(lengths + row), window, columns, SPLITS, BLOCKS_MIN, Q_LEN, BLOCK, PAGE_TOKENS
+        tl.load(lengths + row), window, columns, splits, blocks_min, Q_LEN, BLOCK, PAGE_TOKENS
     )
     begin = first + split * blocks * BLOCK
     stop = tl.minimum(end, begin + blocks * BLOCK)
     # `and` of a constant and a tensor would be no branch at all.
-    if SPLITS > 1:  # noqa: SIM102
+    if JOINED:  # noqa: SIM102
         if begin >= end:
             return
 
@@ -169,17 +164,17 @@ def _attend_split(
 
     total = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
     inside = live[:, None] & in_head[None, :]
-    if SPLITS == 1:
+    if not JOINED:
         out_at = (first_token + token)[:, None] * OUT_STRIDE + head[:, None] * HEAD_DIM
         tl.store(out + out_at + lane[None, :], total.to(out.dtype.element_ty), mask=inside)
     else:
-        place = ((row.to(tl.int64) * KV_HEADS + kv_head) * SPLITS + split) * PARTS + part
+        place = ((row.to(tl.int64) * KV_HEADS + kv_head) * splits + split) * PARTS + part
         tl.store(partial + place[:, None] * HEAD_DIM + lane[None, :], total, mask=inside)
         # log2 of a weight of 0 is -inf: a part that a query token sees nothing of.
         tl.store(partial_lse + place, maximum + tl.log2(weight), mask=live)
 
 
-@triton.jit(do_not_specialize=["lengths", "first_tokens", "columns", "window"])
+@triton.jit(do_not_specialize=_CUT_INPUTS)
 def _join(
     partial,
     partial_lse,
@@ -188,8 +183,8 @@ def _join(
     out,
     columns,
     window,
-    SPLITS: tl.constexpr,
-    BLOCKS_MIN: tl.constexpr,
+    splits,
+    blocks_min,
     SCATTERED: tl.constexpr,
     Q_LEN: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -199,7 +194,6 @@ def _join(
     PAGE_TOKENS: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One query head of one query token: the parts of its splits, weighed by their log-sum-exp."""
@@ -208,65 +202,38 @@ def _join(
     head = tl.program_id(1)
     PARTS: tl.constexpr = Q_LEN * GROUP
     end, first, blocks = _cut(
-        tl.load(lengths + row), window, columns, SPLITS, BLOCKS_MIN, Q_LEN, BLOCK, PAGE_TOKENS
+        tl.load(lengths + row), window, columns, splits, blocks_min, Q_LEN, BLOCK, PAGE_TOKENS
     )
-    splits = tl.cdiv(end - first, blocks * BLOCK)
+    filled = tl.cdiv(end - first, blocks * BLOCK)
 
-    base = (row * KV_HEADS + head // GROUP) * SPLITS * PARTS + token * GROUP + head % GROUP
-    every = tl.arange(0, SPLITS_PAD)
-    lse = tl.load(partial_lse + base + every * PARTS, mask=every < splits, other=float("-inf"))
-    highest = tl.max(lse, 0)
-    highest = tl.where(highest == float("-inf"), 0.0, highest)
-    weight = tl.sum(tl.exp2(lse - highest), 0)
-
+    base = (row * KV_HEADS + head // GROUP) * splits * PARTS + token * GROUP + head % GROUP
     lane = tl.arange(0, HEAD_PAD)
     in_head = lane < HEAD_DIM
+    highest = tl.full([], float("-inf"), tl.float32)
+    weight = tl.full([], 0.0, tl.float32)
     total = tl.zeros([HEAD_PAD], tl.float32)
-    for start in range(0, splits, TILE):
-        some = start + tl.arange(0, TILE)
-        held = some < splits
-        place = base + some * PARTS
-        share = tl.load(partial_lse + place, mask=held, other=float("-inf"))
+    for start in range(0, filled, TILE):
+        split = start + tl.arange(0, TILE)
+        held = split < filled
+        place = base + split * PARTS
+        lse = tl.load(partial_lse + place, mask=held, other=float("-inf"))
         values = tl.load(
             partial + place[:, None] * HEAD_DIM + lane[None, :],
             mask=held[:, None] & in_head[None, :],
             other=0.0,
         )
-        total += tl.sum(tl.exp2(share - highest)[:, None] * values, 0)
+        higher = tl.maximum(highest, tl.max(lse, 0))
+        # -inf less -inf is NaN: what has seen nothing counts from 0.
+        origin = tl.where(higher == float("-inf"), 0.0, higher)
+        share = tl.exp2(lse - origin)
+        shrink = tl.exp2(highest - origin)
+        weight = weight * shrink + tl.sum(share, 0)
+        total = total * shrink + tl.sum(share[:, None] * values, 0)
+        highest = higher
     total = total / tl.where(weight == 0.0, 1.0, weight)
     first_token = tl.load(first_tokens + row).to(tl.int64) if SCATTERED else row * Q_LEN
     out_at = (first_token + token) * OUT_STRIDE + head * HEAD_DIM + lane
     tl.store(out + out_at, total.to(out.dtype.element_ty), mask=in_head)
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeConfig:
-    """How a bucket is computed. block: positions of a tile, a power of two >= 16; splits: parts a
-    row's context is cut into at most; blocks_min: blocks a part has at least."""
-
-    block: int
-    splits: int
-    warps: int = 4
-    stages: int = 3
-    blocks_min: int = 1
-
-
-def choose_config(
-    rows: int, kv_heads: int, head_dim: int, itemsize: int, context_max: int, sm_count: int
-) -> DecodeConfig:
-    """The host's table: a pure function of the bucket, never of lengths.
-
-    Few rows: as many splits as fill the GPU once. Many: four times, since then the last, partly
-    filled turn costs little, and more for the longest contexts unless there are programs enough.
-    """
-    block = _TILE_BYTES[itemsize] // (2 * padded_head(head_dim) * itemsize)
-    block = min(128, max(16, block))
-    pairs = rows * kv_heads
-    at_once = _PROGRAMS_PER_SM * sm_count
-    splits = at_once // pairs if 4 * pairs <= at_once else -(-4 * at_once // pairs)
-    for_length = min(-(-context_max // _SPLIT_TOKENS_MAX), _PROGRAMS_MAX // pairs)
-    splits = max(splits, for_length)
-    return DecodeConfig(block=block, splits=min(max(1, splits), -(-context_max // block)))
 
 
 class DecodeAttention:
@@ -306,9 +273,9 @@ class DecodeAttention:
         self.page_tokens = page_tokens
         self.rows_max, self.query_len_max = rows_max, query_len_max
         if sm_count is None:
-            sm_count = 132
-            if self.device.type == "cuda":
-                sm_count = torch.cuda.get_device_properties(self.device).multi_processor_count
+            on_gpu = self.device.type == "cuda"
+            properties = torch.cuda.get_device_properties(self.device) if on_gpu else None
+            sm_count = properties.multi_processor_count if properties is not None else 1
         self._configs = tuple(
             config_of(rows)
             if config_of is not None
@@ -383,9 +350,10 @@ class DecodeAttention:
             columns,
             page_table.stride(0),
             window,
+            config.splits,
+            config.blocks_min,
             self._scale * LOG2_E,
-            SPLITS=config.splits,
-            BLOCKS_MIN=config.blocks_min,
+            JOINED=config.splits > 1,
             SCATTERED=scattered,
             Q_LEN=query_len,
             KV_HEADS=self.kv_heads,
@@ -412,8 +380,8 @@ class DecodeAttention:
             out,
             columns,
             window,
-            SPLITS=config.splits,
-            BLOCKS_MIN=config.blocks_min,
+            config.splits,
+            config.blocks_min,
             SCATTERED=scattered,
             Q_LEN=query_len,
             KV_HEADS=self.kv_heads,
@@ -423,7 +391,6 @@ class DecodeAttention:
             PAGE_TOKENS=self.page_tokens,
             OUT_STRIDE=out.stride(0),
             BLOCK=config.block,
-            SPLITS_PAD=triton.next_power_of_2(config.splits),
-            TILE=min(_JOIN_SPLITS, triton.next_power_of_2(config.splits)),
+            TILE=_JOIN_SPLITS,
             num_warps=2,
         )
