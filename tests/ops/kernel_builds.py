@@ -37,19 +37,22 @@ TYPES = {
     torch.int8: "i8",
     torch.bool: "i1",
 }
+# Two-dimensional tiles, so many deep, that a loop loads to.
+_BUFFERS = re.compile(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x")
 
 
 @dataclass(frozen=True)
 class Build:
     """What one launch compiled to. name: "label: kernel"; spill_bytes: stack of a thread;
-    specialised: integer arguments of which some values would compile another kernel."""
+    buffers: tiles of shared memory that its pipeline turns through, 0 without a pipeline;
+    specialised: integers of which some values would compile another kernel."""
 
     name: str
     registers: int
     spill_bytes: int
     shared_bytes: int
     warps: int
-    async_copies: int
+    buffers: int
     tensor_products: int
     specialised: list[str]
 
@@ -168,7 +171,7 @@ def build(label: str, kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) 
         spill_bytes=stack,
         shared_bytes=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
-        async_copies=ptx.count("cp.async.cg") + ptx.count("cp.async.bulk"),
+        buffers=min(map(int, _BUFFERS.findall(compiled.asm["ttgir"])), default=0),
         tensor_products=ptx.count("mma.sync") + ptx.count("wgmma.mma_async"),
         specialised=specialised,
     )
