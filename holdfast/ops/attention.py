@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -244,19 +245,39 @@ def plan_attention(
         builder.part(pairs, rows, out[first : first + kv_heads * pairs.tiles.row.size * rows])
         for pairs, rows, first in chosen
     ]
-    page = torch.div(batch.slots, page_tokens, rounding_mode="floor")
     return AttentionPlan(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        append_rows=batch.slots + page * ((layers * 2 - 1) * page_tokens),
+        append_rows=append_rows(batch, layers),
         parts=tuple(parts),
         parts_out=out,
         gather=torch.from_numpy(where.reshape(-1)).to(pool.device),
     )
 
 
-def append_kv(plan: AttentionPlan, pool: torch.Tensor, layer: int, qkv: torch.Tensor) -> None:
+def append_rows(batch: AttentionBatch, layers: int) -> torch.Tensor:
+    """int64[t], device: token rows of a layer's K in a pool of so many layers, from `slots`."""
+    page = torch.div(batch.slots, batch.page_tokens, rounding_mode="floor")
+    return batch.slots + page * ((layers * 2 - 1) * batch.page_tokens)
+
+
+class Appends(Protocol):
+    """What appending asks of a backend's plan: AttentionPlan says what the fields are."""
+
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def append_rows(self) -> torch.Tensor: ...
+    @property
+    def tokens(self) -> int: ...
+
+
+def append_kv(plan: Appends, pool: torch.Tensor, layer: int, qkv: torch.Tensor) -> None:
     """Store the step's K and V of one layer. qkv: [>= t, (heads + 2 * kv_heads) * head_dim]."""
     width = plan.kv_heads * plan.head_dim
     tokens = plan.tokens

@@ -1,0 +1,281 @@
+"""TritonAttention: paged attention by our own kernels, for a step of any mix of rows.
+
+Owns the workspace of its kernels and the arithmetic of a plan: rows that are alike and short
+(decode, verify) go to the split kernel, which asks nothing of the host but the number of rows; all
+others to the prefill kernel, over tiles. `plan` and `attend` stand where ops.attention's do;
+`decode` takes static buffers, for graphs and for eager steps of the same shape, which so compute
+the same bits. Imported only where triton is (ops.kernels.available).
+
+Invariant: every call works on the current stream, waits for nothing and, but for `plan`, allocates
+nothing. Padding rows (length 0) give zeros and are never looked up in their table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from holdfast.errors import require
+from holdfast.ops.attention import AttentionBatch, Scratch, append_rows
+from holdfast.ops.contracts import require_launchable
+from holdfast.ops.kernels.decode_attention import DecodeAttention, DecodeConfig
+from holdfast.ops.kernels.paged_kv import require_pool
+from holdfast.ops.kernels.prefill_attention import (
+    TILE_FIELDS,
+    PrefillAttention,
+    PrefillConfig,
+    cut_tiles,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TritonPlan:
+    """An AttentionBatch on the device, for all layers of one pool. d decode rows come first.
+
+    append_rows: as AttentionPlan has it. page_table: int32[n, W]; lengths: int32[d], with the
+    step's own tokens; query_len: of every decode row; first_tokens: int32[d], or None where the
+    decode rows are the whole step; tiles: int32[4, T].
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    append_rows: torch.Tensor
+    page_table: torch.Tensor
+    lengths: torch.Tensor
+    first_tokens: torch.Tensor | None
+    query_len: int
+    tiles: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Query tokens of the step, t."""
+        return self.append_rows.numel()
+
+
+class TritonAttention:
+    """Attention of one model's shape on one device. One owner, one stream."""
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        *,
+        rows_max: int,
+        query_len_max: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        page_tokens: int,
+        context_max: int,
+        itemsize: int = 2,
+        config_of: Callable[[int], DecodeConfig] | None = None,
+        prefill_config: PrefillConfig | None = None,
+    ) -> None:
+        """query_len_max: query tokens of a decode row, 1 + drafts; the others as the kernels'."""
+        self.device = torch.device(device)
+        self._decode = DecodeAttention(
+            device,
+            rows_max=rows_max,
+            query_len_max=query_len_max,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            page_tokens=page_tokens,
+            context_max=context_max,
+            itemsize=itemsize,
+            config_of=config_of,
+        )
+        self._prefill = PrefillAttention(
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            page_tokens=page_tokens,
+            itemsize=itemsize,
+            config=prefill_config,
+        )
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """What a captured graph has of this object: a part of its address manifest."""
+        return self._decode.addresses
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self._decode.workspace_bytes
+
+    def plan(
+        self,
+        batch: AttentionBatch,
+        pool: torch.Tensor,
+        heads: int,
+        kv_heads: int,
+        dtype: torch.dtype,
+        scratch: Scratch,
+    ) -> TritonPlan:
+        """Lay a step out: its index arrays go to the device in one copy, into `scratch`.
+
+        The arguments are those of ops.attention.plan_attention. Valid until the next plan with the
+        same scratch; kernels still queued on the same stream are read before it is overwritten.
+        Raises InvariantError when the step is not of the shape this object was made for, or a row
+        uses a page that the pool does not have.
+        """
+        decode = self._decode
+        require(
+            (heads, kv_heads, batch.page_tokens)
+            == (decode.heads, decode.kv_heads, decode.page_tokens),
+            f"{heads} query and {kv_heads} kv heads in pages of {batch.page_tokens}, made for "
+            f"{decode.heads}, {decode.kv_heads} and {decode.page_tokens}",
+        )
+        require_pool(pool, kv_heads, decode.head_dim, batch.page_tokens)
+        lens, starts = batch.query_lens, batch.starts
+        rows, query_len = self._decode_rows(lens)
+        others = np.setdiff1d(np.arange(lens.size), rows, assume_unique=True)
+        order = np.concatenate((rows, others))
+        first = np.cumsum(lens, dtype=np.int64) - lens
+        # cut_tiles counts its rows one after another; here they lie where the batch has them.
+        tiles = cut_tiles(lens[others], starts[others], self._prefill.tile_tokens)
+        behind = first[others] - (np.cumsum(lens[others], dtype=np.int64) - lens[others])
+        tiles[1] += behind[tiles[0]].astype(np.int32)
+        tiles[0] += rows.size
+        table = self._table(batch, pool.shape[0])[order]
+        table_arg, lengths, first_tokens, tiles_arg = self._to_device(
+            [table, (starts + lens)[rows], first[rows], tiles], scratch
+        )
+        return TritonPlan(
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=decode.head_dim,
+            append_rows=append_rows(batch, pool.shape[1]),
+            page_table=table_arg,
+            lengths=lengths,
+            first_tokens=first_tokens if others.size else None,
+            query_len=query_len,
+            tiles=tiles_arg.view(TILE_FIELDS, -1),
+        )
+
+    def attend(
+        self,
+        plan: TritonPlan,
+        pool: torch.Tensor,
+        layer: int,
+        qkv: torch.Tensor,
+        out: torch.Tensor,
+        window: int = 0,
+    ) -> None:
+        """Attention of the step's tokens over their pages, the appended ones included.
+
+        qkv: [>= t, (heads + 2 * kv_heads) * head_dim]; out: [>= t, heads * head_dim], of which the
+        first t rows are written. window: positions a token sees, itself included; 0 for all.
+        """
+        rows = plan.lengths.numel()
+        if rows:
+            self._decode.run(
+                qkv,
+                pool,
+                layer,
+                plan.page_table[:rows],
+                plan.lengths,
+                out,
+                query_len=plan.query_len,
+                window=window,
+                first_tokens=plan.first_tokens,
+            )
+        if plan.tiles.numel():
+            self._prefill.run(qkv, pool, layer, plan.page_table, plan.tiles, out, window=window)
+
+    def decode(
+        self,
+        pool: torch.Tensor,
+        layer: int,
+        qkv: torch.Tensor,
+        page_table: torch.Tensor,
+        lengths: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        query_len: int = 1,
+        window: int = 0,
+    ) -> None:
+        """A bucket from static buffers: row i's query tokens are rows i * query_len .. of qkv.
+
+        page_table: int32[bucket, W]; lengths: int32[bucket], tokens in the pages with the step's
+        own, 0 for padding; both on the device, read there alone. May be captured; `require_static`
+        says once whether the buffers will do.
+        """
+        self._decode.run(
+            qkv, pool, layer, page_table, lengths, out, query_len=query_len, window=window
+        )
+
+    def require_static(
+        self,
+        pool: torch.Tensor,
+        qkv: torch.Tensor,
+        page_table: torch.Tensor,
+        lengths: torch.Tensor,
+        out: torch.Tensor,
+        query_len: int,
+    ) -> None:
+        """Raise InvariantError unless `decode` may be launched on these buffers."""
+        decode, rows = self._decode, lengths.numel()
+        require_pool(pool, decode.kv_heads, decode.head_dim, decode.page_tokens)
+        for name, tensor, dtype in (
+            ("page_table", page_table, torch.int32),
+            ("lengths", lengths, torch.int32),
+            ("qkv", qkv, qkv.dtype),
+            ("out", out, qkv.dtype),
+        ):
+            require_launchable(name, tensor, packed=tensor.dim() == 1, align_bytes=4)
+            require(tensor.dtype == dtype, f"{name} is {tensor.dtype}, not {dtype}")
+            require(tensor.stride(-1) == 1, f"{name}: strides {tensor.stride()}")
+        for name, tensor in (("qkv", qkv), ("out", out)):
+            require(tensor.data_ptr() % 16 == 0, f"{name} begins at {tensor.data_ptr():#x}")
+        width, tokens = decode.heads * decode.head_dim, rows * query_len
+        require(
+            0 < rows <= decode.rows_max
+            and 0 < query_len <= decode.query_len_max
+            and page_table.shape[0] >= rows
+            and min(qkv.shape[0], out.shape[0]) >= tokens
+            and qkv.shape[1] >= width
+            and out.shape[1] == width,
+            f"{rows} rows of {query_len} query tokens: tables {tuple(page_table.shape)}, qkv "
+            f"{tuple(qkv.shape)}, out {tuple(out.shape)}",
+        )
+
+    def _decode_rows(self, lens: np.ndarray) -> tuple[np.ndarray, int]:
+        """(int64[d] rows for the split kernel, the query tokens of each).
+
+        All rows where they are alike and short; else those of one token: beside chunks of prompts
+        nobody drafts.
+        """
+        query_len = int(lens[0])
+        alike = query_len <= self._decode.query_len_max and bool((lens == query_len).all())
+        rows = np.arange(lens.size) if alike else np.flatnonzero(lens == 1)
+        require(rows.size <= self._decode.rows_max, f"{rows.size} rows to decode")
+        return rows, query_len if alike else 1
+
+    def _table(self, batch: AttentionBatch, pages: int) -> np.ndarray:
+        """int32[n, W]: the columns that the step uses at most. Only used entries are judged."""
+        used = -(-(batch.starts.astype(np.int64) + batch.query_lens) // batch.page_tokens)
+        table = batch.page_table[:, : int(used.max())]
+        held = table[np.arange(table.shape[1]) < used[:, None]]
+        require(
+            int(held.min()) >= 0 and int(held.max()) < pages,
+            f"a step reads pages {held.min()} to {held.max()} of a pool of {pages}",
+        )
+        return table
+
+    def _to_device(self, arrays: list[np.ndarray], scratch: Scratch) -> list[torch.Tensor]:
+        """The arrays, as int32 and in one copy; each begins on a 16-byte line."""
+        sizes = [-(-array.size // 4) * 4 for array in arrays]
+        ends = np.cumsum(sizes)
+        packed = np.zeros(int(ends[-1]), np.int32)
+        for array, end, size in zip(arrays, ends, sizes, strict=True):
+            packed[end - size : end - size + array.size] = array.reshape(-1)
+        device = scratch.take("attention_index", (packed.size,), torch.int32)
+        device.copy_(torch.from_numpy(packed))
+        return [
+            device[end - size : end - size + array.size].view(array.shape)
+            for array, end, size in zip(arrays, ends, sizes, strict=True)
+        ]
