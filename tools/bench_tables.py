@@ -101,7 +101,9 @@ def _table(rows: Sequence[Row]) -> str:
             "figure": row["metric"],
             "ours": f"**{report.short(row['value'])}**",
             "unit": row["unit"],
-            "lowest .. highest": f"{report.short(min(runs))} .. {report.short(max(runs))}",
+            "lowest .. highest": ""
+            if len(runs) == 1
+            else f"{report.short(min(runs))} .. {report.short(max(runs))}",
             "runs": str(len(runs)),
             "peer": ""
             if peer is None

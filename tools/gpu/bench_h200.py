@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -68,15 +69,15 @@ def run(part: str, size: str, asked: argparse.Namespace, left_s: float) -> bool:
     started_s = time.monotonic()
     print(f"-- {part} {size}, at most {left_s:.0f} s", flush=True)
     with log.open("w") as said:
-        # SIGTERM, not SIGKILL: it ends its servers and its peer with itself.
+        # Interrupted, it ends its servers and its peer before itself.
         process = subprocess.Popen(words, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
         try:
             code = process.wait(left_s)
         except subprocess.TimeoutExpired:
-            process.terminate()
+            process.send_signal(signal.SIGINT)
             code = 124
             try:
-                process.wait(30)
+                process.wait(90)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait(30)
