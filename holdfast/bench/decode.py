@@ -52,6 +52,7 @@ class Decode:
         return [
             Value("decode", self.name, batch, "step", "ms", self._steps_ms(batch, spent))
             for batch in self.batches
+            if self._steps_ms(batch, spent)
         ]
 
     def _steps_ms(self, batch: int, spent: Mapping[str, Spent]) -> tuple[float, ...]:
@@ -60,7 +61,6 @@ class Decode:
             long, short = (spent.get(self._key(batch, run, kind)) for kind in ("long", "short"))
             if long is not None and short is not None:
                 found.append((long.wall_s - short.wall_s) / self.steps * 1e3)
-        assert found, "a side ran none of a bench's tasks"
         return tuple(found)
 
     def _key(self, batch: int, run: int, kind: str) -> str:

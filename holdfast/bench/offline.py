@@ -40,6 +40,8 @@ class Offline:
     def values(self, spent: Mapping[str, Spent]) -> list[Value]:
         tokens = self.work.total_output_tokens
         found = runs_of(map(self._key, range(self.repeats)), spent)
+        if not found:
+            return []
         name = self.work.name
         rates = tuple(tokens / one.wall_s for one in found)
         values = [Value("offline", name, None, "output rate", "tok/s", rates)]

@@ -10,8 +10,9 @@ import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
-from holdfast.bench.timed import Report, Spent, Task
+from holdfast.bench.timed import OurSide, Report, Spent, Task
 from holdfast.errors import OperatorError
 from holdfast.llm import LLM, SamplingParams
 
@@ -23,13 +24,20 @@ _REPORT_S = 0.1
 Opener = Callable[[Report], LLM]
 
 
-def in_process(open_llm: Opener, tasks: Sequence[Task], report: Report) -> dict[str, Spent]:
-    """Seconds of each task, by its key."""
+def in_process(open_llm: Opener, tasks: Sequence[Task], report: Report, side: OurSide) -> None:
+    """Run every task; `side` is told each as it ends."""
     with open_llm(report) as llm:
-        return {task.key: time_task(llm, task, report) for task in tasks}
+        side.facts.update(facts(llm))
+        for task in tasks:
+            side.spent[task.key] = time_task(llm, task, report)
 
 
-def in_child(open_llm: Opener, tasks: Sequence[Task], report: Report) -> dict[str, Spent]:
+def facts(llm: LLM) -> dict[str, Any]:
+    """Settings that an LLM decides by itself."""
+    return {"steps_ahead": llm.limits.steps_ahead}
+
+
+def in_child(open_llm: Opener, tasks: Sequence[Task], report: Report, side: OurSide) -> None:
     """The same in a process of its own. `open_llm` must be a function that can be pickled.
 
     Raises OperatorError with the child's words when it fails, ends or is silent for SILENCE_S.
@@ -40,7 +48,10 @@ def in_child(open_llm: Opener, tasks: Sequence[Task], report: Report) -> dict[st
     child.start()
     theirs.close()
     try:
-        return _listen(ours, report)
+        _listen(ours, report, side)
+    except BaseException:
+        child.kill()
+        raise
     finally:
         ours.close()
         child.join(_END_S)
@@ -72,7 +83,7 @@ def time_task(llm: LLM, task: Task, report: Report) -> Spent:
     return spent
 
 
-def _listen(pipe: Connection, report: Report) -> dict[str, Spent]:
+def _listen(pipe: Connection, report: Report, side: OurSide) -> None:
     while True:
         if not pipe.poll(SILENCE_S):
             raise OperatorError(f"the measured engine said nothing for {SILENCE_S:g} s")
@@ -82,10 +93,14 @@ def _listen(pipe: Connection, report: Report) -> dict[str, Spent]:
             raise OperatorError("the measured engine ended; what it said is above") from None
         if kind == "progress":
             report(*said)
+        elif kind == "opened":
+            side.facts.update(said)
+        elif kind == "spent":
+            side.spent.update(said)
         elif kind == "failed":
             raise OperatorError(said)
         else:
-            return said
+            return
 
 
 def _child(pipe: Connection, open_llm: Opener, tasks: list[Task]) -> None:
@@ -98,6 +113,10 @@ def _child(pipe: Connection, open_llm: Opener, tasks: list[Task]) -> None:
             pipe.send(("progress", (what, done, total)))
 
     try:
-        pipe.send(("done", in_process(open_llm, tasks, report)))
+        with open_llm(report) as llm:
+            pipe.send(("opened", facts(llm)))
+            for task in tasks:
+                pipe.send(("spent", {task.key: time_task(llm, task, report)}))
+        pipe.send(("done", None))
     except OperatorError as error:
         pipe.send(("failed", str(error)))

@@ -47,7 +47,7 @@ class Prefill:
         tokens = self.prompts * self.tokens
         found = runs_of(map(self._key, range(self.repeats)), spent)
         rates = tuple(tokens / one.wall_s for one in found)
-        return [Value("prefill", self.name, None, "prompt rate", "tok/s", rates)]
+        return [Value("prefill", self.name, None, "prompt rate", "tok/s", rates)] if rates else []
 
     def _key(self, run: int) -> str:
         return f"prefill, run {run + 1}"

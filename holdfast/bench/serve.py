@@ -75,12 +75,16 @@ class Load:
         ).prompts
 
 
-def measure(url: str, model: str, load: Load, report: Report, *, who: str, repeats: int) -> Answers:
-    """Load a server that is there. Raises OperatorError with the client's words."""
+def measure(
+    url: str, model: str, load: Load, report: Report, answers: Answers, *, who: str, repeats: int
+) -> None:
+    """Load a server that is there; `answers` is told each run as it ends.
+
+    Raises OperatorError with the client's words.
+    """
     address = urllib.parse.urlsplit(url)
     if address.scheme != "http" or address.hostname is None or address.port is None:
         raise OptionError("--url", f"want http://HOST:PORT, got {url!r}")
-    answers: Answers = {}
     total, done = len(load.concurrencies) * repeats, 0
     for concurrency in load.concurrencies:
         for run in range(repeats):
@@ -100,7 +104,6 @@ def measure(url: str, model: str, load: Load, report: Report, *, who: str, repea
             answers.setdefault(concurrency, []).append(found)
             done += 1
     report(f"serve, {who}", total, total)
-    return answers
 
 
 def run_client(job: Mapping[str, Any], timeout_s: float) -> dict[str, float]:
@@ -162,8 +165,8 @@ def figures(
 
 
 def measure_server(
-    server: Server, model: str, load: Load, report: Report, *, repeats: int
-) -> Answers:
+    server: Server, model: str, load: Load, report: Report, answers: Answers, *, repeats: int
+) -> None:
     """Start a server, load it, end it. Raises OperatorError with its or the client's words."""
     with server.running() as (url, _):
-        return measure(url, model, load, report, who=server.name, repeats=repeats)
+        measure(url, model, load, report, answers, who=server.name, repeats=repeats)

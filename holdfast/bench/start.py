@@ -29,9 +29,11 @@ KINDS = ("cold start", "second start")
 Report = Callable[[str, int, int], None]
 
 
-def measure(server: Server, *, repeats: int, report: Report) -> dict[str, list[float]]:
-    """Seconds of each start, by its kind. Raises OperatorError with the server's words."""
-    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+def measure(server: Server, found: dict[str, list[float]], *, repeats: int, report: Report) -> None:
+    """Add the seconds of each start to `found`, by its kind, as it is ready.
+
+    Raises OperatorError with the server's words.
+    """
     total, done = repeats * len(KINDS), 0
     for _ in range(repeats):
         with tempfile.TemporaryDirectory(prefix="holdfast-start-") as folder:
@@ -41,7 +43,6 @@ def measure(server: Server, *, repeats: int, report: Report) -> dict[str, list[f
             for kind in KINDS:
                 report(f"start, {server.name}", done, total)
                 with server.running(**caches) as (_, seconds):
-                    found[kind].append(seconds)
+                    found.setdefault(kind, []).append(seconds)
                 done += 1
     report(f"start, {server.name}", total, total)
-    return found

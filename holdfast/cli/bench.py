@@ -6,16 +6,12 @@ and generate are in cli.bench_llm.
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from holdfast.bench.report import SAFETY_OFF, Figure, PeerFigure
+from holdfast.bench.report import SAFETY_OFF, Figure
 from holdfast.cli.bench_llm import decode, generate, offline, prefill
 from holdfast.cli.bench_options import (
     JsonFile,
@@ -40,7 +36,6 @@ bench.command()(generate)
 
 if TYPE_CHECKING:
     from holdfast.bench.process import Server
-    from holdfast.cli.engine import Prepared
 
 ServerWords = Annotated[
     str,
@@ -104,6 +99,10 @@ def serve(
     """A server under load: output tokens per second, time to first token, inter-token latency."""
     if null + memory + (url is not None) > 1:
         raise OptionError("bench serve", "--null, --memory and --url exclude each other")
+    if peers.peer is not None and (null or memory or url is not None):
+        raise OptionError("--peer", "runs beside a server of ours; --url loads any other")
+    if served_name is not None and url is None:
+        raise OptionError("--served-name", "is for --url")
     if null or memory:
         from holdfast.bench import null as bench_null
 
@@ -136,28 +135,32 @@ def serve(
     )
     load.check_fits(prepared.sizing.limits.context_tokens)
     name = served_name or model_name(prepared)
+    found: bench_serve.Answers = {}
+    theirs: bench_serve.Answers = {}
     if url is not None:
-        with bars(unit="") as progress:
-            found = bench_serve.measure(url, name, load, progress, who=url, repeats=repeats)
-        finish(bench_serve.figures(load, found, model=name, options={"url": url}), json_file)
+        try:
+            with bars(unit="") as progress:
+                bench_serve.measure(url, name, load, progress, found, who=url, repeats=repeats)
+        finally:  # What was measured before a failure stays measured.
+            finish(bench_serve.figures(load, found, model=name, options={"url": url}), json_file)
         return
-    words = shlex.split(server_options)
-    servers = _servers(prepared, model, engine, words, ready_timeout_s, peers)
-    with bars(unit="") as progress, servers as (ours, vllm):
-        found = bench_serve.measure_server(ours, name, load, progress, repeats=repeats)
-        theirs = None
-        if vllm is not None:
-            few = peers.runs(repeats)
-            theirs = bench_serve.measure_server(vllm.server, name, load, progress, repeats=few)
-    figures = bench_serve.figures(
-        load,
-        found,
-        model=name,
-        options=settings(prepared, engine) | _server_record(words),
-        peer=None if vllm is None else vllm.figure,
-        theirs=theirs,
-    )
-    finish(figures, json_file)
+    words = _words(server_options)
+    vllm = peers.vllm(prepared, engine)
+    options = settings(prepared, engine) | _server_record(words)
+    peer = None if vllm is None else vllm.figure
+    ours = _our_server(model, engine, words, ready_timeout_s)
+    try:
+        with bars(unit="") as progress:
+            bench_serve.measure_server(ours, name, load, progress, found, repeats=repeats)
+            if vllm is not None:
+                few = peers.runs(repeats)
+                with vllm.server(name, prepared.spec) as server:
+                    bench_serve.measure_server(server, name, load, progress, theirs, repeats=few)
+    finally:
+        figures = bench_serve.figures(
+            load, found, model=name, options=options, peer=peer, theirs=theirs
+        )
+        finish(figures, json_file)
 
 
 @bench.command()
@@ -177,28 +180,33 @@ def start(
     from holdfast.cli.engine import prepare, settings
 
     prepared = prepare(model, engine, gpu_processes=2)
-    words = shlex.split(server_options)
-    servers = _servers(prepared, model, engine, words, ready_timeout_s, peers)
-    with bars(unit="") as progress, servers as (ours, vllm):
-        found = bench_start.measure(ours, repeats=repeats, report=progress)
-        theirs = None
-        if vllm is not None:
-            few = peers.runs(repeats)
-            theirs = bench_start.measure(vllm.server, repeats=few, report=progress)
-    figures = [
-        Figure(
-            bench="start",
-            model=model_name(prepared),
-            work=f"load {engine.load.value}",
-            metric=kind,
-            unit="s",
-            runs=tuple(runs),
-            peer=None if vllm is None or theirs is None else vllm.figure(tuple(theirs[kind])),
-            options=settings(prepared, engine) | _server_record(words),
-        )
-        for kind, runs in found.items()
-    ]
-    finish(figures, json_file)
+    words = _words(server_options)
+    vllm = peers.vllm(prepared, engine)
+    ours = _our_server(model, engine, words, ready_timeout_s)
+    found: dict[str, list[float]] = {}
+    theirs: dict[str, list[float]] = {}
+    try:
+        with bars(unit="") as progress:
+            bench_start.measure(ours, found, repeats=repeats, report=progress)
+            if vllm is not None:
+                few = peers.runs(repeats)
+                with vllm.server(model_name(prepared), prepared.spec) as server:
+                    bench_start.measure(server, theirs, repeats=few, report=progress)
+    finally:  # What was measured before a failure stays measured.
+        figures = [
+            Figure(
+                bench="start",
+                model=model_name(prepared),
+                work=f"load {engine.load.value}",
+                metric=kind,
+                unit="s",
+                runs=tuple(runs),
+                peer=vllm.figure(tuple(theirs[kind])) if vllm and kind in theirs else None,
+                options=settings(prepared, engine) | _server_record(words),
+            )
+            for kind, runs in found.items()
+        ]
+        finish(figures, json_file)
 
 
 @bench.command()
@@ -225,39 +233,20 @@ def core(
     finish(figures, json_file)
 
 
-class PeerServer(NamedTuple):
-    """`figure`: a peer's figure of its runs."""
+def _words(server_options: str) -> list[str]:
+    """Raises OptionError for quotes that no shell would take."""
+    try:
+        return shlex.split(server_options)
+    except ValueError as error:
+        raise OptionError("--server-options", f"{error}, in {server_options!r}") from None
 
-    server: Server
-    figure: Callable[[tuple[float, ...]], PeerFigure]
 
-
-@contextlib.contextmanager
-def _servers(
-    prepared: Prepared,
-    model: str | None,
-    engine: EngineOptions,
-    words: list[str],
-    ready_timeout_s: float,
-    peers: PeerOptions,
-) -> Iterator[tuple[Server, PeerServer | None]]:
-    """Our server and the peer's, neither of them started."""
+def _our_server(
+    model: str | None, engine: EngineOptions, words: list[str], timeout_s: float
+) -> Server:
     from holdfast.bench.process import our_server
 
-    given = ([] if model is None else [model]) + arguments(engine) + words
-    ours = our_server(given, ready_timeout_s)
-    vllm = peers.vllm(prepared, engine)
-    if vllm is None:
-        yield ours, None
-        return
-    version = vllm.version()
-
-    def figure(runs: tuple[float, ...]) -> PeerFigure:
-        return PeerFigure(name="vllm", version=version, runs=runs, options=vllm.options)
-
-    with tempfile.TemporaryDirectory(prefix="holdfast-model-") as made:
-        folder = vllm.served_folder(Path(made), prepared.spec.vocab_size, prepared.spec.end_ids)
-        yield ours, PeerServer(vllm.server(folder, model_name(prepared)), figure)
+    return our_server(([] if model is None else [model]) + arguments(engine) + words, timeout_s)
 
 
 def _server_record(words: list[str]) -> dict[str, Any]:

@@ -28,7 +28,8 @@ from holdfast.cli.show import bars
 from holdfast.errors import OptionError
 
 if TYPE_CHECKING:
-    from holdfast.bench.timed import Bench
+    from holdfast.bench.report import Figure
+    from holdfast.bench.timed import Bench, OurSide, PeerSide
     from holdfast.bench.workload import Work
     from holdfast.cli.engine import Prepared
 
@@ -219,15 +220,17 @@ def _measure(
     peer = peers.vllm(prepared, engine)
     tasks = timed.all_tasks(benches)
     opener = functools.partial(open_prepared, prepared, engine)
-    with bars(unit="") as report:
-        # A peer needs the memory that this process would keep.
-        run = ours.in_process if peer is None else ours.in_child
-        spent = run(opener, tasks, report)
-        side = None
-        if peer is not None:
-            few = [dataclasses.replace(b, repeats=peers.runs(b.repeats)) for b in benches]
-            side = peer.measure(timed.all_tasks(few), report)
-    finish(_figures(prepared, engine, benches, spent, side), json_file)
+    mine, side = timed.OurSide(), None if peer is None else peer.side()
+    try:
+        with bars(unit="") as report:
+            # A peer needs the memory that this process would keep.
+            run = ours.in_process if peer is None else ours.in_child
+            run(opener, tasks, report, mine)
+            if peer is not None and side is not None:
+                few = [dataclasses.replace(b, repeats=peers.runs(b.repeats)) for b in benches]
+                peer.measure(timed.all_tasks(few), report, side)
+    finally:  # What was measured before a failure stays measured.
+        finish(_figures(prepared, engine, benches, mine, side), json_file)
 
 
 def _beside_transformers(
@@ -243,18 +246,23 @@ def _beside_transformers(
     warm_up, *tasks = timed.all_tasks([bench])
     threads = settings(prepared, engine)["threads"]
     other = HfGenerate(prepared.spec, prepared.sizing.dtype, threads, warm_up)
-    spent = {}
+    mine = timed.OurSide()
     with bars(unit="tokens") as report, open_prepared(prepared, engine, report) as llm:
+        mine.facts.update(ours.facts(llm))
         ours.time_task(llm, warm_up, report)
         for task in tasks:
-            spent[task.key] = ours.time_task(llm, task, report)
+            mine.spent[task.key] = ours.time_task(llm, task, report)
             other.round(task, report)
-    finish(_figures(prepared, engine, [bench], spent, other.side()), json_file)
+    finish(_figures(prepared, engine, [bench], mine, other.side()), json_file)
 
 
 def _figures(
-    prepared: Prepared, engine: EngineOptions, benches: Sequence[Bench], spent: Any, side: Any
-) -> list[Any]:
+    prepared: Prepared,
+    engine: EngineOptions,
+    benches: Sequence[Bench],
+    mine: OurSide,
+    side: PeerSide | None,
+) -> list[Figure]:
     from holdfast.bench import floors, timed
     from holdfast.bench.machine import gpu_name
     from holdfast.cli.engine import settings
@@ -262,9 +270,11 @@ def _figures(
     gpu = None if prepared.device == "cpu" else gpu_name()
     return timed.figures(
         benches,
-        spent,
+        mine.spent,
         side,
         model=model_name(prepared),
-        options=settings(prepared, engine) | {"temperature": benches[0].tasks()[0].temperature},
+        options=settings(prepared, engine)
+        | mine.facts
+        | {"temperature": benches[0].tasks()[0].temperature},
         floor=floors.of(prepared.spec, prepared.sizing.dtype, gpu, tuple(benches)),
     )

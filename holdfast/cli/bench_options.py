@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from holdfast.cli.engine import Prepared
 
 PEER_PANEL = "Peer"
-PEER_CONTEXT_TOKENS = 8192
 
 JsonFile = Annotated[
     Path | None,
@@ -93,7 +92,7 @@ class PeerOptions:
             return None
         from holdfast.bench.peers.vllm_peer import Vllm
 
-        made = Vllm(
+        return Vllm(
             model=prepared.spec.path,
             load=engine.load.value,
             dtype=prepared.sizing.dtype,
@@ -101,9 +100,7 @@ class PeerOptions:
             python=self.peer_python,
             path=tuple(self.peer_path or ()),
             timeout_s=self.peer_timeout_s,
-        )
-        made.version()  # Before our side takes its minutes.
-        return made
+        ).found()  # Before our side takes its minutes.
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:
@@ -118,7 +115,9 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def finish(figures: Sequence[Figure], json_file: Path | None) -> None:
-    """Show the figures, and keep them when a file is named."""
+    """Show the figures, and keep them when a file is named; nothing where none was taken."""
+    if not figures:
+        return
     from holdfast.bench import report
     from holdfast.bench.machine import environment
 

@@ -83,6 +83,19 @@ def test_serve_loads_our_server_and_the_peers_with_the_same_client(
     assert found["TTFT p99"]["value"] > 0
 
 
+def test_what_we_measured_is_kept_when_the_peer_fails(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM", "die")
+    rows = tmp_path / "rows.jsonl"
+    done = bench("prefill", folder, *SMALL, *PEER, "--tokens", 9, "--repeats", 1, "--json", rows)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "illegal memory access" in line
+    (row,) = report.read(rows)
+    assert row["metric"] == "prompt rate" and row["value"] > 0 and row["peer"] is None
+
+
 def test_start_counts_a_cold_and_a_second_start_of_each_engine(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -108,7 +121,8 @@ def test_the_null_core_ends_requests_where_they_ask_for_it() -> None:
         load = serve.Load(3000, (8,), input_tokens=5, output_tokens=7, prompts_per=2)
         url = f"http://{null.HOST}:{running.port}"
         name = running.options.served_name
-        answers = serve.measure(url, name, load, lambda *_: None, who="null", repeats=1)
+        answers: serve.Answers = {}
+        serve.measure(url, name, load, lambda *_: None, answers, who="null", repeats=1)
     assert answers[8][0]["output_tokens"] == 16 * 7
     assert answers[8][0]["requests"] == 16
 

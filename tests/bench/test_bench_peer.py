@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -37,7 +38,8 @@ def quiet(what: str, done: int, total: int) -> None:
 
 
 def test_a_peer_runs_our_tasks_and_says_how_long_each_took(peer: Vllm) -> None:
-    side = peer.measure(all_tasks([BENCH]), quiet)
+    side = peer.found().side()
+    peer.measure(all_tasks([BENCH]), quiet, side)
     assert (side.name, side.version) == ("vllm", "0.0.fake")
     assert side.options["max_model_len"] == 64 and side.options["load_format"] == "dummy"
     for value in BENCH.values(side.spent):
@@ -46,15 +48,13 @@ def test_a_peer_runs_our_tasks_and_says_how_long_each_took(peer: Vllm) -> None:
 
 
 def test_a_python_without_vllm_is_named_in_one_line(peer: Vllm, tmp_path: Path) -> None:
-    import dataclasses
-
     without = dataclasses.replace(peer, path=(tmp_path,))
     with pytest.raises(OptionError, match="vllm cannot be imported") as caught:
-        without.version()
+        without.found()
     assert caught.value.option == "--peer-python"
     assert sys.executable in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(OptionError, match=r"--peer-python: cannot run /no/python"):
-        dataclasses.replace(peer, python="/no/python").version()
+        dataclasses.replace(peer, python="/no/python").found()
 
 
 @pytest.mark.parametrize(
@@ -70,19 +70,17 @@ def test_a_peer_that_fails_is_told_in_its_own_words(
 ) -> None:
     monkeypatch.setenv("FAKE_VLLM", mode)
     with pytest.raises(OperatorError, match=words) as caught:
-        peer.measure(all_tasks([BENCH]), quiet)
+        peer.measure(all_tasks([BENCH]), quiet, peer.side())
     assert "\n" not in str(caught.value)
 
 
 def test_a_peer_that_hangs_is_ended_at_its_deadline(
     peer: Vllm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dataclasses
-
     monkeypatch.setenv("FAKE_VLLM", "hang")
     started_s = time.monotonic()
     with pytest.raises(OperatorError, match="not done within 2 s; see --peer-timeout-s"):
-        dataclasses.replace(peer, timeout_s=2.0).measure(all_tasks([BENCH]), quiet)
+        dataclasses.replace(peer, timeout_s=2.0).measure(all_tasks([BENCH]), quiet, peer.side())
     assert time.monotonic() - started_s < 30
 
 
@@ -93,10 +91,10 @@ def test_what_is_no_event_is_not_taken_for_one(
     monkeypatch.setattr(vllm_peer.run_vllm, "__file__", str(script))
     script.write_text("print('INFO loading')\n")
     with pytest.raises(OperatorError, match="which is no event"):
-        peer.measure(all_tasks([BENCH]), quiet)
+        peer.measure(all_tasks([BENCH]), quiet, peer.side())
     script.write_text('print(\'{"event": "version", "version": "1"}\\n{"event": "end"}\')\n')
     with pytest.raises(OperatorError, match="left out 'warm-up'"):
-        peer.measure(all_tasks([BENCH]), quiet)
+        peer.measure(all_tasks([BENCH]), quiet, peer.side())
 
 
 def test_a_folder_without_tokenizer_gets_one_whose_words_are_ids(

@@ -213,6 +213,9 @@ def test_an_unreadable_model_says_what_is_wrong(
     [
         (("serve", "--null", "--memory"), ("--null", "--memory")),
         (("serve", "--url", "here"), ("--url", "http://HOST:PORT", "'here'")),
+        (("serve", "--url", "http://h:1", "--peer", "vllm"), ("--peer", "--url")),
+        (("serve", "--served-name", "x"), ("--served-name", "--url")),
+        (("serve", "--server-options", "'x"), ("--server-options", "'x")),
         (("serve", "--input", "4000"), ("--input", "4256", "4096")),
         (("serve", "--concurrency", "1,x"), ("--concurrency", "1,x")),
         (("core", "--rows", "1,x"), ("--rows", "1,x")),

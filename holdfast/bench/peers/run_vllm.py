@@ -8,6 +8,7 @@ JOB: {"llm": keyword arguments of vllm.LLM, "tasks": [{"key", "prompts", "output
 to stderr. Only the standard library and vllm are imported.
 """
 
+import importlib.metadata
 import json
 import os
 import sys
@@ -36,6 +37,10 @@ def main():
     with open(sys.argv[1], encoding="utf-8") as file:
         job = json.load(file)
     started_s = time.perf_counter()
+    if not job["tasks"] and (version := installed()):
+        say(event="version", name="vllm", version=version)
+        say(event="end")
+        return 0
     try:
         import vllm
     except ImportError as error:
@@ -50,6 +55,14 @@ def main():
             say(event="spent", key=task["key"], seconds=seconds)
     say(event="end")
     return 0
+
+
+def installed():
+    """The version of an installed vllm, without the time that its import takes; else None."""
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def generate(vllm, llm, task):

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ import tokenizers.pre_tokenizers
 
 from holdfast.bench.peers import run_vllm
 from holdfast.bench.process import HOST, Server, begin, end, tail
+from holdfast.bench.report import PeerFigure
 from holdfast.bench.timed import PeerSide, Report, Spent, Task
 from holdfast.errors import OperatorError, OptionError
+from holdfast.model.spec import ModelSpec
 
 NAME = "vllm"
 # gpu/README.md's method: what the figures to beat were measured with.
@@ -52,6 +54,7 @@ class Vllm:
     python: str = sys.executable
     path: tuple[Path, ...] = ()
     timeout_s: float = 900.0
+    version: str = ""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -63,28 +66,39 @@ class Vllm:
             "load_format": "dummy" if self.load == "dummy" else "auto",
         }
 
-    def version(self) -> str:
-        """Raises OptionError("--peer-python") when it cannot be imported."""
+    def found(self) -> Vllm:
+        """Itself with its version. Raises OptionError("--peer-python") when it is not there."""
         with self._run([], _VERSION_S) as events:
-            return next(event["version"] for event in events if event["event"] == "version")
+            said = next(event["version"] for event in events if event["event"] == "version")
+        return replace(self, version=said)
 
-    def measure(self, tasks: Sequence[Task], report: Report) -> PeerSide:
-        """Run `tasks` in one process of it. Raises OptionError, or OperatorError with its words."""
-        spent: dict[str, Spent] = {}
-        version = ""
+    def side(self) -> PeerSide:
+        return PeerSide(NAME, self.version, {}, self.options)
+
+    def measure(self, tasks: Sequence[Task], report: Report, side: PeerSide) -> None:
+        """Run `tasks` in one process of it; `side` is told each as it ends.
+
+        Raises OptionError, or OperatorError with its words.
+        """
         with self._run(tasks, self.timeout_s) as events:
             for event in events:
-                if event["event"] == "version":
-                    version = event["version"]
-                elif event["event"] == "spent":
-                    spent[event["key"]] = Spent(event["seconds"], 0.0)
-                report(f"{NAME} {version}", len(spent), len(tasks))
-        if missing := [task.key for task in tasks if task.key not in spent]:
+                if event["event"] == "spent":
+                    side.spent[event["key"]] = Spent(event["seconds"], 0.0)
+                report(f"{NAME} {self.version}", len(side.spent), len(tasks))
+        if missing := [task.key for task in tasks if task.key not in side.spent]:
             raise OperatorError(f"{NAME} left out {missing[0]!r}")
-        return PeerSide(NAME, version, spent, self.options)
 
-    def server(self, folder: Path, name: str) -> Server:
-        """Its server; `folder`: of served_folder."""
+    def figure(self, runs: tuple[float, ...]) -> PeerFigure:
+        return PeerFigure(name=NAME, version=self.version, runs=runs, options=self.options)
+
+    @contextmanager
+    def server(self, name: str, spec: ModelSpec) -> Iterator[Server]:
+        """How its server is started; its model's folder is there meanwhile."""
+        with tempfile.TemporaryDirectory(prefix="holdfast-model-") as made:
+            folder = self.served_folder(Path(made), spec.vocab_size, spec.end_ids)
+            yield self._server(folder, name)
+
+    def _server(self, folder: Path, name: str) -> Server:
         options = {key.replace("_", "-"): value for key, value in self.options.items()}
         given = [part for key, value in options.items() for part in (f"--{key}", str(value))]
         words = [self.python, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
