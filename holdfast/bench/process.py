@@ -27,6 +27,8 @@ from holdfast.errors import OperatorError, OptionError
 HOST = "127.0.0.1"
 _POLL_S = 0.01
 _KILLED_S = 30.0
+# Loopback is asked directly, whatever proxy the environment names.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _LOG_TAIL = 300
 
 
@@ -147,7 +149,7 @@ def _free_port() -> int:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2.0) as answer:
+        with _DIRECT.open(url, timeout=2.0) as answer:
             return answer.status == 200
     except (OSError, urllib.error.URLError):
         return False

@@ -72,7 +72,7 @@ def test_bars_begin_at_zero_in_one_scale_and_a_floor_is_a_line() -> None:
     assert float(line.get("x1")) == pytest.approx(left + bars.BARS_WIDTH / 4)
 
 
-@pytest.mark.parametrize("part", ["generate", "serve", "start"])
+@pytest.mark.parametrize("part", ["generate", "serve", "start", "offline", "decode", "prefill"])
 def test_the_gpu_job_asks_for_options_that_exist(
     part: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,8 @@ SIZES = ("qwen3-0.6b", "qwen3-8b")
 # What gpu/README.md's figures were taken with: 256 rows, contexts of 8192.
 ENGINE = ("--device", "cuda", "--load", "dummy", "--max-rows", "256", "--prefill-tokens", "8192")
 ENGINE += ("--max-context-tokens", "8192")
+# The first three are all there is; generate is the other three with one start of each engine.
+PARTS = ("generate", "serve", "start", "offline", "decode", "prefill")
 CONCURRENCY = {"qwen3-0.6b": "64,256", "qwen3-8b": "1,64,256"}
 # A part ends itself before its time is up, so that it can say what it was at.
 MARGIN_S = 10.0
@@ -45,13 +47,14 @@ def command(part: str, size: str, asked: argparse.Namespace, left_s: float) -> l
     model = str(asked.models / size)
     words = [sys.executable, "-m", "holdfast", "bench", part, model, *ENGINE, *asked.engine]
     words += ["--json", str(asked.out / "h200.jsonl")]
-    if part == "generate":
-        words += ["--work", "peers", "--repeats", str(asked.repeats)]
-    elif part == "serve":
-        words += ["--concurrency", CONCURRENCY.get(size, "64"), "--repeats", str(asked.repeats)]
-        words += ["--run-timeout-s", str(round(left_s)), "--ready-timeout-s", str(round(left_s))]
-    else:
-        words += ["--repeats", str(asked.repeats), "--ready-timeout-s", str(round(left_s))]
+    words += ["--repeats", str(asked.repeats)]
+    if part in ("generate", "offline"):
+        words += ["--work", "peers"]
+    if part == "serve":
+        words += ["--concurrency", CONCURRENCY.get(size, "64")]
+        words += ["--run-timeout-s", str(round(left_s))]
+    if part in ("serve", "start"):
+        words += ["--ready-timeout-s", str(round(left_s))]
     if asked.peer_path or asked.peer_python:
         words += ["--peer", "vllm", "--peer-timeout-s", str(round(left_s))]
         words += ["--peer-repeats", str(asked.peer_repeats)]
@@ -87,19 +90,20 @@ def run(part: str, size: str, asked: argparse.Namespace, left_s: float) -> bool:
 
 
 def main() -> int:
-    own, _, engine = " ".join(sys.argv[1:]).partition(" -- ")
+    words = sys.argv[1:]
+    at = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")))
     parser.add_argument("--budget", type=float, default=570.0, help="seconds for all parts")
-    parser.add_argument("--only", nargs="*", default=["generate", "serve", "start"])
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS[:3])
     parser.add_argument("--sizes", nargs="*", default=list(SIZES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-repeats", type=int, default=3)
     parser.add_argument("--peer-path", type=Path, action="append")
     parser.add_argument("--peer-python")
-    asked = parser.parse_args(own.split())
-    asked.engine = engine.split()
+    asked = parser.parse_args(words[:at])
+    asked.engine = words[at + 1 :]
     asked.out = asked.out.resolve()
     asked.models = asked.models.resolve()
     asked.out.mkdir(parents=True, exist_ok=True)
