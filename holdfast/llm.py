@@ -31,6 +31,7 @@ from typing import Any, Self
 import numpy as np
 
 from holdfast.api.chat import render
+from holdfast.api.ids import load_tokenizer
 from holdfast.api.output import ChoiceOutput, TokenLogprob
 from holdfast.api.refusal import error_of
 from holdfast.api.schema import Resolved, SamplingParams, check_id
@@ -164,7 +165,7 @@ class LLM:
     def over(cls, spec: ModelSpec, limits: Limits, run: Run) -> LLM:
         """An LLM over a device that the caller opened: `run` executes a plan."""
         llm = cls.__new__(cls)
-        llm._attach(spec, limits, run)
+        llm._attach(spec, limits, run, ids_will_do=False)
         return llm
 
     def _open(
@@ -185,12 +186,14 @@ class LLM:
         report = progress or (lambda what, done, total: None)
         cores = threads or os.cpu_count() or 1
         run = _open_device(spec, limits, device, sizing.dtype, load, seed, cores, report)
-        self._attach(spec, limits, run)
+        self._attach(spec, limits, run, ids_will_do=load == "dummy")
 
-    def _attach(self, spec: ModelSpec, limits: Limits, run: Run) -> None:
+    def _attach(self, spec: ModelSpec, limits: Limits, run: Run, *, ids_will_do: bool) -> None:
         self.spec = spec
         self.limits = limits
-        self.tokenizer = Tokenizer.load(spec.path, vocab_size=spec.vocab_size)
+        self.tokenizer = load_tokenizer(
+            spec.path, vocab_size=spec.vocab_size, ids_will_do=ids_will_do
+        )
         self._engine = LocalEngine(limits, run)
 
     # --- life ---

@@ -22,7 +22,8 @@ from typing import Any
 
 import httpx
 
-from holdfast.bench.report import append, environment, summary
+from holdfast.bench.machine import environment
+from holdfast.bench.report import Figure, append, summary
 from holdfast.proc import status
 
 QUIET_S = 4.0
@@ -158,7 +159,25 @@ def main() -> None:
     )
     print(_text(figures))
     if asked.json is not None:
-        append(asked.json, {"bench": "standby", **environment(), **figures})
+        append(asked.json, _figures(figures), environment())
+
+
+def _figures(found: dict[str, Any]) -> list[Figure]:
+    options = {"mode": found["mode"], "threads": found["threads"], "rounds_s": found["prepared_s"]}
+    return [
+        Figure(
+            bench="standby",
+            model=found["model"],
+            work=f"{label} standby, {found['mode']}",
+            concurrency=found["streams"],
+            metric=f"ITL {share}",
+            unit="ms",
+            runs=(found[f"{label}_gap_ms"][share],),
+            options=options,
+        )
+        for label in ("quiet", "warming")
+        for share in ("p50", "p99")
+    ]
 
 
 def _text(figures: dict[str, Any]) -> str:

@@ -80,7 +80,7 @@ class Tokenizer:
         return cls(
             inner,
             vocab_size=vocab_size,
-            end_ids=_end_ids(folder),
+            end_ids=end_ids(folder),
             template=None if source is None else ChatTemplate(source, special),
         )
 
@@ -235,7 +235,7 @@ def _template_source(folder: Path, settings: dict[str, Any]) -> str | None:
     return source
 
 
-def _end_ids(folder: Path) -> tuple[int, ...]:
+def end_ids(folder: Path) -> tuple[int, ...]:
     """Ids that end an answer: eos_token_id of config.json and of generation_config.json."""
     found: list[int] = []
     for name in ("config.json", "generation_config.json"):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from holdfast.bench.report import summary, table
+from holdfast.bench.report import Figure, summary
 from holdfast.config import Limits
 from holdfast.core.brain import Brain
 from holdfast.core.journal import Journal
@@ -31,7 +31,6 @@ from holdfast.wire.rows import mix
 
 ROWS = (1, 16, 64, 256)
 CONTEXTS = (512, 4096, 32768)
-TARGETS_US = {64: 150.0, 256: 300.0}
 PAGE_TOKENS = 16
 VOCAB_SIZE = 32_000
 WARM_STEPS = 40
@@ -157,9 +156,9 @@ def _limits(case: Case, steps: int) -> Limits:
     )
 
 
-def measure(case: Case, steps: int) -> dict[str, object]:
-    """Brain microseconds of `steps` decode steps of `case`."""
-    rig = Rig(case, steps)
+def measure(case: Case, steps: int, repeats: int) -> list[Figure]:
+    """Brain microseconds of a decode step of `case`: `repeats` runs of `steps` steps each."""
+    rig = Rig(case, steps * repeats)
     rig.prefill()
     for _ in range(WARM_STEPS):
         rig.step()
@@ -167,19 +166,23 @@ def measure(case: Case, steps: int) -> dict[str, object]:
     gc.collect()
     gc.freeze()
     try:
-        spent = [rig.step() for _ in range(steps)]
+        runs = [[rig.step() for _ in range(steps)] for _ in range(repeats)]
     finally:
         gc.unfreeze()
-    wall_us, cpu_us = zip(*spent, strict=True)
-    return {
-        "rows": case.rows,
-        "context_tokens": case.context_tokens,
-        "steps": steps,
-        "brain_us": {name: round(value, 1) for name, value in summary(wall_us).items()},
-        # On a machine that others use too, the difference is time that they took.
-        "brain_cpu_us": {name: round(value, 1) for name, value in summary(cpu_us).items()},
-        "target_us": TARGETS_US.get(case.rows),
-    }
+    return [
+        Figure(
+            bench="core",
+            work=f"context {case.context_tokens}",
+            batch=case.rows,
+            metric=f"brain step {share}{clock}",
+            unit="us",
+            runs=tuple(summary([spent[at] for spent in run])[share] for run in runs),
+            options={"steps": steps},
+        )
+        # On a machine that others use too, the difference of both clocks is time that they took.
+        for at, clock in enumerate(("", " of CPU"))
+        for share in ("p50", "p99")
+    ]
 
 
 def run(
@@ -187,29 +190,14 @@ def run(
     rows: tuple[int, ...] = ROWS,
     contexts: tuple[int, ...] = CONTEXTS,
     steps: int = 1000,
+    repeats: int = 3,
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> list[dict[str, object]]:
+) -> list[Figure]:
     """Every combination, smallest first."""
     cases = [Case(row, context) for row in rows for context in contexts]
-    measured = []
+    measured: list[Figure] = []
     for number, case in enumerate(cases):
         report("bench core", number, len(cases))
-        measured.append(measure(case, steps))
+        measured += measure(case, steps, repeats)
     report("bench core", len(cases), len(cases))
     return measured
-
-
-def show(cases: list[dict[str, object]]) -> str:
-    """A table of `run`'s answer."""
-    rows = []
-    for case in cases:
-        wall, cpu, target = case["brain_us"], case["brain_cpu_us"], case["target_us"]
-        assert isinstance(wall, dict) and isinstance(cpu, dict)
-        rows.append(
-            (
-                f"{case['rows']} rows, {case['context_tokens']:,} tokens",
-                *(f"{spent[name]:.0f}" for spent in (wall, cpu) for name in ("p50", "p99")),
-                "" if target is None else f"{target:.0f}",
-            )
-        )
-    return table(("brain us a step", "p50", "p99", "CPU p50", "CPU p99", "target"), rows)

@@ -1,25 +1,163 @@
-"""One row a measurement: what was measured, on what machine, with what versions, from which commit.
+"""Figure: one measured number, with all that makes it comparable; one JSON object a line in a file.
 
-Rows are JSON objects, one a line, appended to a file that stays in the repository
-(bench/results/*.jsonl). Knows nothing of what the figures mean.
+The form of every row of bench/results/*.jsonl. A value is the median of its runs, all of which are
+kept. `ratio` is our value divided by the peer's, whatever the unit: above 1 is better where more is
+better (units that end in "/s"), below 1 elsewhere. Rows are appended and never changed; of equal
+ones the last counts (`newest`). Rows of before this form are read by bench.history. Knows nothing
+of how a figure is measured.
 """
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
+import dataclasses
 import json
-import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from holdfast import __version__
 from holdfast.errors import OptionError
 
-_PACKAGES = ("torch", "transformers", "numpy", "uvicorn", "fastapi", "uvloop")
+# Key of `options`: names of the safety switches that were off; a row without it had all of them on.
+SAFETY_OFF = "safety_off"
+# Digits that are kept: more than any run repeats.
+_DIGITS = 6
+_SHARE_DIGITS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerFigure:
+    """Another engine's value of the same figure, from the same session.
+
+    options: what of its settings moves the figure.
+    """
+
+    name: str
+    version: str
+    runs: tuple[float, ...]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def value(self) -> float:
+        return statistics.median(self.runs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """bench, model, work, batch, concurrency and metric say what was measured.
+
+    work: which requests, in a few words. batch: rows of a step; concurrency: requests open at once;
+    None where neither applies. runs: values in `unit`, in order. options: every setting of ours
+    that moves the figure. floor: what the machine's bandwidth or arithmetic alone would give, in
+    `unit`.
+    """
+
+    bench: str
+    metric: str
+    unit: str
+    runs: tuple[float, ...]
+    model: str = ""
+    work: str = ""
+    batch: int | None = None
+    concurrency: int | None = None
+    peer: PeerFigure | None = None
+    floor: float | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.runs, f"{self.bench} {self.metric}: no runs"
+
+    @property
+    def value(self) -> float:
+        return statistics.median(self.runs)
+
+    @property
+    def ratio(self) -> float | None:
+        """Ours / the peer's."""
+        if self.peer is None or not self.peer.value:
+            return None
+        return self.value / self.peer.value
+
+    @property
+    def more_is_better(self) -> bool:
+        return more_is_better(self.unit)
+
+    def row(self, environment: Mapping[str, Any]) -> dict[str, Any]:
+        """The JSON object; `environment`: bench.machine.environment()."""
+        peer = self.peer
+        return {
+            "bench": self.bench,
+            "model": self.model,
+            "work": self.work,
+            "batch": self.batch,
+            "concurrency": self.concurrency,
+            "metric": self.metric,
+            "unit": self.unit,
+            "value": _rounded(self.value),
+            "runs": [_rounded(run) for run in self.runs],
+            "peer": None
+            if peer is None
+            else {
+                "name": peer.name,
+                "version": peer.version,
+                "value": _rounded(peer.value),
+                "runs": [_rounded(run) for run in peer.runs],
+                "options": dict(peer.options),
+            },
+            "ratio": None if self.ratio is None else round(self.ratio, _SHARE_DIGITS),
+            "floor": None if self.floor is None else _rounded(self.floor),
+            "options": dict(self.options),
+            **environment,
+        }
+
+
+def more_is_better(unit: str) -> bool:
+    return unit.endswith("/s")
+
+
+def is_row(value: Mapping[str, Any]) -> bool:
+    """Whether a line's object is a row of this form (not one of before it)."""
+    return "metric" in value and "runs" in value
+
+
+def append(path: Path, figures: Iterable[Figure], environment: Mapping[str, Any]) -> None:
+    """Append figures to the JSON-lines file `path`. Raises OptionError("--json")."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as out:
+            for figure in figures:
+                out.write(json.dumps(figure.row(environment)) + "\n")
+    except OSError as error:
+        raise OptionError("--json", f"cannot write {path}: {error.strerror}") from error
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Every object of a JSON-lines file. Raises OptionError naming the file and the line."""
+    rows = []
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise OptionError("--json", f"cannot read {path}: {error.strerror}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise OptionError("--json", f"{path}, line {number}: {error}") from None
+        if not isinstance(value, dict) or "bench" not in value:
+            raise OptionError("--json", f"{path}, line {number}: no row of a bench")
+        rows.append(value)
+    return rows
+
+
+def newest(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of rows that measure the same thing the last; in the order of their first appearance."""
+    keys = ("bench", "model", "work", "batch", "concurrency", "metric")
+    last: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        off = tuple(row["options"].get(SAFETY_OFF, ()))
+        last[(*(row[key] for key in keys), off)] = dict(row)
+    return list(last.values())
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -39,37 +177,6 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def environment() -> dict[str, object]:
-    """Machine, versions, commit and date; what makes two rows comparable or not."""
-    versions = {"python": platform.python_version(), "holdfast": __version__}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "machine": {
-            "cpu": _cpu_name(),
-            "cores": os.cpu_count(),
-            "load_1m": round(os.getloadavg()[0], 2),
-            "system": platform.platform(),
-        },
-        "versions": versions,
-    }
-
-
-def append(path: Path, row: Mapping[str, object]) -> None:
-    """Append one row to the JSON-lines file `path`."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as out:
-            out.write(json.dumps(row, sort_keys=True) + "\n")
-    except OSError as error:
-        raise OptionError("--json", f"cannot write {path}: {error.strerror}") from error
-
-
 def table(columns: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
     """Plain text columns, the first left-aligned and the others right-aligned."""
     lines = [list(columns), *map(list, rows)]
@@ -82,32 +189,51 @@ def table(columns: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(shown)
 
 
-def _commit() -> str | None:
-    """The commit of the checkout this package lies in, with '+' when it has changes; else None."""
-    here = Path(__file__).parent
-    try:
-        head = _git(here, "rev-parse", "--short=12", "HEAD")
-        return head + ("+" if _git(here, "status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
+def place(batch: int | None, concurrency: int | None) -> str:
+    """batch 8, c=64, or nothing."""
+    if batch is not None:
+        return f"batch {batch}"
+    return f"c={concurrency}" if concurrency is not None else ""
 
 
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=10,
-    )
-    return done.stdout.strip()
+def show(figures: Sequence[Figure]) -> str:
+    """A table for the terminal: a line a figure, ours beside the peer's."""
+    with_peer = any(figure.peer is not None for figure in figures)
+    with_floor = any(figure.floor is not None for figure in figures)
+    columns = ["", "ours", "unit", "lowest", "highest", "runs"]
+    columns += ["peer", "ratio"] if with_peer else []
+    columns += ["floor"] if with_floor else []
+    lines = []
+    for figure in figures:
+        name = ", ".join(
+            part
+            for part in (
+                figure.bench,
+                figure.model,
+                figure.work,
+                place(figure.batch, figure.concurrency),
+                figure.metric,
+            )
+            if part
+        )
+        line = [name, short(figure.value), figure.unit]
+        line += [short(min(figure.runs)), short(max(figure.runs)), str(len(figure.runs))]
+        if with_peer:
+            peer, ratio = figure.peer, figure.ratio
+            line.append("" if peer is None else f"{peer.name} {short(peer.value)}")
+            line.append("" if ratio is None else f"{ratio:.2f}")
+        if with_floor:
+            line.append("" if figure.floor is None else short(figure.floor))
+        lines.append(line)
+    return table(columns, lines)
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+def short(value: float) -> str:
+    """Three or four digits that matter, thousands apart."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value < 10 else f"{value:.1f}"
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}") if value < 10 ** (_DIGITS - 1) else round(value, 1)

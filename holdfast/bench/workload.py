@@ -21,6 +21,21 @@ class Work:
     output_tokens: tuple[int, ...]
 
     @property
+    def longest(self) -> int:
+        """Tokens in and out of the largest request."""
+        return max(map(sum, zip(map(len, self.prompts), self.output_tokens, strict=True)))
+
+    def shifted(self, by: int, vocab_size: int) -> Work:
+        """The same lengths with other ids: no run finds the prompts of another one cached."""
+        prompts = tuple(tuple((x + by) % vocab_size for x in prompt) for prompt in self.prompts)
+        return Work(self.name, prompts, self.output_tokens)
+
+    def head(self, count: int, output_tokens: int) -> Work:
+        """Its first requests, cut short: a warm-up."""
+        outputs = tuple(min(output_tokens, n) for n in self.output_tokens[:count])
+        return Work(self.name, self.prompts[:count], outputs)
+
+    @property
     def requests(self) -> int:
         return len(self.prompts)
 
@@ -66,6 +81,15 @@ def peers_work(
     )
     outputs = tuple(draw.randint(low, high) for _ in range(requests))
     return Work(f"peers{requests}", prompts, outputs)
+
+
+def even_work(
+    name: str, vocab_size: int, *, requests: int, prompt_tokens: int, output_tokens: int, seed: int
+) -> Work:
+    """`requests` prompts of as many random ids each, asking for as many tokens each."""
+    draw = np.random.default_rng([0x6576_656E, seed])
+    ids = draw.integers(0, vocab_size, size=(requests, prompt_tokens))
+    return Work(name, tuple(map(tuple, ids.tolist())), (output_tokens,) * requests)
 
 
 WORKS = {"mixed": mixed_work, "peers": peers_work}

@@ -1,90 +1,212 @@
-"""`holdfast bench offline|core|serve`: the figures in the README, each by one command.
+"""`holdfast bench`: the figures in the README and in docs/benches.md, each by one command.
 
-Prints a table; `--json FILE` also appends a row with machine, versions, commit and all runs.
+Every command prints a table; `--json FILE` also appends one row a figure. offline, decode, prefill
+and generate are in cli.bench_llm.
 """
 
 from __future__ import annotations
 
-import enum
-import os
-from pathlib import Path
-from typing import Annotated
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from holdfast.cli.options import EngineOptions, Model, grouped
-from holdfast.cli.show import bars, out
+from holdfast.bench.report import SAFETY_OFF, Figure
+from holdfast.cli.bench_llm import decode, generate, offline, prefill
+from holdfast.cli.bench_options import (
+    JsonFile,
+    PeerOptions,
+    Repeats,
+    finish,
+    model_name,
+    numbers,
+    safety_off,
+)
+from holdfast.cli.options import EngineOptions, Model, arguments, grouped
+from holdfast.cli.show import bars
 from holdfast.errors import OptionError
 
-bench = typer.Typer(help="Measure: offline, core, serve.", no_args_is_help=True)
+bench = typer.Typer(
+    help="Measure: offline, decode, prefill, generate, serve, start, core.", no_args_is_help=True
+)
+bench.command()(offline)
+bench.command()(decode)
+bench.command()(prefill)
+bench.command()(generate)
 
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Append a row (JSON lines) to FILE.")
+if TYPE_CHECKING:
+    from holdfast.bench.process import Server
+
+ServerWords = Annotated[
+    str,
+    typer.Option(
+        "--server-options",
+        metavar="WORDS",
+        help="Options for holdfast serve besides the engine's, as on its command line.",
+    ),
 ]
-
-
-class WorkName(enum.StrEnum):
-    MIXED = "mixed"
-    PEERS = "peers"
-
-
-class Peer(enum.StrEnum):
-    TRANSFORMERS = "transformers"
+ReadyTimeout = Annotated[
+    float, typer.Option(help="A server must be ready within so many seconds.", min=1.0)
+]
 
 
 @bench.command()
 @grouped
-def offline(
+def serve(
     model: Model = None,
     *,
-    work: Annotated[
-        WorkName,
-        typer.Option(
-            help="mixed: 64..512 in, 64..256 out; peers: 100..1024 in and out, 256 requests."
-        ),
-    ] = WorkName.MIXED,
-    requests: Annotated[int | None, typer.Option(help="Requests.  [64; peers 256]", min=1)] = None,
-    repeats: Annotated[int, typer.Option(help="Runs of each side; the median counts.", min=1)] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of the requests.")] = 0,
-    peer: Annotated[
-        Peer | None,
-        typer.Option(help="Also run transformers generate, batch 8, 32, 64, on the same requests."),
+    concurrency: Annotated[
+        str, typer.Option(help="Requests open at once, comma-separated.")
+    ] = "1,64,256",
+    input_tokens: Annotated[
+        int, typer.Option("--input", help="Prompt tokens of each request.", min=1)
+    ] = 512,
+    output_tokens: Annotated[
+        int, typer.Option("--output", help="Output tokens of each request.", min=2)
+    ] = 256,
+    prompts_per: Annotated[
+        int, typer.Option(help="Requests of a run, for each place of concurrency.", min=1)
+    ] = 4,
+    repeats: Repeats = 3,
+    url: Annotated[
+        str | None, typer.Option(help="Load this server, http://HOST:PORT, and start none.")
     ] = None,
+    served_name: Annotated[
+        str | None, typer.Option(help="The model's name there, with --url.")
+    ] = None,
+    null: Annotated[
+        bool, typer.Option("--null", help="Events a second of the HTTP side, with a null core.")
+    ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Memory per idle connection and per queued request.")
+    ] = False,
+    streams: Annotated[
+        int, typer.Option(help="Concurrent streams, with --null.", min=1, max=4000)
+    ] = 64,
+    seconds: Annotated[float, typer.Option(help="Time of a run, with --null.", min=0.5)] = 5.0,
+    api_processes: Annotated[
+        str, typer.Option(help="Numbers of api processes with --null, comma-separated.")
+    ] = "1,2",
+    run_timeout_s: Annotated[
+        float, typer.Option(help="One run of the client takes no longer.", min=1.0)
+    ] = 600.0,
+    ready_timeout_s: ReadyTimeout = 600.0,
+    server_options: ServerWords = "",
     json_file: JsonFile = None,
+    peers: PeerOptions,
     engine: EngineOptions,
 ) -> None:
-    """Output tokens per second of LLM.generate, in this process."""
-    from holdfast.bench import offline as bench_offline
-    from holdfast.bench import report, workload
-    from holdfast.cli.engine import prepare, share_cores
+    """A server under load: output tokens per second, time to first token, inter-token latency."""
+    if null + memory + (url is not None) > 1:
+        raise OptionError("bench serve", "--null, --memory and --url exclude each other")
+    if peers.peer is not None and (null or memory or url is not None):
+        raise OptionError("--peer", "runs beside a server of ours; --url loads any other")
+    if served_name is not None and url is None:
+        raise OptionError("--served-name", "is for --url")
+    if null or memory:
+        from holdfast.bench import null as bench_null
 
-    prepared = prepare(model, engine)
-    share_cores()  # both sides run in this process, under the same setting; the row records it
-    vocab = prepared.spec.vocab_size
-    sizes = {} if requests is None else {"requests": requests}
-    chosen = workload.WORKS[work.value](vocab, seed=seed, **sizes)
-    longest = max(map(sum, zip(map(len, chosen.prompts), chosen.output_tokens, strict=True)))
-    if longest > prepared.sizing.limits.context_tokens:
-        raise OptionError(
-            "--work",
-            f"{work.value} has a request of {longest} tokens; this model takes "
-            f"{prepared.sizing.limits.context_tokens}",
+        with bars(unit="") as progress:
+            if memory:
+                figures = bench_null.memory(repeats=repeats, report=progress)
+            else:
+                figures = bench_null.null(
+                    numbers("--api-processes", api_processes),
+                    streams=streams,
+                    seconds=seconds,
+                    repeats=repeats,
+                    report=progress,
+                )
+        finish(figures, json_file)
+        return
+
+    from holdfast.bench import serve as bench_serve
+    from holdfast.cli.engine import prepare, settings
+
+    prepared = prepare(model, engine, gpu_processes=2)
+    load = bench_serve.Load(
+        prepared.spec.vocab_size,
+        numbers("--concurrency", concurrency),
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        prompts_per=prompts_per,
+        repeats=repeats,
+        timeout_s=run_timeout_s,
+    )
+    load.check_fits(prepared.sizing.limits.context_tokens)
+    name = served_name or model_name(prepared)
+    found: bench_serve.Answers = {}
+    theirs: bench_serve.Answers = {}
+    if url is not None:
+        try:
+            with bars(unit="") as progress:
+                bench_serve.measure(url, name, load, progress, found, who=url, repeats=repeats)
+        finally:  # What was measured before a failure stays measured.
+            finish(bench_serve.figures(load, found, model=name, options={"url": url}), json_file)
+        return
+    words = _words(server_options)
+    vllm = peers.vllm(prepared, engine)
+    options = settings(prepared, engine) | _server_record(words)
+    peer = None if vllm is None else vllm.figure
+    ours = _our_server(model, engine, words, ready_timeout_s)
+    try:
+        with bars(unit="") as progress:
+            bench_serve.measure_server(ours, name, load, progress, found, repeats=repeats)
+            if vllm is not None:
+                few = peers.runs(repeats)
+                with vllm.server(name, prepared.spec) as server:
+                    bench_serve.measure_server(server, name, load, progress, theirs, repeats=few)
+    finally:
+        figures = bench_serve.figures(
+            load, found, model=name, options=options, peer=peer, theirs=theirs
         )
-    with bars(unit="tokens") as progress:
-        row = bench_offline.run(
-            prepared.spec,
-            prepared.sizing,
-            chosen,
-            device=prepared.device,
-            load=engine.load.value,
-            threads=engine.threads or os.cpu_count() or 1,
-            repeats=repeats,
-            peer=peer is not None,
-            report=progress,
-        )
-    out.print(bench_offline.show(row))
-    if json_file is not None:
-        report.append(json_file, {"bench": "offline", **row, **report.environment()})
+        finish(figures, json_file)
+
+
+@bench.command()
+@grouped
+def start(
+    model: Model = None,
+    *,
+    repeats: Repeats = 3,
+    ready_timeout_s: ReadyTimeout = 600.0,
+    server_options: ServerWords = "",
+    json_file: JsonFile = None,
+    peers: PeerOptions,
+    engine: EngineOptions,
+) -> None:
+    """Seconds from a server's start to ready: with empty build caches, and again."""
+    from holdfast.bench import start as bench_start
+    from holdfast.cli.engine import prepare, settings
+
+    prepared = prepare(model, engine, gpu_processes=2)
+    words = _words(server_options)
+    vllm = peers.vllm(prepared, engine)
+    ours = _our_server(model, engine, words, ready_timeout_s)
+    found: dict[str, list[float]] = {}
+    theirs: dict[str, list[float]] = {}
+    try:
+        with bars(unit="") as progress:
+            bench_start.measure(ours, found, repeats=repeats, report=progress)
+            if vllm is not None:
+                few = peers.runs(repeats)
+                with vllm.server(model_name(prepared), prepared.spec) as server:
+                    bench_start.measure(server, theirs, repeats=few, report=progress)
+    finally:  # What was measured before a failure stays measured.
+        figures = [
+            Figure(
+                bench="start",
+                model=model_name(prepared),
+                work=f"load {engine.load.value}",
+                metric=kind,
+                unit="s",
+                runs=tuple(runs),
+                peer=vllm.figure(tuple(theirs[kind])) if vllm and kind in theirs else None,
+                options=settings(prepared, engine) | _server_record(words),
+            )
+            for kind, runs in found.items()
+        ]
+        finish(figures, json_file)
 
 
 @bench.command()
@@ -93,70 +215,41 @@ def core(
     contexts: Annotated[
         str, typer.Option(help="Context lengths to measure, comma-separated.")
     ] = "512,4096,32768",
-    steps: Annotated[int, typer.Option(help="Steps timed, each case.", min=10)] = 1000,
-    as_json: Annotated[bool, typer.Option("--json-out", help="Print JSON, no table.")] = False,
+    steps: Annotated[int, typer.Option(help="Steps timed, each case and run.", min=10)] = 1000,
+    repeats: Repeats = 3,
     json_file: JsonFile = None,
 ) -> None:
     """Microseconds of the brain's whole step, with a fake worker."""
-    import json
-
     from holdfast.bench import core as bench_core
-    from holdfast.bench import report
 
     with bars(unit="cases") as progress:
-        cases = bench_core.run(
-            rows=_numbers("--rows", rows),
-            contexts=_numbers("--contexts", contexts),
+        figures = bench_core.run(
+            rows=numbers("--rows", rows),
+            contexts=numbers("--contexts", contexts),
             steps=steps,
+            repeats=repeats,
             report=progress,
         )
-    row = {"bench": "core", "cases": cases, **report.environment()}
-    if as_json:
-        out.print_json(json.dumps(row))
-    else:
-        out.print(bench_core.show(cases))
-    if json_file is not None:
-        report.append(json_file, row)
+    finish(figures, json_file)
 
 
-@bench.command()
-def serve(
-    null: Annotated[
-        bool, typer.Option("--null", help="Events a second of the HTTP side, with a null core.")
-    ] = False,
-    memory: Annotated[
-        bool, typer.Option("--memory", help="Memory per idle connection and per queued request.")
-    ] = False,
-    streams: Annotated[int, typer.Option(help="Concurrent streams.", min=1, max=4000)] = 64,
-    seconds: Annotated[float, typer.Option(help="Time measured.", min=0.5)] = 5.0,
-    api_processes: Annotated[
-        str, typer.Option(help="Numbers of api processes to measure, comma-separated.")
-    ] = "1,2",
-    json_file: JsonFile = None,
-) -> None:
-    """What the HTTP side alone can do: events a second, and memory."""
-    from holdfast.bench import report
-    from holdfast.bench import serve as bench_serve
-
-    if null == memory:
-        raise OptionError("bench serve", "say what to measure: --null or --memory")
-    counts = _numbers("--api-processes", api_processes)
-    with bars(unit="") as progress:
-        if null:
-            cases = bench_serve.null(counts, streams=streams, seconds=seconds, report=progress)
-        else:
-            cases = bench_serve.memory(report=progress)
-    row = {"bench": "serve-null" if null else "serve-memory", "cases": cases}
-    out.print(bench_serve.show(cases))
-    if json_file is not None:
-        report.append(json_file, {**row, **report.environment()})
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def _words(server_options: str) -> list[str]:
+    """Raises OptionError for quotes that no shell would take."""
     try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise OptionError(option, f"positive numbers separated by commas, got {text!r}")
-    return numbers
+        return shlex.split(server_options)
+    except ValueError as error:
+        raise OptionError("--server-options", f"{error}, in {server_options!r}") from None
+
+
+def _our_server(
+    model: str | None, engine: EngineOptions, words: list[str], timeout_s: float
+) -> Server:
+    from holdfast.bench.process import our_server
+
+    return our_server(([] if model is None else [model]) + arguments(engine) + words, timeout_s)
+
+
+def _server_record(words: list[str]) -> dict[str, Any]:
+    """What of a server's own options a row keeps."""
+    off = safety_off(words)
+    return {"server_options": words} | ({SAFETY_OFF: off} if off else {})

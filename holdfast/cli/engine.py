@@ -6,9 +6,11 @@ decide alike. Reads the model's config, never its weights; raises OperatorError 
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from holdfast.cli.options import Dtype, EngineOptions
 from holdfast.cuda_driver import parse_device
@@ -17,6 +19,7 @@ from holdfast.proc.cuda_probe import devices_there, probe, torch_has_cuda
 from holdfast.sizing import GpuRoom, Sizing, memory_available_bytes, size
 
 if TYPE_CHECKING:
+    from holdfast.cli.show import Report
     from holdfast.llm import LLM
     from holdfast.model.spec import ModelSpec
 
@@ -95,16 +98,48 @@ def share_cores() -> None:
 def open_llm(model: str | None, engine: EngineOptions) -> LLM:
     """An LLM in this process, with a progress bar while it loads."""
     from holdfast.cli.show import bars
-    from holdfast.llm import LLM
 
     prepared = prepare(model, engine)
     share_cores()
     with bars() as report:
-        return LLM.prepared(
-            prepared.spec,
-            prepared.sizing,
-            device=prepared.device,
-            load=engine.load.value,
-            threads=engine.threads,
-            progress=report,
-        )
+        return open_prepared(prepared, engine, report)
+
+
+def open_prepared(prepared: Prepared, engine: EngineOptions, report: Report) -> LLM:
+    """An LLM in this process of what was prepared: the one place that hands it engine options."""
+    from holdfast.llm import LLM
+
+    return LLM.prepared(
+        prepared.spec,
+        prepared.sizing,
+        device=prepared.device,
+        load=engine.load.value,
+        threads=engine.threads,
+        progress=report,
+    )
+
+
+def settings(prepared: Prepared, engine: EngineOptions) -> dict[str, Any]:
+    """Every engine option by its name, with what `auto` and `what fits` came to: for a record."""
+    named = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)}
+    limits = prepared.sizing.limits
+    decided = {
+        "device": prepared.device,
+        "dtype": prepared.sizing.dtype,
+        "threads": engine.threads or os.cpu_count() or 1,
+        "max_rows": limits.rows_max,
+        "max_context_tokens": limits.context_tokens,
+        "kv_pages": limits.pages,
+        "page_tokens": limits.page_tokens,
+        "prefill_tokens": limits.prefill_tokens,
+        "steps_ahead": limits.steps_ahead,
+        "queue_requests": limits.queue_requests,
+        "live_tokens": limits.live_tokens,
+    }
+    plain = {k: v.value if isinstance(v, enum.Enum) else v for k, v in (named | decided).items()}
+    spinning = {
+        name.lower(): os.environ[name]
+        for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+        if prepared.device == "cpu" and name in os.environ
+    }
+    return {**plain, **spinning}

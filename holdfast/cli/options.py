@@ -297,3 +297,20 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in spread}
     return command
+
+
+def arguments(group: object) -> list[str]:
+    """The options of a dataclass instance of this module, as words of a command line: those that
+    differ from their defaults, so that a child process is told what this one was told."""
+    words: list[str] = []
+    for field in dataclasses.fields(group):  # type: ignore[arg-type]
+        value = getattr(group, field.name)
+        if value == field.default:
+            continue
+        name = "--" + field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(name if value else f"--no-{name[2:]}")
+            continue
+        for one in value if isinstance(value, list | tuple) else [value]:
+            words += [name, str(one.value if isinstance(one, enum.Enum) else one)]
+    return words

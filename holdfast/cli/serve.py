@@ -164,20 +164,22 @@ class Screen:
                 f"context {limits.context_tokens:,}; docs at {address}/docs; Ctrl-C ends it"
             )
             print("  try it:")
-            print(f"    {curl_line(address, name, keys=bool(self._options.api_keys))}")
+            text = (self._options.spec.path / "tokenizer.json").is_file()
+            print(f"    {curl_line(address, name, keys=bool(self._options.api_keys), text=text)}")
         sys.stdout.flush()
 
 
-def curl_line(address: str, name: str, *, keys: bool) -> str:
-    """A chat request for a shell. With API keys it names the variable, never a key."""
-    body = json.dumps(
-        {
-            "model": name,
-            "messages": [{"role": "user", "content": "What is a list in Python?"}],
-        }
+def curl_line(address: str, name: str, *, keys: bool, text: bool = True) -> str:
+    """A chat request for a shell; of ids, where the model has no tokenizer (`text`). With API keys
+    it names the variable, never a key."""
+    path, asked = (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": "What is a list in Python?"}]},
     )
+    if not text:
+        path, asked = "completions", {"prompt": [1, 2, 3], "max_tokens": 16}
+    body = json.dumps({"model": name, **asked})
     key = ' -H "Authorization: Bearer $HOLDFAST_API_KEY"' if keys else ""
     return (
-        f"curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' "
-        f"-d {shlex.quote(body)}"
+        f"curl {address}/v1/{path}{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     )

@@ -50,7 +50,7 @@ class Needs:
         return [str(one) for one in given]
 
 
-def _end_with_us() -> None:
+def end_with_us() -> None:
     """In the new process: a drill that is killed leaves no server behind."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -72,7 +72,7 @@ class DrillServer:
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "HOLDFAST_API_KEY": " ".join(needs.keys), "COLUMNS": "200"},
-            preexec_fn=_end_with_us,
+            preexec_fn=end_with_us,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

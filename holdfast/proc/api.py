@@ -26,8 +26,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from holdfast.api.app import ApiConfig, create_app
 from holdfast.api.client import CoreClient
+from holdfast.api.ids import load_tokenizer
 from holdfast.api.stream import ABORT_EXTENSION
-from holdfast.api.text import Tokenizer
 from holdfast.core.metrics import API_SLOT, Metrics, MetricsBoard
 from holdfast.errors import LinkClosed, LinkError, OperatorError
 from holdfast.proc.child import EXIT_FAULT, EXIT_OPERATOR, Boot, boot
@@ -136,7 +136,9 @@ class ApiProcess:
         buffer = memoryview(mmap.mmap(self._boot.fds["metrics"], 0))
         slots = API_SLOT + limits.api_processes
         metrics = Metrics(buffer, API_SLOT + self._boot.index)
-        tokenizer = Tokenizer.load(Path(config["model"]), vocab_size=limits.vocab_size)
+        tokenizer = load_tokenizer(
+            Path(config["model"]), vocab_size=limits.vocab_size, ids_will_do=config["ids_will_do"]
+        )
         client = CoreClient(
             limits,
             metrics,

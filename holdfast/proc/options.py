@@ -202,6 +202,7 @@ class ServeOptions:
         return {
             "limits": limits_config(self.limits),
             "model": str(self.spec.path),
+            "ids_will_do": self.load == "dummy",
             "served_name": self.served_name,
             "api_keys": list(self.api_keys),
             "cors_origins": list(self.cors_origins),

@@ -169,6 +169,7 @@ def test_the_api_process_serves_drains_and_stops_by_its_control_channel() -> Non
         "limits": limits_config(limits),
         "model": str(bundled()),
         "served_name": "holdfast-tiny",
+        "ids_will_do": False,
         "api_keys": [],
         "cors_origins": [],
         "write_timeout_s": 10.0,

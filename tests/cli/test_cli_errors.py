@@ -28,6 +28,10 @@ COMMANDS = (
     ("replay",),
     ("bench",),
     ("bench", "offline"),
+    ("bench", "decode"),
+    ("bench", "prefill"),
+    ("bench", "generate"),
+    ("bench", "start"),
     ("bench", "core"),
     ("bench", "serve"),
 )
@@ -204,9 +208,39 @@ def test_an_unreadable_model_says_what_is_wrong(
         assert_one_clear_line(holdfast(command, str(tmp_path)), word)
 
 
-def test_bench_says_which_options_it_needs() -> None:
-    assert_one_clear_line(holdfast("bench", "serve"), "--null", "--memory")
-    assert_one_clear_line(holdfast("bench", "core", "--rows", "1,x"), "--rows", "1,x")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("serve", "--null", "--memory"), ("--null", "--memory")),
+        (("serve", "--url", "here"), ("--url", "http://HOST:PORT", "'here'")),
+        (("serve", "--url", "http://h:1", "--peer", "vllm"), ("--peer", "--url")),
+        (("serve", "--served-name", "x"), ("--served-name", "--url")),
+        (("serve", "--server-options", "'x"), ("--server-options", "'x")),
+        (("serve", "--input", "4000"), ("--input", "4256", "4096")),
+        (("serve", "--concurrency", "1,x"), ("--concurrency", "1,x")),
+        (("core", "--rows", "1,x"), ("--rows", "1,x")),
+        (("decode", "--batch", "0"), ("--batch", "'0'")),
+        (("decode", "--batch", "65"), ("--batch", "65", "--max-rows", "64")),
+        (("decode", "--context", "4000"), ("--context", "4264", "4096")),
+        (("prefill", "--tokens", "4096"), ("--tokens", "4097", "4096")),
+        (("prefill", "--max-context-tokens", "99", "--tokens", "99"), ("--tokens", "100", "99")),
+        (("start", "--peer", "transformers"), ("--peer", "offline")),
+        (("decode", "--peer", "sglang"), ("--peer", "sglang", "vllm")),
+        (("decode", "--peer", "vllm", "--peer-python", "/no/python"), ("--peer-python",)),
+        (
+            ("offline", "--peer", "transformers", "--temperature", "0.5", "--requests", "2"),
+            ("--temperature", "greedy"),
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_bench_refuses_what_it_cannot_measure(
+    arguments: tuple[str, ...], words: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = run(["bench", *arguments, *(() if arguments[0] == "core" else ("--kv-pages", "300"))])
+    seen = capfd.readouterr()
+    done = subprocess.CompletedProcess(arguments, code, seen.out, seen.err)
+    assert_one_clear_line(done, *words)
 
 
 def test_chat_without_a_server_says_how_to_start_one() -> None:

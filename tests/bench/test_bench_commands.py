@@ -1,0 +1,134 @@
+"""Each command as a shell runs it, on a tiny model without a tokenizer, beside a fake peer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from holdfast.bench import null, report, serve
+from holdfast.cli.options import EngineOptions, Load, arguments
+
+FAKES = Path(__file__).parent / "fakes"
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "head_dim": 16,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "max_position_embeddings": 256,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 300,
+}
+SMALL = ("--load", "dummy", "--threads", "1", "--max-rows", "4", "--kv-pages", "80")
+PEER = ("--peer", "vllm", "--peer-path", str(FAKES), "--peer-repeats", "1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny-shape")
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    return path
+
+
+def bench(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "holdfast", "bench", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_decode_runs_ours_then_the_peer_on_the_same_work(folder: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    sizes = ("--batch", "1,2", "--context", 8, "--steps", 4, "--repeats", 2)
+    done = bench("decode", folder, *SMALL, *PEER, *sizes, "--json", rows)
+    assert done.returncode == 0, done.stderr
+    found = {row["batch"]: row for row in report.read(rows)}
+    assert found.keys() == {1, 2}
+    for row in found.values():
+        assert len(row["runs"]) == 2 and len(row["peer"]["runs"]) == 1
+        assert row["peer"]["version"] == "0.0.fake"
+        assert row["ratio"] == pytest.approx(row["value"] / row["peer"]["value"], abs=1e-3)
+        assert row["model"] == folder.name and row["options"]["load"] == "dummy"
+    assert "vllm" in done.stdout and "ratio" in done.stdout
+
+
+def test_serve_loads_our_server_and_the_peers_with_the_same_client(
+    folder: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    load = ("--concurrency", "2", "--input", 12, "--output", 6, "--prompts-per", 2)
+    server = ("--server-options", "--standby none")
+    done = bench("serve", folder, *SMALL, *PEER, "--repeats", 1, *load, *server, "--json", rows)
+    assert done.returncode == 0, done.stderr
+    found = {row["metric"]: row for row in report.read(rows)}
+    assert set(found) == {*(metric for metric, _, _ in serve.METRICS), serve.MERGED[0]}
+    for row in found.values():
+        assert row["concurrency"] == 2 and row["peer"]["name"] == "vllm"
+        # What a row without a safety switch must say.
+        assert row["options"]["safety_off"] == ["standby"]
+    assert found["tokens an event"]["value"] == pytest.approx(1, abs=0.5)
+    assert found["TTFT p99"]["value"] > 0
+
+
+def test_what_we_measured_is_kept_when_the_peer_fails(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM", "die")
+    rows = tmp_path / "rows.jsonl"
+    done = bench("prefill", folder, *SMALL, *PEER, "--tokens", 9, "--repeats", 1, "--json", rows)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "illegal memory access" in line
+    (row,) = report.read(rows)
+    assert row["metric"] == "prompt rate" and row["value"] > 0 and row["peer"] is None
+
+
+def test_start_counts_a_cold_and_a_second_start_of_each_engine(
+    folder: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    options = (*SMALL, *PEER, "--repeats", 1, "--server-options", "--standby none")
+    done = bench("start", folder, *options, "--json", rows)
+    assert done.returncode == 0, done.stderr
+    found = {row["metric"]: row for row in report.read(rows)}
+    assert set(found) == {"cold start", "second start"}
+    for row in found.values():
+        assert row["value"] > 0.1 and row["peer"]["value"] > 0.01 and row["unit"] == "s"
+
+
+def test_a_server_that_cannot_start_is_told_in_its_own_words(folder: Path) -> None:
+    done = bench("start", folder, *SMALL, "--repeats", 1, "--server-options", "--standby never")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "--standby" in line and "never" in line and "code 2" in line
+
+
+def test_the_null_core_ends_requests_where_they_ask_for_it() -> None:
+    with null.rig(1) as running:
+        load = serve.Load(3000, (8,), input_tokens=5, output_tokens=7, prompts_per=2)
+        url = f"http://{null.HOST}:{running.port}"
+        name = running.options.served_name
+        answers: serve.Answers = {}
+        serve.measure(url, name, load, lambda *_: None, answers, who="null", repeats=1)
+    assert answers[8][0]["output_tokens"] == 16 * 7
+    assert answers[8][0]["requests"] == 16
+
+
+def test_a_child_process_is_told_the_options_that_differ_from_their_defaults() -> None:
+    assert arguments(EngineOptions()) == []
+    engine = EngineOptions(load=Load.DUMMY, max_rows=7, gpu_memory_utilization=0.5)
+    words = ["--load", "dummy", "--gpu-memory-utilization", "0.5", "--max-rows", "7"]
+    assert arguments(engine) == words
