@@ -19,9 +19,9 @@ the hash, so the test costs one exponential; a thousandth is left for rounding. 
 without a candidate is done then, and a tile whose leader plus the largest noise stays below the
 bound is not read again at all.
 
-Floor on an H200, 256 rows of 151,936 logits in bfloat16: 78 MB read twice at 4.24 TB/s, 37 us; about
-30 instructions a logit for the hash and the test are as long. At one row launches rule. Logits of
-bfloat16 or float32; vocabularies to 2^31. Called by who decides that rows may use it.
+Floor on an H200, 256 rows of 151,936 logits in bfloat16: 78 MB read twice at 4.24 TB/s, 37 us;
+about 30 instructions a logit for the hash and the test are as long. At one row launches rule.
+Logits of bfloat16 or float32; vocabularies to 2^31. Called by who decides that rows may use it.
 """
 
 from __future__ import annotations
@@ -165,11 +165,12 @@ def _join(
     at = row * TILES + lane
     top_of = tl.load(tops + at, mask=lane < TILES, other=float("-inf"))
     broken = tl.max(tl.where(top_of != top_of, 1, 0), axis=0)
-    warm = (tl.load(temperature + row) > 0) & (broken == 0)
+    # A number a lane: the interpreter (triton 3.7) cannot spread the truth of one number.
+    warm = (lane < TILES) & (tl.load(temperature + row + lane * 0) > 0)
     led_by = tl.load(leaders + at, mask=lane < TILES, other=VOCAB)
-    # Only what `_draw` wrote in this call is read.
-    score_of = tl.load(scores + at, mask=(lane < TILES) & warm, other=float("-inf"))
-    drawn_by = tl.load(drawn + at, mask=(lane < TILES) & warm, other=VOCAB)
+    # `_draw` wrote none for a greedy row; nor for one that is not finite, whose token is 0 anyway.
+    score_of = tl.load(scores + at, mask=warm, other=float("-inf"))
+    drawn_by = tl.load(drawn + at, mask=warm, other=VOCAB)
     value = tl.where(warm, score_of, top_of)
     ids = tl.where(warm, drawn_by, led_by)
     token = tl.min(tl.where(value == tl.max(value, axis=0), ids, VOCAB), axis=0)
