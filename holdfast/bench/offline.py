@@ -36,6 +36,7 @@ def run(
     work: Work,
     *,
     device: str,
+    kernels: str,
     load: str,
     threads: int,
     repeats: int,
@@ -47,7 +48,13 @@ def run(
     ours: list[Spent] = []
     other = PeerSide(spec, sizing.dtype, threads, work) if peer else None
     with LLM.prepared(
-        spec, sizing, device=device, load=load, threads=threads, progress=report
+        spec,
+        sizing,
+        device=device,
+        kernels=kernels,
+        load=load,
+        threads=threads,
+        progress=report,
     ) as llm:
         _our_run(llm, _head(work, 4), lambda *_: None)
         for round_number in range(1, repeats + 1):
@@ -63,6 +70,7 @@ def run(
         "output_tokens": tokens,
         "device": device,
         "dtype": sizing.dtype,
+        "kernels": kernels,
         "threads": threads,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),

@@ -76,6 +76,7 @@ def offline(
             prepared.sizing,
             chosen,
             device=prepared.device,
+            kernels=prepared.kernels,
             load=engine.load.value,
             threads=engine.threads or os.cpu_count() or 1,
             repeats=repeats,
