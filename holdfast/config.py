@@ -7,7 +7,9 @@ a relation that `Limits` has proved.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from dataclasses import dataclass, fields
 
 from holdfast.errors import OptionError
@@ -23,6 +25,24 @@ JOURNAL_RECORD_BYTES = 512
 # Ended requests that the journal keeps, in units of all that can be live: one for the last ones of
 # this core, three for those that a client has not asked for since the core was replaced.
 ENDED_SHARES = 4
+# How the model's layers are computed (model.layer_ops).
+KERNELS = ("reference", "triton")
+
+
+def check_kernels(kernels: str, device: str) -> None:
+    """Raise OptionError("--kernels") for what is not in KERNELS, or cannot run on `device`."""
+    if kernels not in KERNELS:
+        raise OptionError("--kernels", f"one of {', '.join(KERNELS)}, got {kernels!r}")
+    if kernels == "reference":
+        return
+    if importlib.util.find_spec("triton") is None:
+        raise OptionError("--kernels", f"{kernels} needs triton, which is not installed")
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise OptionError(
+            "--kernels",
+            f"{kernels} is for GPUs; on the CPU leave it out, or set TRITON_INTERPRET=1 to have "
+            "Triton's interpreter run the kernels, thousands of times slower",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from holdfast.api.output import ChoiceOutput, TokenLogprob
 from holdfast.api.refusal import error_of
 from holdfast.api.schema import Resolved, SamplingParams, check_id
 from holdfast.api.text import Tokenizer
-from holdfast.config import Limits
+from holdfast.config import Limits, check_kernels
 from holdfast.cuda_driver import parse_device
 from holdfast.errors import EngineFault, InvalidField, OptionError, RequestError
 from holdfast.local import Drawn, LocalEngine, Run
@@ -107,8 +107,9 @@ SERVER_ONLY = ("steps_ahead", "api_processes", "timeout_s")
 
 class LLM:
     """`model`: a folder, a hub id, or None for the bundled one. device: cpu, cuda or cuda:N; dtype:
-    float32 or bfloat16, None for float32 on a CPU and bfloat16 on a GPU. `options`: the fields of
-    holdfast.sizing.Wishes (rows_max, pages, kv_memory_bytes, context_tokens, ...).
+    float32 or bfloat16, None for float32 on a CPU and bfloat16 on a GPU. kernels: how layers are
+    computed, of holdfast.config.KERNELS. `options`: the fields of holdfast.sizing.Wishes (rows_max,
+    pages, kv_memory_bytes, context_tokens, ...).
 
     Raises ModelError or OptionError, in one line each, before anything large is loaded.
     """
@@ -119,6 +120,7 @@ class LLM:
         *,
         device: str = "cpu",
         dtype: str | None = None,
+        kernels: str = "reference",
         load: str = "hf",
         threads: int | None = None,
         seed: int = 0,
@@ -131,6 +133,7 @@ class LLM:
         spec = ModelSpec.load(resolve_model(None if model is None else os.fspath(model)))
         gpu = None
         kind, ordinal = parse_device(device)
+        check_kernels(kernels, kind)
         if kind == "cuda":
             found = probe(ordinal)
             room = {"total_bytes": found.total_bytes, "free_bytes": found.free_bytes}
@@ -142,7 +145,7 @@ class LLM:
             available_bytes=memory_available_bytes(),
             gpu=gpu,
         )
-        self._open(spec, sizing, device, load, threads, seed, progress)
+        self._open(spec, sizing, device, kernels, load, threads, seed, progress)
 
     @classmethod
     def prepared(
@@ -151,6 +154,7 @@ class LLM:
         sizing: Sizing,
         *,
         device: str = "cpu",
+        kernels: str = "reference",
         load: str = "hf",
         threads: int | None = None,
         seed: int = 0,
@@ -158,7 +162,7 @@ class LLM:
     ) -> LLM:
         """An LLM of a sizing that was decided before (the command line does)."""
         llm = cls.__new__(cls)
-        llm._open(spec, sizing, device, load, threads, seed, progress)
+        llm._open(spec, sizing, device, kernels, load, threads, seed, progress)
         return llm
 
     @classmethod
@@ -173,6 +177,7 @@ class LLM:
         spec: ModelSpec,
         sizing: Sizing,
         device: str,
+        kernels: str,
         load: str,
         threads: int | None,
         seed: int,
@@ -185,7 +190,7 @@ class LLM:
         )
         report = progress or (lambda what, done, total: None)
         cores = threads or os.cpu_count() or 1
-        run = _open_device(spec, limits, device, sizing.dtype, load, seed, cores, report)
+        run = _open_device(spec, limits, device, sizing.dtype, kernels, load, seed, cores, report)
         self._attach(spec, limits, run, ids_will_do=load == "dummy")
 
     def _attach(self, spec: ModelSpec, limits: Limits, run: Run, *, ids_will_do: bool) -> None:
@@ -548,6 +553,7 @@ def _open_device(
     limits: Limits,
     device: str,
     dtype: str,
+    kernels: str,
     load: str,
     seed: int,
     threads: int,
@@ -558,6 +564,7 @@ def _open_device(
     from holdfast.device.memory import DeviceMemory
     from holdfast.device.runner import Runner
     from holdfast.model.decoder import Decoder
+    from holdfast.model.layer_ops import make_ops
     from holdfast.model.weights import WeightsLayout, dummy_weights, load_weights
 
     where = open_device(device)
@@ -569,5 +576,6 @@ def _open_device(
         load_weights(
             spec, memory.weights, layout, lambda done, total: report("weights", done, total)
         )
-    decoder = Decoder(spec, layout.views(memory.weights))
+    ops = make_ops(kernels, spec, where, limits.context_tokens)
+    decoder = Decoder(spec, layout.views(memory.weights), ops)
     return Runner(limits, decoder, memory, threads=threads).run

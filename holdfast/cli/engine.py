@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from holdfast.cli.options import Dtype, EngineOptions
+from holdfast.config import check_kernels
 from holdfast.cuda_driver import parse_device
 from holdfast.errors import OptionError
 from holdfast.proc.cuda_probe import devices_there, probe, torch_has_cuda
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """device: cpu or cuda:N."""
+    """device: cpu or cuda:N; kernels: of config.KERNELS."""
 
     spec: ModelSpec
     sizing: Sizing
     device: str
+    kernels: str
 
 
 def prepare(
@@ -44,6 +46,7 @@ def prepare(
 
     device = pick_device(engine)
     dtype = pick_dtype(engine, device)
+    check_kernels(engine.kernels.value, device)
     asked = engine.wishes(**wishes)
     spec = ModelSpec.load(resolve_model(model))
     available = memory_available_bytes()
@@ -57,9 +60,8 @@ def prepare(
             # Where its memory cannot be shared, each worker has its own, one at a time.
             processes=gpu_processes if not found.unshared else 1,
         )
-    return Prepared(
-        spec, size(spec, asked, dtype=dtype, available_bytes=available, gpu=gpu), device
-    )
+    sizing = size(spec, asked, dtype=dtype, available_bytes=available, gpu=gpu)
+    return Prepared(spec, sizing, device, engine.kernels.value)
 
 
 def pick_device(engine: EngineOptions) -> str:
@@ -113,6 +115,7 @@ def open_prepared(prepared: Prepared, engine: EngineOptions, report: Report) -> 
         prepared.spec,
         prepared.sizing,
         device=prepared.device,
+        kernels=prepared.kernels,
         load=engine.load.value,
         threads=engine.threads,
         progress=report,
@@ -126,6 +129,7 @@ def settings(prepared: Prepared, engine: EngineOptions) -> dict[str, Any]:
     decided = {
         "device": prepared.device,
         "dtype": prepared.sizing.dtype,
+        "kernels": prepared.kernels,
         "threads": engine.threads or os.cpu_count() or 1,
         "max_rows": limits.rows_max,
         "max_context_tokens": limits.context_tokens,

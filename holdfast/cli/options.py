@@ -40,6 +40,11 @@ class Dtype(enum.StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Kernels(enum.StrEnum):
+    REFERENCE = "reference"
+    TRITON = "triton"
+
+
 class JournalSync(enum.StrEnum):
     NONE = "none"
     INTERVAL = "interval"
@@ -92,6 +97,13 @@ class EngineOptions:
         Dtype,
         _option(MODEL_PANEL, "Numbers of weights and KV cache; auto: CPU float32, GPU bfloat16"),
     ] = Dtype.AUTO
+    kernels: Annotated[
+        Kernels,
+        _option(
+            MODEL_PANEL,
+            "How layers are computed; reference: plain torch; triton: fused kernels, for GPUs",
+        ),
+    ] = Kernels.REFERENCE
     gpu_memory_utilization: Annotated[
         float,
         _option(

@@ -74,6 +74,7 @@ def serve_options(model: str | None, server: ServerOptions, engine: EngineOption
         load=engine.load.value,
         dtype=prepared.sizing.dtype,
         pool_dtype=prepared.sizing.dtype,
+        kernels=prepared.kernels,
         threads=engine.threads or os.cpu_count() or 1,
         standby=server.standby.value,
         scrub_gbps=server.scrub,

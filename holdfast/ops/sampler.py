@@ -189,9 +189,7 @@ class Sampler:
         """int64[m] tokens of the edited rows."""
         tokens = torch.empty(at.size, dtype=torch.int64, device=self.device)
         warm = inputs.temperature[at] > 0
-        top_k = inputs.top_k[at]
-        filtered = (top_k > 0) & (top_k < self.vocab_size)
-        filtered |= (inputs.top_p[at] < 1) | (inputs.min_p[at] > 0)
+        filtered = _filtered_rows(inputs, self.vocab_size)[at]
         for chosen, draw in (
             (np.flatnonzero(~warm), None),
             (np.flatnonzero(warm & ~filtered), self._draw_any),
@@ -359,6 +357,25 @@ def seen_pairs(
     starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
     counts = np.add.reduceat(keys & 1, starts).astype(np.float32)
     return Pairs(flat[starts] // vocab_size, flat[starts] % vocab_size), counts
+
+
+def plain_rows(inputs: SamplerInputs, vocab_size: int) -> np.ndarray:
+    """bool[k]: rows whose token is the largest of their logits, or of the scaled logits + noise.
+
+    They ask for no filter that can matter, no edit of their logits and no logprobs, so a kernel
+    that never orders the ids (ops.kernels.sample) may draw for them.
+    """
+    plain = (inputs.temperature <= 0) | ~_filtered_rows(inputs, vocab_size)
+    plain &= inputs.top_logprobs < 0
+    for pairs in (inputs.bias, inputs.stops, inputs.seen):
+        plain[pairs.rows] = False
+    return plain
+
+
+def _filtered_rows(inputs: SamplerInputs, vocab_size: int) -> np.ndarray:
+    """bool[k]: rows that leave ids out when they draw at a temperature."""
+    filtered = (inputs.top_k > 0) & (inputs.top_k < vocab_size)
+    return filtered | (inputs.top_p < 1) | (inputs.min_p > 0)
 
 
 def _busy_rows(inputs: SamplerInputs) -> np.ndarray:

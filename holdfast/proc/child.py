@@ -10,9 +10,9 @@ What each role is given (all also have `control`, a proc.control.Control; link =
 
     role    descriptors                       config
     keeper                                    weights_bytes, pool_bytes, device
-    worker, weights, pool (the keeper's: a    limits, model, device, dtype, pool_dtype, load,
-    standby memfd, or GPU memory behind a     seed, threads, loaded (the slab holds the weights
-            descriptor; absent where such     already: do not load), background (a standby
+    worker, weights, pool (the keeper's: a    limits, model, device, dtype, pool_dtype, kernels,
+    standby memfd, or GPU memory behind a     load, seed, threads, loaded (the slab holds the
+            descriptor; absent where such     weights already: do not load), background (a standby
             memory cannot be shared)          prepares itself with CPU time that is left over),
                                               scrub_gbps; drills, provoke (only of a server
                                               started with --drills)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from holdfast.config import Limits
+from holdfast.config import Limits, check_kernels
 from holdfast.core.clocks import STEP_TIMEOUT_S
 from holdfast.cuda_driver import parse_device
 from holdfast.errors import OptionError
@@ -56,6 +56,8 @@ class ServeOptions:
     dtype: str = "float32"
     """Of weights and activations."""
     pool_dtype: str = "float32"
+    kernels: str = "reference"
+    """How the worker computes layers, of config.KERNELS."""
     seed: int = 0
     threads: int = 1
     """Threads of the worker's tensor library."""
@@ -107,6 +109,7 @@ class ServeOptions:
         ):
             if value not in choices:
                 raise OptionError(option, f"one of {', '.join(choices)}, got {value!r}")
+        check_kernels(self.kernels, parse_device(self.device)[0])
         for name in (
             "threads",
             "write_timeout_s",
@@ -154,6 +157,7 @@ class ServeOptions:
             self.load,
             self.dtype,
             self.pool_dtype,
+            self.kernels,
             str(self.limits.page_tokens),
         ]
         facts += [str(self.seed)] if self.load == "dummy" else []
@@ -180,6 +184,7 @@ class ServeOptions:
             "device": self.device,
             "dtype": self.dtype,
             "pool_dtype": self.pool_dtype,
+            "kernels": self.kernels,
             "load": self.load,
             "seed": self.seed,
             "threads": self.threads,

@@ -314,6 +314,7 @@ def prepare(
     from holdfast.device.cuda import open_device
     from holdfast.device.runner import Runner
     from holdfast.model.decoder import Decoder
+    from holdfast.model.layer_ops import make_ops
     from holdfast.model.weights import WeightsLayout
 
     config = start.config
@@ -325,7 +326,8 @@ def prepare(
         load(spec, layout, memory, config, control)
         seal_weights()
     loaded_s = time.monotonic()
-    decoder = Decoder(spec, layout.views(memory.weights))
+    ops = make_ops(config["kernels"], spec, device, start.limits.context_tokens)
+    decoder = Decoder(spec, layout.views(memory.weights), ops)
     runner = Runner(start.limits, decoder, memory, epoch=0)
     if provocations is not None:
         provocations.at("capture")

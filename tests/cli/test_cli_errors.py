@@ -120,6 +120,8 @@ def test_an_unknown_command_is_named() -> None:
         (("--device", "cuda:x"), ("--device", "cuda:x")),
         (("--gpu-memory-utilization", "1.5"), ("--gpu-memory-utilization",)),
         (("--dtype", "bfloat16"), ("--dtype", "float32")),
+        (("--kernels", "triton"), ("--kernels",)),
+        (("--kernels", "fast"), ("--kernels", "reference")),
         (("--load", "pickle"), ("--load",)),
         (("--journal-sync", "often"), ("--journal-sync",)),
         (("--port", "70000"), ("--port",)),

@@ -38,6 +38,7 @@ class Process:
             "device": "cpu",
             "dtype": "float32",
             "pool_dtype": "float32",
+            "kernels": "reference",
             "load": "hf",
             "seed": 0,
             "threads": 1,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from holdfast.model.decoder import Decoder
+from holdfast.model.layer_ops import LayerOps
 from holdfast.model.spec import ModelSpec
 from holdfast.model.weights import WeightsLayout, dummy_weights, load_weights
 from holdfast.ops.attention import AttentionBatch
@@ -36,11 +37,11 @@ def tiny_spec(**changes: object) -> ModelSpec:
     return ModelSpec(**(values | changes))
 
 
-def dummy_decoder(spec: ModelSpec, seed: int = 0) -> Decoder:
+def dummy_decoder(spec: ModelSpec, seed: int = 0, ops: LayerOps | None = None) -> Decoder:
     layout = WeightsLayout.of(spec, "float32")
     slab = torch.empty(layout.bytes, dtype=torch.uint8)
     dummy_weights(spec, slab, layout, seed)
-    return Decoder(spec, layout.views(slab))
+    return Decoder(spec, layout.views(slab), ops)
 
 
 def loaded_decoder(folder: Path) -> Decoder:

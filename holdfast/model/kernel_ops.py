@@ -1,0 +1,125 @@
+"""KernelOps: a layer as fused Triton kernels around cuBLAS products.
+
+A layer is four products, attention and four launches besides: add + norm (twice), norm + rotate +
+append, gate. No piece allocates once the largest step was seen, and none waits for the device: all
+go to torch's current stream. Rows are not padded, for nothing here depends on their number but
+grids. Attention is any backend's (model.layer_ops.Attention). Imports triton, so who wants it asks
+model.layer_ops.make_ops.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from holdfast.model.layer_ops import Attention, ReferenceAttention
+from holdfast.model.layers import rotation_frequencies
+from holdfast.model.spec import ModelSpec
+from holdfast.ops.attention import AttentionBatch, Scratch
+from holdfast.ops.kernels import gate, norm, rope
+
+
+@dataclass(frozen=True, slots=True)
+class KernelStep:
+    """positions, slots: int64[t], device; plan: of the attention backend.
+
+    A graph's step is made of the buffers it was captured with, the same object for every replay.
+    """
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    plan: Any
+
+    @property
+    def rows(self) -> int:
+        return self.slots.numel()
+
+
+class KernelOps:
+    """A LayerOps (model.layer_ops) whose pieces are kernels."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        device: torch.device,
+        attention: Attention | None = None,
+        context_tokens: int | None = None,
+    ) -> None:
+        """context_tokens: no position reaches it (None: the model's own); head_dim * 4 bytes of
+        device memory each."""
+        self.spec = spec
+        self.scratch = Scratch(device)
+        self._attention: Attention = attention or ReferenceAttention()
+        frequencies = rotation_frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling)
+        self._table = rope.rotation_table(
+            frequencies.to(device), context_tokens or spec.context_tokens
+        )
+
+    def padded_rows(self, count: int) -> int:
+        return count
+
+    def begin(
+        self,
+        positions: torch.Tensor,
+        attention: AttentionBatch,
+        pool: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> KernelStep:
+        plan = self._attention.plan(
+            attention, pool, self.spec.heads, self.spec.kv_heads, dtype, self.scratch
+        )
+        return KernelStep(positions, attention.slots, plan)
+
+    def add_norm(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        weight: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if out is None:
+            out = self.scratch.take("normed", tuple(x.shape), x.dtype)
+        return norm.add_rms_norm(x, delta, weight, self.spec.norm_eps, out)
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, into: str | None
+    ) -> torch.Tensor:
+        shape = (x.shape[0], weight.shape[0])
+        if into is None:
+            out = torch.empty(shape, dtype=x.dtype, device=x.device)
+        else:
+            out = self.scratch.take(into, shape, x.dtype)
+        if bias is None:
+            return torch.mm(x, weight.t(), out=out)
+        return torch.addmm(bias, x, weight.t(), out=out)
+
+    def attend(
+        self,
+        step: KernelStep,
+        layer: int,
+        qkv: torch.Tensor,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        pool: torch.Tensor,
+    ) -> torch.Tensor:
+        rope.rotate_append(
+            qkv,
+            q_norm,
+            k_norm,
+            self.spec.norm_eps,
+            step.positions,
+            self._table,
+            step.slots,
+            pool,
+            layer,
+        )
+        width = self.spec.heads * self.spec.head_dim
+        attended = self.scratch.take("attended", (step.rows, width), qkv.dtype)
+        self._attention.attend(step.plan, pool, layer, qkv, out=attended)
+        return attended
+
+    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        shape = (gate_up.shape[0], gate_up.shape[1] // 2)
+        return gate.silu_mul(gate_up, self.scratch.take("gated", shape, gate_up.dtype))
