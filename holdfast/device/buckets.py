@@ -20,18 +20,19 @@ class Bucket:
     """B rows with q query tokens each, G layer groups, tables of W columns; all on the device.
 
     rows, lengths, samples: int32[B], row of the table, its tokens before the step, whether it
-    draws.
+    draws. seen: int32[B], tokens in its pages with the step's own.
     tokens, positions: int64[B * q] of the query tokens, row after row.
     slots: int64[G, B * q]: page * page_tokens + offset, where each token's K and V go; -1: nowhere.
     page_table: int32[G, B, W].
     seeds: int64[B], bits of the uint64; temperature: float32[B]; draw_positions: int64[B] of the
     token that is drawn. drawn: int32[B], what was drawn; finite: int32[B], 0 where logits were not.
-    Padding is the trash row: length 0, the trash page, slots -1, temperature 0.
+    Padding is the trash row: length 0, seen 0, the trash page, slots -1, temperature 0.
     """
 
     rows: torch.Tensor
     lengths: torch.Tensor
     samples: torch.Tensor
+    seen: torch.Tensor
     tokens: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
@@ -58,6 +59,7 @@ class Bucket:
             rows=zeros(rows),
             lengths=zeros(rows),
             samples=zeros(rows),
+            seen=zeros(rows),
             tokens=zeros(tokens, dtype=torch.int64),
             positions=within.repeat(rows),
             slots=zeros(groups, tokens, dtype=torch.int64) - 1,
@@ -77,6 +79,7 @@ class Bucket:
             rows=self.rows[:rows],
             lengths=self.lengths[:rows],
             samples=self.samples[:rows],
+            seen=self.seen[:rows],
             tokens=self.tokens[: rows * each],
             positions=self.positions[: rows * each],
             slots=self.slots[:, : rows * each],

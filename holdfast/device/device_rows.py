@@ -21,14 +21,13 @@ import numpy as np
 import torch
 
 from holdfast.config import Limits
-from holdfast.device.batch import StepBatch, sampler_inputs
+from holdfast.device.batch import Drawing, DrawnAlike, StepBatch, in_plan_order, penalised
 from holdfast.device.buckets import Bucket
 from holdfast.device.checks import check_deltas, check_rows
 from holdfast.device.frame import Frames
 from holdfast.errors import WorkerFault, require
 from holdfast.ops.attention import AttentionBatch
 from holdfast.ops.kernels import rows as kernels
-from holdfast.ops.sampler import SamplerInputs
 from holdfast.wire.plan import StepPlan
 from holdfast.wire.rows import RowTable
 
@@ -87,13 +86,7 @@ class DeviceFetch:
         plan, n = self._plan, self._plan.rows.size
         hashes, drawn, finite = self._rows.fetched_arrays(self._slot)
         digest = int(np.add.reduce(hashes[:n])) if n else 0
-        if self._placed:
-            order = np.argsort(plan.samples == 0, kind="stable")
-            tokens, whole = np.empty(n, np.int32), np.empty(n, bool)
-            tokens[order], whole[order] = drawn[:n], finite[:n] != 0
-        else:
-            tokens, whole = drawn[:n].copy(), finite[:n] != 0
-        tokens[plan.samples == 0] = 0
+        tokens, whole = in_plan_order(plan, drawn, finite, placed=self._placed)
         self._rows.note(self._drawn, tokens)
         return digest, tokens, whole
 
@@ -108,6 +101,7 @@ class DeviceRows:
         self.limits = limits
         self.device = torch.device(device)
         self.table = RowTable(limits)
+        self.alike = DrawnAlike(limits)
         rows, groups, columns = limits.rows_total, limits.groups, limits.table_columns
         self.records = self._zeros(rows, kernels.RECORD_WORDS)
         self.length = self._zeros(rows)
@@ -164,12 +158,34 @@ class DeviceRows:
         """Whether a draw is on its way that the mirror does not have."""
         return self._untaken > 0
 
+    def reset(self) -> None:
+        require(self._untaken == 0, f"{self._untaken} results are on their way")
+        self.table = RowTable(self.limits)
+        for table in (self.records, self.length, self.page_table, self.pages_len, self.tokens):
+            table.zero_()
+        self.bias_ids.zero_()
+        self.bias_values.zero_()
+        self.stop_ids.fill_(-1)
+
+    def warm_up(self) -> None:
+        """Launch every kernel once, on a frame of nothing: compiled now, or never."""
+        nothing = StepPlan(epoch=0, step=0)
+        for _ in self.frames.upload(nothing):
+            self._apply(slice(0, 1), slice(0, 1), slice(0, 1))
+        self._launch_digest()
+        self._launch_ragged(*(torch.zeros(1, dtype=torch.int64, device=self.device),) * 4)
+        self.stage_bucket(1)
+        for placed in (False, True):
+            self._advance(placed=placed)
+        self.fetch(nothing, placed=False).take()
+
     # --- the verbs of device.batch.Rows ---
 
     def apply(self, plan: StepPlan, epoch: int, last_step: int) -> None:
         check_deltas(plan, self.table, epoch, last_step)
         self.table.apply(plan)
         check_rows(plan, self.table)
+        self.alike.admit(plan.admits)
         for deltas in self.frames.upload(plan):
             self._apply(deltas.clears, deltas.admits, deltas.writes)
 
@@ -206,8 +222,10 @@ class DeviceRows:
 
     def begin_digest(self, plan: StepPlan) -> None:
         """Launch the digest of the rows that the step uses; `fetch` brings it."""
-        if plan.rows.size == 0:
-            return
+        if plan.rows.size:
+            self._launch_digest()
+
+    def _launch_digest(self) -> None:
         kernels.digest_rows[(self._programs,)](
             self.frames.device,
             self.records,
@@ -233,7 +251,12 @@ class DeviceRows:
         return int(np.add.reduce(hashes)) if plan.rows.size else 0
 
     def stage(self, plan: StepPlan) -> StepBatch:
-        """A step of any shape. Ids, positions and slots never come from the host."""
+        """A step of any shape. Ids, positions and slots never come from the host.
+
+        Penalties look at drawn tokens in the mirror: who stages a row with any does not lag.
+        """
+        drawing = self.table.records[plan.rows[plan.samples != 0]]
+        require(not (self.lags and penalised(drawing).any()), f"step {plan.step} draws by a past")
         table, rows, query_lens = self.table, plan.rows, plan.query_lens
         starts = table.length[rows]
         ends = starts + query_lens
@@ -242,6 +265,29 @@ class DeviceRows:
             torch.empty(size, dtype=torch.int64, device=self.device)
             for size in (total, total, total, n)
         )
+        self._launch_ragged(tokens, positions, slots, lasts)
+        columns = int(self.limits.pages_for_tokens(int(ends.max())))
+        # Group 0 is full attention, the only kind there is yet (Limits.groups).
+        attention = AttentionBatch(
+            query_lens, starts, table.page_table[0, rows, :columns], self.limits.page_tokens, slots
+        )
+        count = int(np.count_nonzero(plan.samples))
+        return StepBatch(
+            tokens=tokens,
+            positions=positions,
+            attention=attention,
+            last_tokens=lasts[:count],
+            last_waiting=lasts[count:],
+            drawing=Drawing.of(table, plan),
+        )
+
+    def _launch_ragged(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        lasts: torch.Tensor,
+    ) -> None:
         kernels.stage_ragged[(self._programs,)](
             self.frames.device,
             self.length,
@@ -257,29 +303,11 @@ class DeviceRows:
             PAGE_TOKENS=self.limits.page_tokens,
             BLOCK=_BLOCK,
         )
-        columns = int(self.limits.pages_for_tokens(int(ends.max())))
-        # Group 0 is full attention, the only kind there is yet (Limits.groups).
-        attention = AttentionBatch(
-            query_lens, starts, table.page_table[0, rows, :columns], self.limits.page_tokens, slots
-        )
-        drawing, waiting = np.flatnonzero(plan.samples), np.flatnonzero(plan.samples == 0)
-        most = int(table.records["top_logprobs"][rows].max())
-        return StepBatch(
-            tokens=tokens,
-            positions=positions,
-            attention=attention,
-            drawing=drawing,
-            last_tokens=lasts[: drawing.size],
-            waiting=waiting,
-            last_waiting=lasts[drawing.size :],
-            sampling=self.sampling(plan, drawing, ends),
-            top_count=max(most, 0),
-            logprobs_asked=most >= 0,
-        )
 
     def advance(self, plan: StepPlan, tokens: np.ndarray) -> None:
         """Move past the step with tokens that the host has: int32[n] in plan order."""
         self.drawn[: tokens.size].copy_(torch.from_numpy(tokens))
+        self.finite.fill_(1)
         self.settle(plan, placed=False)
         self.fetch(plan, placed=False).take()
 
@@ -305,6 +333,7 @@ class DeviceRows:
             static.rows,
             static.lengths,
             static.samples,
+            static.seen,
             static.tokens,
             static.positions,
             static.slots,
@@ -324,14 +353,11 @@ class DeviceRows:
         """Store the bucket's draws and move its rows, on the device alone. May be captured."""
         self._advance(placed=False)
 
-    def moved(self, plan: StepPlan) -> None:
-        """The rows have been moved on the device: so are the mirror's lengths."""
+    def settle(self, plan: StepPlan, *, placed: bool, moved: bool = False) -> None:
+        """Move past the step with the tokens in `drawn`, on the device and then in the mirror."""
+        if not moved:
+            self._advance(placed=placed)
         self.table.length[plan.rows] += plan.query_lens
-
-    def settle(self, plan: StepPlan, *, placed: bool) -> None:
-        """Move past the step with the tokens in `drawn`; placed: they lie as frame.Places says."""
-        self._advance(placed=placed)
-        self.moved(plan)
 
     def _advance(self, *, placed: bool) -> None:
         block = min(_BLOCK, 1 << (self.limits.rows_max - 1).bit_length())
@@ -369,7 +395,3 @@ class DeviceRows:
         self._untaken -= 1
         mine = self.table.records["owner"][drawn.rows] == drawn.owners
         self.table.tokens[drawn.rows[mine], drawn.positions[mine]] = tokens[drawn.at[mine]]
-
-    def sampling(self, plan: StepPlan, drawing: np.ndarray, ends: np.ndarray) -> SamplerInputs:
-        """Parameters of the plan's rows `drawing`, whose tokens are drawn at `ends` int32[n]."""
-        return sampler_inputs(self.table, plan.rows[drawing], ends[drawing])

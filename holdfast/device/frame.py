@@ -55,6 +55,10 @@ class Places:
 
     @classmethod
     def of(cls, plan: StepPlan) -> Places:
+        n = plan.rows.size
+        if np.count_nonzero(plan.samples) == n == np.count_nonzero(plan.query_lens == 1):
+            order = np.arange(n)  # As nearly every step is; the rest of this costs 10 us.
+            return cls(order, order)
         drawing = plan.samples != 0
         drawn = np.cumsum(drawing)
         waiting = np.cumsum(~drawing)

@@ -106,6 +106,11 @@ class Decoder:
         ).to(self.embed.device)
         self._scratch = Scratch(self.embed.device)
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Of the scratch, which moves when a larger step makes it grow."""
+        return self._scratch.addresses
+
     @torch.inference_mode()
     def forward(
         self,

@@ -125,6 +125,11 @@ class Scratch:
         self._device = device
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Of every buffer; one that grows has moved."""
+        return tuple(buffer.data_ptr() for buffer in self._buffers.values())
+
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Uninitialised packed tensor of `shape`."""
         elements = math.prod(shape)

@@ -30,7 +30,7 @@ class Plans:
 
     def step(self, *, decode: bool | None = None) -> StepPlan:
         """The next plan; decode: every row has one query token; None: as it falls."""
-        rng, judge, limits = self.rng, self.judge, self.limits
+        rng, judge = self.rng, self.judge
         decode = self.chance(0.5) if decode is None else decode
         self._step += 1
         clears = [row for row in self._held if self.chance(0.15) or self._full(row)]

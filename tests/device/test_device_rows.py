@@ -3,12 +3,16 @@ bit, over random plans."""
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
 from rowskit import Plans
 
 from holdfast.config import Limits
+from holdfast.device.batch import HostRows
+from holdfast.device.buckets import Bucket
 from holdfast.errors import InvariantError, WorkerFault
 from holdfast.ops import kernels
 from holdfast.wire.envelope import bucket_of, buckets
@@ -75,6 +79,8 @@ def assert_staged_equal(rows, staging: Staging, plan: StepPlan, table: RowTable)
     assert np.array_equal(found.rows, staged.rows)
     assert np.array_equal(found.lengths, staged.lengths)
     assert np.array_equal(found.samples, staged.samples)
+    seen = np.where(np.arange(count) < n, staged.lengths + 1, 0)
+    assert np.array_equal(found.seen, seen)
     assert np.array_equal(found.tokens, staged.tokens)
     assert np.array_equal(found.positions, staged.positions)
     assert np.array_equal(found.page_table, staged.page_table)
@@ -84,6 +90,14 @@ def assert_staged_equal(rows, staging: Staging, plan: StepPlan, table: RowTable)
     assert np.array_equal(found.temperature[:n], records["temperature"])
     assert np.array_equal(found.draw_positions, staged.lengths + 1)
     assert not found.seeds[n:].any() and not found.temperature[n:].any()
+    # The host's twin, of which graphs on a CPU are made, fills every buffer alike.
+    host = HostRows(limits)
+    host.table = table
+    host.prepare(plan, count)
+    for field in fields(Bucket):
+        if field.name not in ("drawn", "finite"):
+            mine, its = (getattr(each, field.name) for each in (found, host.bucket(count)))
+            assert torch.equal(mine, its), field.name
 
 
 def assert_ragged_equal(rows, plan: StepPlan, table: RowTable) -> None:
@@ -95,8 +109,8 @@ def assert_ragged_equal(rows, plan: StepPlan, table: RowTable) -> None:
     assert np.array_equal(batch.positions, position)
     assert np.array_equal(batch.attention.slots, page * size + position % size)
     last = np.cumsum(plan.query_lens) - 1
-    assert np.array_equal(batch.last_tokens, last[batch.drawing])
-    assert np.array_equal(batch.last_waiting, last[batch.waiting])
+    assert np.array_equal(batch.last_tokens, last[batch.drawing.rows])
+    assert np.array_equal(batch.last_waiting, last[batch.drawing.waiting])
 
 
 @pytest.mark.parametrize("shape", range(len(SHAPES)))
@@ -182,7 +196,7 @@ def test_a_late_token_is_not_given_to_the_next_request_in_its_row(device):
     rows = device.DeviceRows(limits, "cpu")
     first = admit(1, 1, [5], [])
     rows.apply(first, 1, 0)
-    rows.drawn[0] = 77
+    rows.drawn[0], rows.finite[0] = 77, 1
     rows.settle(first, placed=False)
     late = rows.fetch(first, placed=False)
     rows.apply(admit(2, 2, [6, 7, 8], [1]), 1, 1)

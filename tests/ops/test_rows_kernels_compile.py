@@ -1,4 +1,4 @@
-"""ops.kernels.rows compiles for an H200 (sm_90), without a GPU; and its constants are the wire's."""
+"""ops.kernels.rows compiles for an H200 (sm_90) without a GPU, and its constants are the wire's."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ def test_every_kernel_compiles_for_sm_90_without_local_memory():
 def test_the_kernels_constants_are_the_wires():
     from holdfast.ops.kernels import rows
 
-    assert rows.C_FIELD == int(wire_rows._C_FIELD)
-    assert rows.C_VALUE == int(wire_rows._C_VALUE)
-    assert rows.C_FINAL == int(wire_rows._C_FINAL)
+    assert int(wire_rows._C_FIELD) == rows.C_FIELD
+    assert int(wire_rows._C_VALUE) == rows.C_VALUE
+    assert int(wire_rows._C_FINAL) == rows.C_FINAL
     for name in ("STOPS", "BIAS", "TOKENS", "PAGES"):
         assert getattr(rows, f"{name}_FIELD") == getattr(wire_rows, f"_{name}")
     assert rows.GROUP_STRIDE == wire_rows._GROUP_STRIDE

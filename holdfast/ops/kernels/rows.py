@@ -279,6 +279,7 @@ def stage_bucket(
     out_rows,
     out_lengths,
     out_samples,
+    out_seen,
     out_tokens,
     out_positions,
     out_slots,
@@ -310,6 +311,7 @@ def stage_bucket(
     tl.store(out_lengths + at, begin)
     samples = tl.load(frame + _HEADER + 2 * ROWS_MAX + at, mask=live, other=0)
     tl.store(out_samples + at, samples)
+    tl.store(out_seen + at, tl.where(live, begin + QUERY_LEN, 0))
     for within in tl.static_range(QUERY_LEN):
         position = begin + within
         token = tl.load(tokens + row * TOKEN_COLUMNS + position, mask=live, other=0)
