@@ -106,7 +106,8 @@ SERVER_ONLY = ("steps_ahead", "api_processes", "timeout_s")
 
 class LLM:
     """`model`: a folder, a hub id, or None for the bundled one. device: cpu, cuda or cuda:N; dtype:
-    float32 or bfloat16, None for float32 on a CPU and bfloat16 on a GPU. `options`: the fields of
+    float32 or bfloat16, None for float32 on a CPU and bfloat16 on a GPU. graphs: decode steps are
+    replayed from captured graphs where they can be. `options`: the fields of
     holdfast.sizing.Wishes (rows_max, pages, kv_memory_bytes, context_tokens, ...).
 
     Raises ModelError or OptionError, in one line each, before anything large is loaded.
@@ -119,6 +120,7 @@ class LLM:
         device: str = "cpu",
         dtype: str | None = None,
         load: str = "hf",
+        graphs: bool = False,
         threads: int | None = None,
         seed: int = 0,
         progress: LoadReport | None = None,
@@ -141,7 +143,7 @@ class LLM:
             available_bytes=memory_available_bytes(),
             gpu=gpu,
         )
-        self._open(spec, sizing, device, load, threads, seed, progress)
+        self._open(spec, sizing, device, load, graphs, threads, seed, progress)
 
     @classmethod
     def prepared(
@@ -151,13 +153,14 @@ class LLM:
         *,
         device: str = "cpu",
         load: str = "hf",
+        graphs: bool = False,
         threads: int | None = None,
         seed: int = 0,
         progress: LoadReport | None = None,
     ) -> LLM:
         """An LLM of a sizing that was decided before (the command line does)."""
         llm = cls.__new__(cls)
-        llm._open(spec, sizing, device, load, threads, seed, progress)
+        llm._open(spec, sizing, device, load, graphs, threads, seed, progress)
         return llm
 
     @classmethod
@@ -173,6 +176,7 @@ class LLM:
         sizing: Sizing,
         device: str,
         load: str,
+        graphs: bool,
         threads: int | None,
         seed: int,
         progress: LoadReport | None,
@@ -184,7 +188,7 @@ class LLM:
         )
         report = progress or (lambda what, done, total: None)
         cores = threads or os.cpu_count() or 1
-        run = _open_device(spec, limits, device, sizing.dtype, load, seed, cores, report)
+        run = _open_device(spec, limits, device, sizing.dtype, load, graphs, seed, cores, report)
         self._attach(spec, limits, run)
 
     def _attach(self, spec: ModelSpec, limits: Limits, run: Run) -> None:
@@ -546,14 +550,15 @@ def _open_device(
     device: str,
     dtype: str,
     load: str,
+    graphs: bool,
     seed: int,
     threads: int,
     report: LoadReport,
 ) -> Run:
     """A device with its weights loaded, in memory of this process. Imports torch."""
+    from holdfast.device.build import build_runner
     from holdfast.device.cuda import open_device
     from holdfast.device.memory import DeviceMemory
-    from holdfast.device.runner import Runner
     from holdfast.model.decoder import Decoder
     from holdfast.model.weights import WeightsLayout, dummy_weights, load_weights
 
@@ -566,5 +571,9 @@ def _open_device(
         load_weights(
             spec, memory.weights, layout, lambda done, total: report("weights", done, total)
         )
-    decoder = Decoder(spec, layout.views(memory.weights))
-    return Runner(limits, decoder, memory, threads=threads).run
+    views = layout.views(memory.weights)
+    replayed = Decoder(spec, views) if graphs else None
+    runner = build_runner(limits, Decoder(spec, views), memory, graphs=replayed, threads=threads)
+    if graphs:
+        runner.warm_up(lambda done, total: report("graphs", done, total))
+    return runner.run

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from holdfast.cli.options import Dtype, EngineOptions
+from holdfast.cli.options import Dtype, EngineOptions, Graphs
 from holdfast.cuda_driver import parse_device
 from holdfast.errors import OptionError
 from holdfast.proc.cuda_probe import devices_there, probe, torch_has_cuda
@@ -105,6 +105,7 @@ def open_llm(model: str | None, engine: EngineOptions) -> LLM:
             prepared.sizing,
             device=prepared.device,
             load=engine.load.value,
+            graphs=engine.graphs is Graphs.ON,
             threads=engine.threads,
             progress=report,
         )

@@ -40,6 +40,11 @@ class Dtype(enum.StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Graphs(enum.StrEnum):
+    ON = "on"
+    OFF = "off"
+
+
 class JournalSync(enum.StrEnum):
     NONE = "none"
     INTERVAL = "interval"
@@ -92,6 +97,13 @@ class EngineOptions:
         Dtype,
         _option(MODEL_PANEL, "Numbers of weights and KV cache; auto: CPU float32, GPU bfloat16"),
     ] = Dtype.AUTO
+    graphs: Annotated[
+        Graphs,
+        _option(
+            MODEL_PANEL,
+            "on: replay decode steps from captured graphs (on the CPU: the same logic, no gain)",
+        ),
+    ] = Graphs.OFF
     gpu_memory_utilization: Annotated[
         float,
         _option(
