@@ -108,8 +108,9 @@ SERVER_ONLY = ("steps_ahead", "api_processes", "timeout_s")
 class LLM:
     """`model`: a folder, a hub id, or None for the bundled one. device: cpu, cuda or cuda:N; dtype:
     float32 or bfloat16, None for float32 on a CPU and bfloat16 on a GPU. kernels: how layers are
-    computed, of holdfast.config.KERNELS. `options`: the fields of holdfast.sizing.Wishes (rows_max,
-    pages, kv_memory_bytes, context_tokens, ...).
+    computed, of holdfast.config.KERNELS. graphs: decode steps are replayed from captured graphs
+    where they can be. `options`: the fields of holdfast.sizing.Wishes (rows_max, pages,
+    kv_memory_bytes, context_tokens, ...).
 
     Raises ModelError or OptionError, in one line each, before anything large is loaded.
     """
@@ -122,6 +123,7 @@ class LLM:
         dtype: str | None = None,
         kernels: str = "reference",
         load: str = "hf",
+        graphs: bool = False,
         threads: int | None = None,
         seed: int = 0,
         progress: LoadReport | None = None,
@@ -145,7 +147,7 @@ class LLM:
             available_bytes=memory_available_bytes(),
             gpu=gpu,
         )
-        self._open(spec, sizing, device, kernels, load, threads, seed, progress)
+        self._open(spec, sizing, device, kernels, load, graphs, threads, seed, progress)
 
     @classmethod
     def prepared(
@@ -156,13 +158,14 @@ class LLM:
         device: str = "cpu",
         kernels: str = "reference",
         load: str = "hf",
+        graphs: bool = False,
         threads: int | None = None,
         seed: int = 0,
         progress: LoadReport | None = None,
     ) -> LLM:
         """An LLM of a sizing that was decided before (the command line does)."""
         llm = cls.__new__(cls)
-        llm._open(spec, sizing, device, kernels, load, threads, seed, progress)
+        llm._open(spec, sizing, device, kernels, load, graphs, threads, seed, progress)
         return llm
 
     @classmethod
@@ -179,6 +182,7 @@ class LLM:
         device: str,
         kernels: str,
         load: str,
+        graphs: bool,
         threads: int | None,
         seed: int,
         progress: LoadReport | None,
@@ -190,7 +194,9 @@ class LLM:
         )
         report = progress or (lambda what, done, total: None)
         cores = threads or os.cpu_count() or 1
-        run = _open_device(spec, limits, device, sizing.dtype, kernels, load, seed, cores, report)
+        run = _open_device(
+            spec, limits, device, sizing.dtype, kernels, load, graphs, seed, cores, report
+        )
         self._attach(spec, limits, run, ids_will_do=load == "dummy")
 
     def _attach(self, spec: ModelSpec, limits: Limits, run: Run, *, ids_will_do: bool) -> None:
@@ -555,16 +561,15 @@ def _open_device(
     dtype: str,
     kernels: str,
     load: str,
+    graphs: bool,
     seed: int,
     threads: int,
     report: LoadReport,
 ) -> Run:
     """A device with its weights loaded, in memory of this process. Imports torch."""
+    from holdfast.device.build import build_engine
     from holdfast.device.cuda import open_device
     from holdfast.device.memory import DeviceMemory
-    from holdfast.device.runner import Runner
-    from holdfast.model.decoder import Decoder
-    from holdfast.model.layer_ops import make_ops
     from holdfast.model.weights import WeightsLayout, dummy_weights, load_weights
 
     where = open_device(device)
@@ -576,6 +581,10 @@ def _open_device(
         load_weights(
             spec, memory.weights, layout, lambda done, total: report("weights", done, total)
         )
-    ops = make_ops(kernels, spec, where, limits.context_tokens)
-    decoder = Decoder(spec, layout.views(memory.weights), ops)
-    return Runner(limits, decoder, memory, threads=threads).run
+    views = layout.views(memory.weights)
+    runner = build_engine(
+        spec, limits, views, memory, kernels=kernels, graphs=graphs, threads=threads
+    )
+    if graphs:
+        runner.warm_up(lambda done, total: report("graphs", done, total))
+    return runner.run

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from holdfast.cli.options import Dtype, EngineOptions
+from holdfast.cli.options import Dtype, EngineOptions, Graphs
 from holdfast.config import check_kernels
 from holdfast.cuda_driver import parse_device
 from holdfast.errors import OptionError
@@ -117,6 +117,7 @@ def open_prepared(prepared: Prepared, engine: EngineOptions, report: Report) -> 
         device=prepared.device,
         kernels=prepared.kernels,
         load=engine.load.value,
+        graphs=engine.graphs is Graphs.ON,
         threads=engine.threads,
         progress=report,
     )

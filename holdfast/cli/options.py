@@ -45,6 +45,11 @@ class Kernels(enum.StrEnum):
     TRITON = "triton"
 
 
+class Graphs(enum.StrEnum):
+    ON = "on"
+    OFF = "off"
+
+
 class JournalSync(enum.StrEnum):
     NONE = "none"
     INTERVAL = "interval"
@@ -104,6 +109,13 @@ class EngineOptions:
             "How layers are computed; reference: plain torch; triton: fused kernels, for GPUs",
         ),
     ] = Kernels.REFERENCE
+    graphs: Annotated[
+        Graphs,
+        _option(
+            MODEL_PANEL,
+            "on: replay decode steps from captured graphs (on the CPU: the same logic, no gain)",
+        ),
+    ] = Graphs.OFF
     gpu_memory_utilization: Annotated[
         float,
         _option(

@@ -17,14 +17,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from holdfast.cli.options import (
     EngineOptions,
+    Graphs,
     LogLevel,
     Model,
     ServerOptions,
     Standby,
     grouped,
 )
-from holdfast.cli.show import err
-from holdfast.sizing import show_bytes
+from holdfast.cli.show import err, shown
 
 if TYPE_CHECKING:
     from holdfast.proc.lifecycle.actions import Notice
@@ -75,6 +75,7 @@ def serve_options(model: str | None, server: ServerOptions, engine: EngineOption
         dtype=prepared.sizing.dtype,
         pool_dtype=prepared.sizing.dtype,
         kernels=prepared.kernels,
+        graphs=engine.graphs is Graphs.ON,
         threads=engine.threads or os.cpu_count() or 1,
         standby=server.standby.value,
         scrub_gbps=server.scrub,
@@ -146,7 +147,7 @@ class Screen:
             description=f"{event.title}: {event.message}",
             completed=event.done,
             total=event.total,
-            at=f"{show_bytes(event.done)} of {show_bytes(event.total)}",
+            at=shown(event.message, event.done, event.total),
         )
 
     def _ready(self, host: str, port: int) -> None:

@@ -20,6 +20,16 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 # (what, done, total): what a long piece of work reports.
 Report = Callable[[str, int, int], None]
 
+# Work that is counted by the piece; all other is bytes.
+_PIECES = ("graphs",)
+
+
+def shown(what: str, done: int, total: int, unit: str = "bytes") -> str:
+    """How far a piece of work is, for people."""
+    if unit == "bytes" and what not in _PIECES:
+        return f"{show_bytes(done)} of {show_bytes(total)}"
+    return f"{done:,} of {total:,} {what if what in _PIECES else unit}"
+
 
 @contextlib.contextmanager
 def bars(*, unit: str = "bytes") -> Iterator[Report]:
@@ -39,7 +49,7 @@ def bars(*, unit: str = "bytes") -> Iterator[Report]:
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = progress.add_task(what, total=total, shown="")
-            shown = show_bytes(done) if unit == "bytes" else f"{done:,} of {total:,} {unit}"
-            progress.update(tasks[what], completed=done, total=total, shown=shown)
+            text = shown(what, done, total, unit)
+            progress.update(tasks[what], completed=done, total=total, shown=text)
 
         yield report

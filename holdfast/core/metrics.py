@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from holdfast.errors import InvariantError, require
+from holdfast.wire.envelope import Refusal
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -60,6 +61,9 @@ FOUND_BY = ("promotion", "scrub", "store")
 TIER_FAILURES = ("failed", "bad_sum", "late")
 TIER_SKIPS = ("busy", "full", "disk_busy")
 ROLES = ("api", "core", "worker", "standby", "keeper")
+# Behind a replay: a kernel of the graph itself, or the general sampler.
+SAMPLERS = ("fast", "general")
+EAGER = tuple(str(reason) for reason in Refusal)
 # What is lost, and of a worker how: ended by a signal or an exit code of its own, by SIGKILL from
 # outside, no result in time, its own word, a result or frame that the core refused, silence where
 # it should have spoken to the supervisor; weights: they were not the bytes that were loaded; page:
@@ -156,6 +160,8 @@ METRICS: tuple[Declared, ...] = (
     _histogram("brain_seconds", "Time of the brain for a step", _STEP_BUCKETS),
     _counter("process_restarts_total", "Processes replaced after their end, by role", role=ROLES),
     _counter("compiles_after_ready_total", "Kernels compiled in a step; each one stalled it"),
+    _counter("graph_steps_total", "Decode steps replayed from a graph", sampler=SAMPLERS),
+    _counter("eager_steps_total", "Steps that no graph was admitted for, by reason", reason=EAGER),
     _gauge("processes_ready", "Processes that are up, by role; a standby: prepared", role=ROLES),
     _gauge("worker_epoch", "Number of the present worker, from 1"),
     _counter("faults_total", "Processes lost by a fault, and damage found, by kind", kind=FAULTS),

@@ -20,7 +20,7 @@ import torch
 from holdfast.config import Limits
 from holdfast.errors import OptionError, WorkerFault, require
 from holdfast.model.spec import ModelSpec, item_bytes
-from holdfast.ops.checksum import PageSums, slab_sum
+from holdfast.ops.checksum import PageSums, PendingSums, slab_sum
 
 # One whole block of a slab's sum (ops.checksum), where the weights have as much.
 _WARM_UP_BYTES = 1 << 20
@@ -124,6 +124,10 @@ class DeviceMemory:
         """uint64[k] checksums (wire.checksum) of whole pages int[k]."""
         return self._sums.of(self.page_words, pages)
 
+    def begin_seal_sums(self, pages: np.ndarray) -> PendingSums:
+        """The same, launched now and fetched later."""
+        return self._sums.begin(self.page_words, pages)
+
     def warm_up_sums(self) -> None:
         """Sum the trash page and a piece of the weights, so that nothing is compiled later."""
         self.seal_sums(np.zeros(1, np.int64))
@@ -132,8 +136,11 @@ class DeviceMemory:
     def zero_pages(self, pages: np.ndarray) -> None:
         """Set all bytes of pages int[k] to zero."""
         if pages.size:
-            index = torch.from_numpy(pages.astype(np.int64)).to(device=self.kv.device)
-            self.page_words[index] = 0
+            index = torch.from_numpy(pages.astype(np.int64))
+            if self.kv.device.type != "cpu":
+                # From pinned memory a copy waits for nothing that was launched before it.
+                index = index.pin_memory().to(device=self.kv.device, non_blocking=True)
+            self.page_words.index_fill_(0, index, 0)
 
 
 def pool_bytes(spec: ModelSpec, limits: Limits, dtype: str) -> int:

@@ -1,20 +1,28 @@
-"""Runner: executes one plan after another and says what came of each.
+"""Runner: launches one plan after another and says what came of each.
 
 Owns the order of a step, which is wire.plan's: check and apply deltas, digest, zeros, seals,
 forward, draw, advance. Invariants: it reads nothing but its row state, its memory and the plan;
 a sum in a result is of the page as it was before the step's kernels; the digest is of the rows
-that the step really used; a plan that is unfit ends the epoch before a kernel of it runs.
-Called by proc.worker, `LLM` and tests, from one thread. It must not know links or processes.
+that the step really used; a plan that is unfit ends the epoch before a kernel of it runs; results
+come in the order of their plans. Called by proc.worker, `LLM` and tests, from one thread. It must
+not know links or processes.
+
+On a GPU with graphs a plan may be launched before the result of the last one was collected, and a
+step waits for the device once: for the event of its result's copy. Only a step whose draw needs
+the general sampler waits in `launch` as well (ops.sampler), and one with penalties for the tokens
+before it.
 
 What can fail, and what then: a plan out of order or unfit, a broken kernel -> WorkerFault or
 torch's error, the epoch ends (lose the worker); a row with a NaN or infinite logit -> that row
-alone, StepResult.faults.
+alone, StepResult.faults; a step that no graph is admitted for -> computed eagerly, and counted.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -22,13 +30,18 @@ import torch
 
 from holdfast.config import Limits
 from holdfast.device import warm_up
-from holdfast.device.batch import HostRows, Rows, StepBatch
+from holdfast.device.batch import Drawing, Fetch, HostRows, Rows, penalised
+from holdfast.device.graphs import StepGraphs
 from holdfast.device.memory import DeviceMemory
-from holdfast.errors import WorkerFault
+from holdfast.errors import WorkerFault, require
 from holdfast.ops.attention import AttentionBatch
+from holdfast.ops.checksum import PendingSums
 from holdfast.ops.kernels.compiles import CompileCount
 from holdfast.ops.sampler import Draws, Sampler
 from holdfast.wire.plan import ROW_NOT_FINITE, StepPlan, StepResult, handle_pages
+
+# Plans launched and not collected: one step ahead (config.Limits.steps_ahead).
+IN_FLIGHT_MAX = 2
 
 
 class DecoderLike(Protocol):
@@ -50,7 +63,8 @@ class RunnerStats:
     """Sums since the runner was made; never reset.
 
     compiles: kernels compiled by steps after `mark_ready`, 0 in a sound engine; compiled_last: the
-    last of them.
+    last of them. graph_steps: replayed, by the sampler behind them (device.graphs); eager_steps:
+    decided to run eagerly, by the reason (wire.envelope.Refusal). Both stay empty without graphs.
     """
 
     steps: int = 0
@@ -61,10 +75,27 @@ class RunnerStats:
     device_ns: int = 0
     compiles: int = 0
     compiled_last: str = ""
+    graph_steps: dict[str, int] = field(default_factory=dict)
+    eager_steps: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A launched plan. `logprobs` is for who asked; `result` is there once it was fetched."""
+
+    plan: StepPlan
+    launched_ns: int
+    sums: PendingSums
+    fetch: Fetch
+    logprobs: _Logprobs | None = None
+    result: StepResult | None = None
 
 
 class Runner:
-    """Synchronous: a step is over when `run` returns. The device is the memory's."""
+    """`run` is `launch` and `collect`: then a step is over when it returns. The device is the
+    memory's. in_flight_max: plans launched and not collected."""
+
+    in_flight_max = IN_FLIGHT_MAX
 
     def __init__(
         self,
@@ -74,8 +105,12 @@ class Runner:
         *,
         epoch: int = 1,
         threads: int | None = None,
+        rows: Rows | None = None,
+        graphs: StepGraphs | None = None,
     ) -> None:
-        """threads: of torch's operations in this process; None leaves them as they are."""
+        """threads: of torch's operations in this process; None leaves them as they are. rows:
+        HostRows where none is given. graphs: over the same rows and memory, captured by
+        `warm_up`."""
         if threads is not None:
             torch.set_num_threads(threads)
         self.limits = limits
@@ -84,7 +119,12 @@ class Runner:
         self.stats = RunnerStats()
         self.epoch = epoch
         self.step = 0
-        self.rows: Rows = HostRows(limits, memory.pool.device)
+        self.rows: Rows = HostRows(limits, memory.pool.device) if rows is None else rows
+        self._graphs = graphs
+        if graphs is not None:
+            self.stats.graph_steps, self.stats.eager_steps = graphs.replayed, graphs.eager
+        self._flights: deque[_Flight] = deque()
+        self._fetched_ns = 0
         self._sampler = Sampler(limits.vocab_size, memory.pool.device)
         self._compiles = CompileCount()
         self._compiles_ready: int | None = None
@@ -97,38 +137,78 @@ class Runner:
         """Begin a new epoch: rows are free, steps number from 1; pages are left as they are."""
         if epoch <= self.epoch:
             raise WorkerFault(f"epoch {epoch} after {self.epoch}")
+        require(not self._flights, f"{len(self._flights)} results are not collected")
         self.epoch = epoch
         self.step = 0
-        self.rows = HostRows(self.limits, self.memory.pool.device)
+        self.rows.reset()
 
-    @torch.inference_mode()
+    @property
+    def in_flight(self) -> int:
+        """Plans launched and not collected, at most `in_flight_max`."""
+        return len(self._flights)
+
+    @property
+    def ready(self) -> bool:
+        """Whether `collect` would not wait. Something is in flight."""
+        first = self._flights[0]
+        return first.result is not None or first.fetch.ready
+
     def run(self, plan: StepPlan) -> StepResult:
         """Execute one plan. Raises WorkerFault when it is out of order or unfit."""
-        started_ns = time.perf_counter_ns()
+        self.launch(plan)
+        return self.collect()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> None:
+        """Begin one plan. Raises WorkerFault when it is out of order or unfit."""
+        require(len(self._flights) < IN_FLIGHT_MAX, f"{len(self._flights)} plans are in flight")
+        launched_ns = time.perf_counter_ns()
         self.rows.apply(plan, self.epoch, self.step)
         self.step = plan.step
+        self.rows.begin_digest(plan)
+        self.memory.zero_pages(handle_pages(plan.zeros))
+        sums = self.memory.begin_seal_sums(handle_pages(plan.seals))
+        placed, logprobs = True, None
+        if plan.rows.size:
+            placed, logprobs = self._forward(plan)
+        fetch = self.rows.fetch(plan, placed=placed)
+        self._flights.append(_Flight(plan, launched_ns, sums, fetch, logprobs))
+
+    def collect(self) -> StepResult:
+        """The result of the oldest plan that was launched; waits for it."""
+        flight = self._flights.popleft()
+        return self._fetched(flight)
+
+    def _fetched(self, flight: _Flight) -> StepResult:
+        if flight.result is not None:
+            return flight.result
+        plan = flight.plan
+        digest, tokens, finite = flight.fetch.take()
         result = StepResult(
             epoch=plan.epoch,
             step=plan.step,
-            digest=self.rows.digest(plan),
-            tokens=np.zeros(plan.rows.size, np.int32),
-            faults=np.zeros(plan.rows.size, np.uint8),
+            digest=digest,
+            tokens=tokens,
+            faults=np.where(finite, 0, ROW_NOT_FINITE).astype(np.uint8),
+            seal_sums=flight.sums.take(),
         )
-        self.memory.zero_pages(handle_pages(plan.zeros))
-        result.seal_sums = self.memory.seal_sums(handle_pages(plan.seals))
-        if plan.rows.size:
-            self._forward(plan, result)
-            self.rows.advance(plan, result.tokens)
-        result.device_ns = time.perf_counter_ns() - started_ns
+        if flight.logprobs is not None:
+            flight.logprobs.put(result)
+        now_ns = time.perf_counter_ns()
+        # Of two plans in flight the second had the device when the first was over.
+        result.device_ns = now_ns - max(flight.launched_ns, self._fetched_ns)
+        self._fetched_ns = now_ns
         self._count(plan, result)
+        flight.result = result
         return result
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Run every kind of kernel once, on the trash page and on no row.
+    def warm_up(self, captured: Callable[[int, int], None] | None = None) -> None:
+        """Run every kind of kernel once, on the trash page and on no row, and capture graphs.
 
-        Page 0 is zero again afterwards, as fresh memory is.
+        Page 0 is zero again afterwards, as fresh memory is. captured(done, total) counts graphs.
         """
+        self.rows.warm_up()
         for query_lens in self._warm_up_shapes():
             tokens = int(query_lens.sum())
             columns = self.limits.pages_for_tokens(int(query_lens.max()))
@@ -146,6 +226,8 @@ class Runner:
         if self.memory.pool.device.type != "cpu":
             self._warm_up_sampler()
         self.memory.warm_up_sums()
+        if self._graphs is not None:
+            self._graphs.capture(captured)
         self.memory.zero_pages(np.zeros(1, np.int64))
 
     def _warm_up_sampler(self) -> None:
@@ -166,26 +248,52 @@ class Runner:
             shapes.update((1,) * count for count in rows)
         return [np.array(shape, np.int32) for shape in sorted(shapes)]
 
-    def _forward(self, plan: StepPlan, result: StepResult) -> None:
-        """Compute the plan's rows, and draw for those that sample."""
-        batch = self.rows.stage(plan)
-        hidden = self.decoder.forward(
-            batch.tokens, batch.positions, batch.attention, self.memory.pool
-        )
+    def _forward(self, plan: StepPlan) -> tuple[bool, _Logprobs | None]:
+        """Compute the plan's rows and draw for those that sample; whether the draws are placed."""
+        if self.rows.lags and _looks_back(self.rows, plan):
+            for flight in self._flights:
+                self._fetched(flight)
+        step = None if self._graphs is None else self._graphs.run(plan)
+        if step is not None and step.drawn:
+            self.rows.settle(plan, placed=False, moved=True)
+            return False, None
+        if step is None:
+            batch = self.rows.stage(plan)
+            hidden = self.decoder.forward(
+                batch.tokens, batch.positions, batch.attention, self.memory.pool
+            )
+            drawing, last_waiting = batch.drawing, batch.last_waiting
+            logits = self.decoder.logits(hidden[batch.last_tokens]) if drawing.rows.size else None
+        else:
+            hidden, drawing = step.hidden, Drawing.of(self.rows.table, plan)
+            # Of the whole bucket, as a tail computes them: products of another shape round anew.
+            logits = self.decoder.logits(hidden)[: plan.rows.size]
+            last_waiting = torch.from_numpy(drawing.waiting)
+            if drawing.waiting.size:
+                logits = logits[torch.from_numpy(drawing.rows).to(device=logits.device)]
+                last_waiting = last_waiting.to(device=logits.device)
+        logprobs = self._draw(drawing, logits, hidden, last_waiting)
+        self.rows.settle(plan, placed=True)
+        return True, logprobs
+
+    def _draw(
+        self,
+        drawing: Drawing,
+        logits: torch.Tensor | None,
+        hidden: torch.Tensor,
+        last_waiting: torch.Tensor,
+    ) -> _Logprobs | None:
+        """Draw by the general sampler and look at who waits, into the rows' results."""
+        count, n = drawing.rows.size, drawing.rows.size + drawing.waiting.size
         draws = None
-        if batch.drawing.size:
-            logits = self.decoder.logits(hidden[batch.last_tokens])
-            draws = self._sampler.sample(logits, batch.sampling, batch.top_count)
-            tokens = draws.tokens.cpu().numpy()
-            faulty = ~draws.finite.cpu().numpy()
-            result.tokens[batch.drawing] = tokens
-            result.faults[batch.drawing[faulty]] = ROW_NOT_FINITE
-        if batch.waiting.size:
+        if logits is not None and count:
+            draws = self._sampler.sample(logits, drawing.sampling, drawing.top_count)
+            self.rows.drawn[:count].copy_(draws.tokens)
+            self.rows.finite[:count].copy_(draws.finite)
+        if drawing.waiting.size:
             # A chunk's row fails now: its pages must not be sealed and shared before it draws.
-            finite = hidden[batch.last_waiting].isfinite().all(dim=-1).cpu().numpy()
-            result.faults[batch.waiting[~finite]] = ROW_NOT_FINITE
-        if batch.logprobs_asked:
-            _put_logprobs(batch, draws, result)
+            self.rows.finite[count:n].copy_(hidden[last_waiting].isfinite().all(dim=-1))
+        return _Logprobs.of(drawing, draws, n) if drawing.logprobs_asked else None
 
     def _count(self, plan: StepPlan, result: StepResult) -> None:
         stats = self.stats
@@ -200,16 +308,33 @@ class Runner:
             stats.compiled_last = self._compiles.last if stats.compiles else ""
 
 
-def _put_logprobs(batch: StepBatch, draws: Draws | None, result: StepResult) -> None:
-    """Spread the asking rows' logprobs over the plan's rows; zeros for the others."""
-    n, k = result.tokens.size, batch.top_count
-    result.top_k = k
-    result.logprobs = np.zeros(n, np.float32)
-    top_ids = np.zeros((n, k), np.int32)
-    top_logprobs = np.zeros((n, k), np.float32)
-    if draws is not None and draws.asked.size:
-        rows = batch.drawing[draws.asked]
-        result.logprobs[rows] = draws.logprobs.cpu().numpy()
-        top_ids[rows] = draws.top_ids.cpu().numpy()
-        top_logprobs[rows] = draws.top_logprobs.cpu().numpy()
-    result.top_ids, result.top_logprobs = top_ids.reshape(-1), top_logprobs.reshape(-1)
+def _looks_back(rows: Rows, plan: StepPlan) -> bool:
+    """Whether a draw of the plan looks at tokens that were drawn before it."""
+    return bool(penalised(rows.table.records[plan.rows[plan.samples != 0]]).any())
+
+
+@dataclass(frozen=True, slots=True)
+class _Logprobs:
+    """Of n plan rows, zeros for those that did not ask or draw. drawn: float32[n]; ids, values:
+    int32[n, K], float32[n, K]."""
+
+    drawn: np.ndarray
+    ids: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, drawing: Drawing, draws: Draws | None, n: int) -> _Logprobs:
+        k = drawing.top_count
+        drawn, shape = np.zeros(n, np.float32), (n, k)
+        ids, values = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        if draws is not None and draws.asked.size:
+            rows = drawing.rows[draws.asked]
+            drawn[rows] = draws.logprobs.cpu().numpy()
+            ids[rows] = draws.top_ids.cpu().numpy()
+            values[rows] = draws.top_logprobs.cpu().numpy()
+        return cls(drawn, ids, values)
+
+    def put(self, result: StepResult) -> None:
+        result.top_k = self.ids.shape[1]
+        result.logprobs = self.drawn
+        result.top_ids, result.top_logprobs = self.ids.reshape(-1), self.values.reshape(-1)

@@ -14,7 +14,7 @@ import torch
 
 from holdfast.model.layer_ops import LayerOps, ReferenceOps, Step
 from holdfast.model.spec import ModelSpec
-from holdfast.ops.attention import AttentionBatch
+from holdfast.ops.attention import AttentionBatch, StaticBatch
 
 
 class Layer:
@@ -73,12 +73,17 @@ class Decoder:
         self.layers = [Layer(index, weights) for index in range(spec.layers)]
         self.ops: LayerOps = ops or ReferenceOps(spec, self.embed.device)
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Of the buffers of its ops, which move when a larger step makes them grow."""
+        return self.ops.addresses
+
     @torch.inference_mode()
     def forward(
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        attention: AttentionBatch,
+        attention: AttentionBatch | StaticBatch,
         pool: torch.Tensor,
     ) -> torch.Tensor:
         """Compute t query tokens and store their K and V in the pool.

@@ -17,7 +17,7 @@ import torch
 from holdfast.model.layer_ops import Attention, ReferenceAttention
 from holdfast.model.layers import rotation_frequencies
 from holdfast.model.spec import ModelSpec
-from holdfast.ops.attention import AttentionBatch, Scratch
+from holdfast.ops.attention import AttentionBatch, Scratch, StaticBatch
 from holdfast.ops.kernels import gate, norm, rope
 
 
@@ -51,11 +51,15 @@ class KernelOps:
         device memory each."""
         self.spec = spec
         self.scratch = Scratch(device)
-        self._attention: Attention = attention or ReferenceAttention()
+        self.attention: Attention = attention or ReferenceAttention()
         frequencies = rotation_frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling)
         self._table = rope.rotation_table(
             frequencies.to(device), context_tokens or spec.context_tokens
         )
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        return (self._table.data_ptr(), *self.attention.addresses, *self.scratch.addresses)
 
     def padded_rows(self, count: int) -> int:
         return count
@@ -63,11 +67,11 @@ class KernelOps:
     def begin(
         self,
         positions: torch.Tensor,
-        attention: AttentionBatch,
+        attention: AttentionBatch | StaticBatch,
         pool: torch.Tensor,
         dtype: torch.dtype,
     ) -> KernelStep:
-        plan = self._attention.plan(
+        plan = self.attention.plan(
             attention, pool, self.spec.heads, self.spec.kv_heads, dtype, self.scratch
         )
         return KernelStep(positions, attention.slots, plan)
@@ -117,7 +121,7 @@ class KernelOps:
         )
         width = self.spec.heads * self.spec.head_dim
         attended = self.scratch.take("attended", (step.rows, width), qkv.dtype)
-        self._attention.attend(step.plan, pool, layer, qkv, out=attended)
+        self.attention.attend(step.plan, pool, layer, qkv, out=attended)
         return attended
 
     def gated(self, gate_up: torch.Tensor) -> torch.Tensor:

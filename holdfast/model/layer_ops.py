@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from holdfast.config import Limits
 from holdfast.model.layers import (
     Rotation,
     gated,
@@ -30,6 +31,7 @@ from holdfast.ops.attention import (
     AttentionBatch,
     AttentionPlan,
     Scratch,
+    StaticBatch,
     append_kv,
     attend,
     plan_attention,
@@ -37,11 +39,20 @@ from holdfast.ops.attention import (
 
 
 class Attention(Protocol):
-    """Attention over pages, as any backend offers it. A plan is what all layers of a step share."""
+    """Attention over pages, as any backend offers it. A plan is what all layers of a step share.
+
+    on_device: takes a StaticBatch too, and then reads everything of the step on the device.
+    addresses: of its workspaces.
+    """
+
+    on_device: bool
+
+    @property
+    def addresses(self) -> tuple[int, ...]: ...
 
     def plan(
         self,
-        batch: AttentionBatch,
+        batch: AttentionBatch | StaticBatch,
         pool: torch.Tensor,
         heads: int,
         kv_heads: int,
@@ -59,6 +70,8 @@ class Attention(Protocol):
 class ReferenceAttention:
     """ops.attention as an Attention."""
 
+    on_device = False
+    addresses: tuple[int, ...] = ()
     plan = staticmethod(plan_attention)
     attend = staticmethod(attend)
 
@@ -78,6 +91,11 @@ class LayerOps(Protocol):
 
     scratch: Scratch
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Of every buffer of its own that a step's kernels are given."""
+        ...
+
     def padded_rows(self, count: int) -> int:
         """Rows that a product of `count` rows is computed with; those behind are zeros."""
         ...
@@ -85,11 +103,12 @@ class LayerOps(Protocol):
     def begin(
         self,
         positions: torch.Tensor,
-        attention: AttentionBatch,
+        attention: AttentionBatch | StaticBatch,
         pool: torch.Tensor,
         dtype: torch.dtype,
     ) -> Step:
-        """Work out a step of t tokens at positions int64[t], whose activations are of `dtype`."""
+        """Work out a step of t tokens at positions int64[t], whose activations are of `dtype`. A
+        StaticBatch is for those whose attention is `on_device`."""
         ...
 
     def add_norm(
@@ -149,6 +168,10 @@ class ReferenceOps:
         self.frequencies = rotation_frequencies(
             spec.head_dim, spec.rope_theta, spec.rope_scaling
         ).to(device)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        return self.scratch.addresses
 
     def padded_rows(self, count: int) -> int:
         return padded_rows(count)
@@ -232,15 +255,27 @@ class ReferenceOps:
 
 
 def make_ops(
-    kernels: str, spec: ModelSpec, device: torch.device, context_tokens: int | None = None
+    kernels: str, spec: ModelSpec, device: torch.device, limits: Limits, pool_itemsize: int
 ) -> LayerOps:
     """The LayerOps of a name in config.KERNELS, which config.check_kernels let through.
 
-    context_tokens: no position reaches it; None for the model's own.
+    pool_itemsize: bytes of an element of the KV pool.
     """
     if kernels == "reference":
         return ReferenceOps(spec, device)
     assert kernels == "triton", kernels
     from holdfast.model.kernel_ops import KernelOps
+    from holdfast.ops.attention_triton import TritonAttention
 
-    return KernelOps(spec, device, context_tokens=context_tokens)
+    attention = TritonAttention(
+        device,
+        rows_max=limits.rows_max,
+        query_len_max=1,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        page_tokens=limits.page_tokens,
+        context_max=limits.table_columns * limits.page_tokens,
+        itemsize=pool_itemsize,
+    )
+    return KernelOps(spec, device, attention, context_tokens=limits.context_tokens)

@@ -116,6 +116,27 @@ class AttentionBatch:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class StaticBatch:
+    """One step whose layout lies on the device, in buffers that a captured graph reads again.
+
+    page_table: int32[n, W]; lengths: int32[n], tokens in the rows' pages with the step's own, 0 for
+    padding; slots: int64[n * query_len], as AttentionBatch has them, -1 for padding, whose K and V
+    go nowhere. For backends that ask the host nothing of a step.
+    """
+
+    page_table: torch.Tensor
+    lengths: torch.Tensor
+    slots: torch.Tensor
+    page_tokens: int
+    query_len: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Query tokens of the step, padding included."""
+        return self.slots.numel()
+
+
 class Scratch:
     """Buffers that grow to the largest step and are then reused: fresh memory costs page faults.
 
@@ -125,6 +146,11 @@ class Scratch:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Of every buffer; one that grows has moved."""
+        return tuple(buffer.data_ptr() for buffer in self._buffers.values())
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Uninitialised packed tensor of `shape`."""

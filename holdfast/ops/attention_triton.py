@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from holdfast.errors import require
-from holdfast.ops.attention import AttentionBatch, Scratch, append_rows
+from holdfast.ops.attention import AttentionBatch, Scratch, StaticBatch, append_rows
 from holdfast.ops.contracts import require_launchable
 from holdfast.ops.kernels.decode_attention import DecodeAttention, DecodeConfig
 from holdfast.ops.kernels.paged_kv import require_pool
@@ -35,15 +35,15 @@ from holdfast.ops.kernels.prefill_attention import (
 class TritonPlan:
     """An AttentionBatch on the device, for all layers of one pool. d decode rows come first.
 
-    append_rows: as AttentionPlan has it. page_table: int32[n, W]; lengths: int32[d], with the
-    step's own tokens; query_len: of every decode row; first_tokens: int32[d], or None where the
-    decode rows are the whole step; tiles: int32[4, T].
+    append_rows: as AttentionPlan has it, of a StaticBatch None. page_table: int32[n, W]; lengths:
+    int32[d], with the step's own tokens; query_len: of every decode row; first_tokens: int32[d], or
+    None where the decode rows are the whole step; tiles: int32[4, T].
     """
 
     heads: int
     kv_heads: int
     head_dim: int
-    append_rows: torch.Tensor
+    append_rows: torch.Tensor | None
     page_table: torch.Tensor
     lengths: torch.Tensor
     first_tokens: torch.Tensor | None
@@ -53,11 +53,14 @@ class TritonPlan:
     @property
     def tokens(self) -> int:
         """Query tokens of the step, t."""
-        return self.append_rows.numel()
+        tiled = int(self.tiles[2].sum()) if self.tiles.numel() else 0
+        return tiled + self.lengths.numel() * self.query_len
 
 
 class TritonAttention:
     """Attention of one model's shape on one device. One owner, one stream."""
+
+    on_device = True
 
     def __init__(
         self,
@@ -108,14 +111,15 @@ class TritonAttention:
 
     def plan(
         self,
-        batch: AttentionBatch,
+        batch: AttentionBatch | StaticBatch,
         pool: torch.Tensor,
         heads: int,
         kv_heads: int,
         dtype: torch.dtype,
         scratch: Scratch,
     ) -> TritonPlan:
-        """Lay a step out: its index arrays go to the device in one copy, into `scratch`.
+        """Lay a step out: its index arrays go to the device in one copy, into `scratch`. Of a
+        StaticBatch they lie there, and nothing is launched.
 
         The arguments are those of ops.attention.plan_attention. Valid until the next plan with the
         same scratch; kernels still queued on the same stream are read before it is overwritten.
@@ -130,6 +134,8 @@ class TritonAttention:
             f"{decode.heads}, {decode.kv_heads} and {decode.page_tokens}",
         )
         require_pool(pool, kv_heads, decode.head_dim, batch.page_tokens)
+        if isinstance(batch, StaticBatch):
+            return self._static_plan(batch)
         lens, starts = batch.query_lens, batch.starts
         rows, query_len = self._decode_rows(lens)
         others = np.setdiff1d(np.arange(lens.size), rows, assume_unique=True)
@@ -241,6 +247,20 @@ class TritonAttention:
             and out.shape[1] == width,
             f"{rows} rows of {query_len} query tokens: tables {tuple(page_table.shape)}, qkv "
             f"{tuple(qkv.shape)}, out {tuple(out.shape)}",
+        )
+
+    def _static_plan(self, batch: StaticBatch) -> TritonPlan:
+        decode = self._decode
+        return TritonPlan(
+            heads=decode.heads,
+            kv_heads=decode.kv_heads,
+            head_dim=decode.head_dim,
+            append_rows=None,
+            page_table=batch.page_table,
+            lengths=batch.lengths,
+            first_tokens=None,
+            query_len=batch.query_len,
+            tiles=batch.lengths.new_empty((TILE_FIELDS, 0)),
         )
 
     def _decode_rows(self, lens: np.ndarray) -> tuple[np.ndarray, int]:

@@ -27,6 +27,23 @@ _DEVICE_BLOCKS = 1 << 14
 _ONLY = np.zeros(1, np.int64)
 
 
+class PendingSums:
+    """Sums on their way to the host. sums: int64[k], bits of what was added up, host."""
+
+    def __init__(
+        self, sums: torch.Tensor, constant: np.uint64, event: torch.cuda.Event | None = None
+    ) -> None:
+        self._sums = sums
+        self._constant = constant
+        self._event = event
+
+    def take(self) -> np.ndarray:
+        """uint64[k]; waits for the copy."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._sums.numpy().view(np.uint64) + self._constant
+
+
 class PageSums:
     """Checksums of pages of one size on one device."""
 
@@ -53,18 +70,31 @@ class PageSums:
 
     def of(self, pool: torch.Tensor, pages: np.ndarray) -> np.ndarray:
         """uint64[k] checksums of rows `pages` int[k] of pool: int32[pages_total, words]."""
+        return self.begin(pool, pages).take()
+
+    def begin(self, pool: torch.Tensor, pages: np.ndarray) -> PendingSums:
+        """The same, launched on the current stream and fetched later."""
         if pages.size == 0:
-            return np.empty(0, np.uint64)
+            return PendingSums(torch.empty(0, dtype=torch.int64), np.uint64(0))
         if pool.device.type == "cpu":
-            return self._of_host(pool.numpy().view(np.uint32), pages)
-        index = torch.from_numpy(pages.astype(np.int64)).to(device=pool.device)
+            sums = torch.from_numpy(
+                self._of_host(pool.numpy().view(np.uint32), pages).view(np.int64)
+            )
+            return PendingSums(sums, np.uint64(0))
+        # Pinned both ways (torch reuses such memory after its copy is over), so nobody waits.
+        index = torch.from_numpy(pages.astype(np.int64)).pin_memory()
+        index = index.to(device=pool.device, non_blocking=True)
         if self.kernel and pool.stride(0) % 4 == 0 and pool.data_ptr() % 16 == 0:
             from holdfast.ops.kernels.checksum import row_sums
 
             sums = row_sums(pool, index)
         else:
             sums = torch.cat(self._of_device(pool, index))
-        return sums.cpu().numpy().view(np.uint64) + self._constant
+        found = torch.empty(pages.size, dtype=torch.int64, pin_memory=True)
+        found.copy_(sums, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return PendingSums(found, self._constant, event)
 
     def _of_host(self, pool: np.ndarray, pages: np.ndarray) -> np.ndarray:
         sums = np.empty(pages.size, np.uint64)

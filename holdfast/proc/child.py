@@ -14,7 +14,7 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     standby memfd, or GPU memory behind a     load, seed, threads, loaded (the slab holds the
             descriptor; absent where such     weights already: do not load), background (a standby
             memory cannot be shared)          prepares itself with CPU time that is left over),
-                                              scrub_gbps; drills, provoke (only of a server
+                                              scrub_gbps, graphs; drills, provoke (only of a server
                                               started with --drills)
     core    journal, metrics (memfds)         limits, epoch, tag, recover, fault_tokens,
                                               step_timeout_s, scrub_pages_s
@@ -26,7 +26,9 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     child       super  ready              facts; keeper: 2 fds, or none and why (unshared);
                                            worker: it is prepared
     worker      super  compiled           count, what: kernels compiled by a step
-    child       super  progress           what, done, total (bytes)
+    worker      super  steps              graph: steps replayed, by sampler; eager: steps run
+                                           eagerly, by reason; both since the last such word
+    child       super  progress           what, done, total (bytes; of "graphs": captures)
     supervisor  worker verify             sum the weights
     worker      super  weights_sum        sum (uint64); one that scrubs says it unasked,
                                            and the step after which its pass began

@@ -59,6 +59,8 @@ class ServeOptions:
     kernels: str = "reference"
     """How the worker computes layers, of config.KERNELS."""
     seed: int = 0
+    graphs: bool = False
+    """Decode steps are replayed from captured graphs where they are admitted (device.graphs)."""
     threads: int = 1
     """Threads of the worker's tensor library."""
     standby: str = "warm"
@@ -188,6 +190,7 @@ class ServeOptions:
             "load": self.load,
             "seed": self.seed,
             "threads": self.threads,
+            "graphs": self.graphs,
             "loaded": loaded,
             "scrub_gbps": self.scrub_gbps / 2,
             # With all it loads; a GPU is shared by turns, whatever class a thread is in.

@@ -27,6 +27,7 @@ from holdfast.proc.child import Child, spawn
 from holdfast.proc.control import Message
 from holdfast.proc.estate import Estate
 from holdfast.proc.fault_clocks import FaultClocks
+from holdfast.proc.graph_steps import GraphSteps
 from holdfast.proc.heartbeat import Heartbeat
 from holdfast.proc.lifecycle.actions import (
     Action,
@@ -107,6 +108,7 @@ class Supervisor:
         self._estate = Estate(self.options)
         self.port = self._estate.port
         self._fault_clocks = FaultClocks(self._estate.metrics)
+        self._graph_steps = GraphSteps(self._estate.metrics)
         try:
             self._selector.register(self._estate.wake, selectors.EVENT_READ, ("signal", 0))
             self._selector.register(self._estate.status, selectors.EVENT_READ, ("status", 0))
@@ -269,6 +271,9 @@ class Supervisor:
         elif kind == "compiled" and role is Role.WORKER:
             self._estate.metrics.add("compiles_after_ready_total", message["count"])
             self._on_event(Notice("warning", "worker", f"compiled in a step: {message['what']}"))
+        elif kind == "steps" and role is Role.WORKER:
+            for notice in self._graph_steps.told(message):
+                self._on_event(notice)
         elif kind == "weights_sum" and role in (Role.WORKER, Role.STANDBY):
             found = {"weights_sum": message["sum"], "step": message.get("step", 0)}
             happened = Happened(Event.SUM, process, **found)

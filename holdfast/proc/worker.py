@@ -13,8 +13,11 @@ on a GPU it says its word and ends at once, by no destructor: what is queued the
 Started by the supervisor through proc.child. It must not know requests, texts, or other workers.
 Torch is imported after `boot`, so that the process is tied to its parent's life from the start.
 
-    boot -> import -> map -> load -> warm -> ready -> verify -> promote -> (plan -> result)*
+    boot -> import -> map -> load -> warm up -> ready -> verify -> promote -> (plan -> result)*
                                                           -> stop, core gone: 0; fault: 70
+
+Where the device computes by itself (graphs on a GPU), the next plan is launched before the result
+of the last one is there, and results leave in the order of their plans.
 """
 
 from __future__ import annotations
@@ -60,6 +63,8 @@ if TYPE_CHECKING:
 
 # Between two progress messages: at most ten a second.
 PROGRESS_S = 0.1
+# Between two tellings of what graphs did: the counters are for people.
+TELL_S = 1.0
 # One sleep at most, so that a missed wake-up costs a second and not the worker.
 WAIT_S = 1.0
 # How long results that were computed may take to leave after "stop".
@@ -73,11 +78,13 @@ class Stopped(Exception):
 
 
 class Progress:
-    """Reports bytes done to the supervisor, and hears a stop while it waits for them."""
+    """Reports what is done to the supervisor; hears: and hears a stop meanwhile. Who prepares to
+    take a worker's place is told more than that, by who waits for it, and does not hear."""
 
-    def __init__(self, control: Control, what: str) -> None:
+    def __init__(self, control: Control, what: str, *, hears: bool = True) -> None:
         self._control = control
         self._what = what
+        self._hears = hears
         self._next_s = 0.0
 
     def __call__(self, done: int, total: int) -> None:
@@ -86,7 +93,8 @@ class Progress:
             return
         self._next_s = now_s + PROGRESS_S
         self._control.progress(self._what, done, total)
-        obey(self._control)
+        if self._hears:
+            obey(self._control)
 
 
 class Worker:
@@ -108,6 +116,10 @@ class Worker:
         self._scrub = scrub
         self._pass_step = runner.step
         self._compiles_told = runner.stats.compiles
+        self._steps_told: dict[str, dict[str, int]] = {"graph": {}, "eager": {}}
+        self._tell_s = 0.0
+        # A drill breaks a step when it is over, and reads rows as that step has left them.
+        self._ahead = runner.in_flight_max if provocations is None else 1
 
     def run(self) -> None:
         """Answer plans. Raises Stopped when told to, LinkClosed when core or supervisor is gone,
@@ -125,10 +137,17 @@ class Worker:
                 self._link.flush()
                 for kind, payload in self._link.drain():
                     self._step(kind, payload)
-            self._read_weights()
+            while self._runner.in_flight and self._runner.ready:
+                self._answer()
+            self._tell()
+            if not self._runner.in_flight:
+                self._read_weights()
 
     def _wait_s(self) -> float:
         """Until there is something to do without being told."""
+        if self._runner.in_flight:
+            # What a GPU is done with does not wake a poll, and a millisecond is a step.
+            return 0.0
         if self._scrub is None:
             return WAIT_S
         return min(WAIT_S, self._scrub.due_s(time.monotonic()))
@@ -145,23 +164,54 @@ class Worker:
             self._control.send({"type": "weights_sum", "sum": weights_sum, "step": began})
 
     def flush(self) -> None:
-        """Give the core what was computed. Raises LinkError when it does not take it in time."""
+        """Give the core what was computed, and what soon will be. Raises LinkError when it does not
+        take it in time."""
+        end_s = time.monotonic() + STOP_FLUSH_S
+        while self._runner.in_flight and time.monotonic() < end_s:
+            if self._runner.ready:
+                self._answer()
+        self._tell(last=True)
         self._link.flush_until(STOP_FLUSH_S)
 
     def _step(self, kind: int, payload: bytes) -> None:
         if kind != Kind.PLAN:
             raise LinkError(f"frame of kind {kind} from the core")
         plan, provocations = StepPlan.decode(payload), self._provocations
+        while self._runner.in_flight >= self._ahead:
+            self._answer()
         if provocations is not None:
             provocations.before(self._runner, plan)
-        result = self._runner.run(plan)
-        if provocations is not None:
-            provocations.after(self._runner, plan)
+        self._runner.launch(plan)
+        if provocations is not None or self._runner.ready:
+            self._answer(plan)
+
+    def _answer(self, plan: StepPlan | None = None) -> None:
+        """Send the oldest result, waiting for it; plan: whose it is, for drills."""
+        result = self._runner.collect()
+        if self._provocations is not None and plan is not None:
+            self._provocations.after(self._runner, plan)
         self._link.send(Kind.RESULT, result.encode())
+
+    def _tell(self, *, last: bool = False) -> None:
+        """Say what the supervisor counts: compilations at once, what graphs did once a second, when
+        a reason is new and before the end."""
         stats = self._runner.stats
         if stats.compiles != self._compiles_told:
             count, self._compiles_told = stats.compiles - self._compiles_told, stats.compiles
             self._control.send({"type": "compiled", "count": count, "what": stats.compiled_last})
+        now_s, told = time.monotonic(), self._steps_told
+        if not last and now_s < self._tell_s and stats.eager_steps.keys() == told["eager"].keys():
+            return
+        self._tell_s = now_s + TELL_S
+        steps = {"graph": dict(stats.graph_steps), "eager": dict(stats.eager_steps)}
+        if steps == told:
+            return
+        self._steps_told = steps
+        new = {
+            kind: {name: count - told[kind].get(name, 0) for name, count in counts.items()}
+            for kind, counts in steps.items()
+        }
+        self._control.send({"type": "steps", **new})
 
 
 def obey(control: Control, provocations: Provocations | None = None) -> None:
@@ -244,7 +294,8 @@ def _work(start: Boot, control: Control) -> int:
     if start.role == "standby" and config["background"]:
         runner, facts = prepare_in_background(start, spec, control, provocations)
     else:
-        runner, facts = prepare(start, spec, control, provocations)
+        captured = Progress(control, "graphs", hears=False)
+        runner, facts = prepare(start, spec, control, provocations, captured)
     import torch
 
     # Here, since this thread will serve; OMP_NUM_THREADS says the same to one that prepares. The
@@ -308,13 +359,16 @@ def prepare_in_background(
 
 
 def prepare(
-    start: Boot, spec: ModelSpec, control: Control, provocations: Provocations | None = None
+    start: Boot,
+    spec: ModelSpec,
+    control: Control,
+    provocations: Provocations | None = None,
+    captured: Callable[[int, int], None] | None = None,
 ) -> tuple[Runner, dict[str, Any]]:
-    """A warm runner over the keeper's memory, and what to tell of it."""
+    """A warm runner over the keeper's memory, and what to tell of it. captured(done, total) counts
+    graphs; None in a thread that may not speak."""
+    from holdfast.device.build import build_engine
     from holdfast.device.cuda import open_device
-    from holdfast.device.runner import Runner
-    from holdfast.model.decoder import Decoder
-    from holdfast.model.layer_ops import make_ops
     from holdfast.model.weights import WeightsLayout
 
     config = start.config
@@ -326,12 +380,18 @@ def prepare(
         load(spec, layout, memory, config, control)
         seal_weights()
     loaded_s = time.monotonic()
-    ops = make_ops(config["kernels"], spec, device, start.limits.context_tokens)
-    decoder = Decoder(spec, layout.views(memory.weights), ops)
-    runner = Runner(start.limits, decoder, memory, epoch=0)
+    runner = build_engine(
+        spec,
+        start.limits,
+        layout.views(memory.weights),
+        memory,
+        kernels=config["kernels"],
+        graphs=config["graphs"],
+        epoch=0,
+    )
     if provocations is not None:
         provocations.at("capture")
-    runner.warm_up()
+    runner.warm_up(captured)
     facts = {
         "device": str(device),
         "weights_bytes": memory.weights.numel(),

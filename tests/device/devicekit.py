@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from holdfast.config import Limits
+from holdfast.device.build import build_runner
 from holdfast.device.memory import DeviceMemory
 from holdfast.device.runner import Runner
 from holdfast.model.decoder import Decoder
@@ -62,11 +63,15 @@ def make_checkpoint(folder: Path) -> Any:
     return model
 
 
-def make_runner(spec: ModelSpec, limits: Limits = LIMITS, **options: Any) -> Runner:
+def make_runner(
+    spec: ModelSpec, limits: Limits = LIMITS, *, graphs: bool = False, **options: Any
+) -> Runner:
     memory = DeviceMemory.allocate(spec, limits)
     layout = WeightsLayout.of(spec, "float32")
     load_weights(spec, memory.weights, layout)
-    return Runner(limits, Decoder(spec, layout.views(memory.weights)), memory, **options)
+    views = layout.views(memory.weights)
+    replayed = Decoder(spec, views) if graphs else None
+    return build_runner(limits, Decoder(spec, views), memory, graphs=replayed, **options)
 
 
 @torch.inference_mode()

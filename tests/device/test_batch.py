@@ -67,7 +67,7 @@ def test_a_step_is_laid_out_row_after_row_in_plan_order(hand: Hand):
     drawn = int(hand.mirror.tokens[3, 7])
     assert batch.tokens.tolist() == [drawn, 20, 21, 22, 23, 24, 14, 15, 16]
     assert batch.positions.tolist() == [7, 0, 1, 2, 3, 4, 4, 5, 6]
-    assert batch.drawing.tolist() == [0, 1]
+    assert batch.drawing.rows.tolist() == [0, 1]
     assert batch.last_tokens.tolist() == [0, 5]
     pages = hand.mirror.page_table[0]
     size = LIMITS.page_tokens
@@ -75,4 +75,4 @@ def test_a_step_is_laid_out_row_after_row_in_plan_order(hand: Hand):
     expected += [pages[2, at // size] * size + at % size for at in range(5)]
     expected += [pages[1, 1] * size + at for at in range(3)]
     assert batch.attention.slots.tolist() == expected
-    assert (batch.top_count, batch.logprobs_asked) == (0, False)
+    assert (batch.drawing.top_count, batch.drawing.logprobs_asked) == (0, False)

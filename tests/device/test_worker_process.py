@@ -109,6 +109,27 @@ def slabs(spec: ModelSpec):
         os.close(fd)
 
 
+def test_a_worker_with_graphs_answers_the_same_and_says_what_was_replayed(
+    checkpoint, spec, slabs, processes
+):
+    request = Request(list(range(20)), fields={"temperature": 1.0, "seed": 5})
+    expected = Hand(make_runner(spec)).generate(1, request, 8, chunk=7)
+    worker = Process(checkpoint[0], slabs, graphs=True)
+    processes.append(worker)
+    worker.promote()
+    captured = [m for m in worker.messages if m.get("what") == "graphs"]
+    assert captured[-1]["done"] == captured[-1]["total"] > 0
+    assert Hand(worker).generate(1, request, 8, chunk=7) == expected
+    worker.child.control.send({"type": "stop"})
+    counts: dict[str, dict[str, int]] = {"graph": {}, "eager": {}}
+    while counts != {"graph": {"fast": 7}, "eager": {"prefill": 3}}:
+        told = worker.until("steps")
+        for kind, count in counts.items():
+            for name, more in told[kind].items():
+                count[name] = count.get(name, 0) + more
+    assert worker.exit_code() == 0
+
+
 def test_a_worker_loads_serves_stops_and_the_next_one_finds_its_weights(
     checkpoint, spec, slabs, processes
 ):

@@ -196,6 +196,12 @@ class KeyedDraws:
         self.tokens = torch.zeros(rows_max, dtype=torch.int64, device=device)
         self._finite = torch.zeros(rows_max, dtype=torch.uint8, device=device)
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Of the workspace: a part of a captured graph's address manifest."""
+        own = (self._tops, self._leaders, self._scores, self._drawn, self.tokens, self._finite)
+        return tuple(buffer.data_ptr() for buffer in own)
+
     def sample(
         self,
         logits: torch.Tensor,

@@ -1,0 +1,117 @@
+"""Runners as the options ask for them: which decoder, row state, capture, attention and draws.
+
+Decides what goes together on a device. Called by proc.worker and `LLM`; owns nothing afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from holdfast.config import Limits
+from holdfast.device.batch import HostRows, Rows
+from holdfast.device.capture import Capture, CudaCapture, Rerun
+from holdfast.device.graphs import (
+    BucketAttention,
+    Draw,
+    GraphDecoder,
+    ReferenceAttention,
+    ReferenceDraw,
+    StepGraphs,
+)
+from holdfast.device.memory import DeviceMemory
+from holdfast.device.runner import DecoderLike, Runner
+from holdfast.errors import OptionError
+from holdfast.model.decoder import Decoder
+from holdfast.model.layer_ops import LayerOps, make_ops
+from holdfast.model.spec import ModelSpec
+from holdfast.ops.sampler import Sampler
+
+
+def build_engine(
+    spec: ModelSpec,
+    limits: Limits,
+    weights: dict[str, torch.Tensor],
+    memory: DeviceMemory,
+    *,
+    kernels: str = "reference",
+    graphs: bool = False,
+    **options: Any,
+) -> Runner:
+    """A runner of a model, not warm yet; `options` are Runner's own.
+
+    weights: views of the memory's slab. kernels: of config.KERNELS, let through by check_kernels.
+    Raises OptionError("--graphs") where graphs are asked for and cannot be had.
+    """
+    device = memory.pool.device
+
+    def pieces() -> LayerOps:
+        return make_ops(kernels, spec, device, limits, memory.pool.element_size())
+
+    decoder = Decoder(spec, weights, pieces())
+    if not graphs:
+        return build_runner(limits, decoder, memory, graphs=None, **options)
+    # Of their own: their scratch is baked in; steps of other shapes would make it grow and move.
+    ops = pieces()
+    made: dict[str, Any] = {}
+    if kernels == "triton":
+        # Imported late: it imports triton.
+        from holdfast.device.graph_kernels import DeviceAttention, KernelDraw
+
+        made = {
+            "attention": DeviceAttention(ops.attention, limits),
+            "draw": KernelDraw(limits, device),
+        }
+    replayed = Decoder(spec, weights, ops)
+    return build_runner(limits, decoder, memory, graphs=replayed, **made, **options)
+
+
+def build_runner(
+    limits: Limits,
+    decoder: DecoderLike,
+    memory: DeviceMemory,
+    *,
+    graphs: GraphDecoder | None,
+    attention: BucketAttention | None = None,
+    draw: Draw | None = None,
+    **options: Any,
+) -> Runner:
+    """A runner over a decoder, not warm yet; `options` are Runner's own.
+
+    graphs: None for none; else a decoder of their own over the same weights.
+    attention, draw: of the graphs. With attention that reads the bucket on the device row state
+    lies there too; without any it is the reference, planned on the host, which no GPU can capture.
+    Without `draw` the general sampler runs behind each body.
+    Raises OptionError("--graphs") where graphs are asked for and cannot be had.
+    """
+    if graphs is None:
+        return Runner(limits, decoder, memory, **options)
+    device = memory.pool.device
+    rows: Rows
+    if attention is None:
+        if device.type != "cpu":
+            raise OptionError(
+                "--graphs",
+                "the reference plans attention on the host, and no graph can; add --kernels triton",
+            )
+        rows = HostRows(limits, device)
+        attention = ReferenceAttention(rows, limits, device)
+        draw = draw or ReferenceDraw(Sampler(limits.vocab_size, device))
+    else:
+        # Imported late: it imports triton.
+        from holdfast.device.device_rows import DeviceRows
+
+        rows = DeviceRows(limits, device)
+    capture: Capture = Rerun() if device.type == "cpu" else CudaCapture(device)
+    made = StepGraphs(
+        limits,
+        rows,
+        graphs,
+        memory.pool,
+        memory.weights,
+        capture=capture,
+        attention=attention,
+        draw=draw,
+    )
+    return Runner(limits, decoder, memory, rows=rows, graphs=made, **options)

@@ -1,0 +1,213 @@
+"""Frames: what a plan tells the device, packed into one buffer and copied by one copy.
+
+Owns the ring of pinned staging slots and the one buffer in device memory that they are copied to
+(ops.kernels.rows has the layout). The home of: a staging slot is reused after its event. A plan
+whose deltas are larger than a slot becomes several frames, cut between deltas and in their order,
+so memory is bounded whatever a plan brings. Called by device.device_rows from one thread; it knows
+no tables and launches no kernels. On a CPU (tests) a copy is over when it returns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from holdfast.config import Limits
+from holdfast.errors import WorkerFault, require
+from holdfast.ops.kernels.rows import HEADER, RECORD_WORDS, STEP_ARRAYS
+from holdfast.wire.plan import ADMIT, StepPlan
+
+# One being copied for each step in flight, and one being written.
+SLOTS = 3
+# Room for deltas at least: 16 Ki page writes, so that all but a recovery's plans are one frame.
+_DELTA_WORDS = 1 << 16
+_ADMIT_WORDS = RECORD_WORDS + 3
+_WRITE_WORDS = 4
+# A copy waits behind two steps at most; the supervisor's deadline of a step is shorter than this.
+_SLOT_TIMEOUT_S = 600.0
+_LOOK_S = 50e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Deltas:
+    """What one frame holds of a plan: ranges of its clears, admits and page writes."""
+
+    clears: slice
+    admits: slice
+    writes: slice
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the rows of a plan without a common shape lie.
+
+    offsets: int32[n], query tokens of the rows before each. places: int32[n], of each row among the
+    last tokens that are looked at: first those that draw, then the others, both in plan order.
+    """
+
+    offsets: np.ndarray
+    places: np.ndarray
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> Places:
+        n = plan.rows.size
+        if np.count_nonzero(plan.samples) == n == np.count_nonzero(plan.query_lens == 1):
+            order = np.arange(n)  # As nearly every step is; the rest of this costs 10 us.
+            return cls(order, order)
+        drawing = plan.samples != 0
+        drawn = np.cumsum(drawing)
+        waiting = np.cumsum(~drawing)
+        places = np.where(drawing, drawn - 1, (drawn[-1] if drawn.size else 0) + waiting - 1)
+        return cls(np.cumsum(plan.query_lens) - plan.query_lens, places)
+
+
+class Slot:
+    """One pinned buffer, int32[words], and the event of the copy from it."""
+
+    def __init__(self, words: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.tensor = torch.zeros(words, dtype=torch.int32, pin_memory=pinned)
+        self.words = self.tensor.numpy()
+        self._event = torch.cuda.Event() if pinned else None
+        self._copied = False
+
+    def wait(self) -> None:
+        """Until the slot may be written. Raises WorkerFault when its copy never ends."""
+        if self._event is None or not self._copied or self._event.query():
+            return
+        end_s = time.monotonic() + _SLOT_TIMEOUT_S
+        while not self._event.query():
+            if time.monotonic() > end_s:
+                raise WorkerFault(f"a staging copy is not over after {_SLOT_TIMEOUT_S:.0f} s")
+            time.sleep(_LOOK_S)
+
+    def copied(self) -> None:
+        """A copy from the slot was just launched on the current stream."""
+        if self._event is not None:
+            self._event.record()
+            self._copied = True
+
+
+class Frames:
+    """The ring and its target. device: int32[words] in device memory, at one address for life."""
+
+    def __init__(
+        self, limits: Limits, device: torch.device, *, delta_words: int = _DELTA_WORDS
+    ) -> None:
+        self._limits = limits
+        longest = _ADMIT_WORDS + limits.context_tokens + 2 * limits.bias_entries + limits.stop_ids
+        self._room = max(delta_words, longest)
+        self._first = HEADER + STEP_ARRAYS * limits.rows_max
+        words = self._first + self._room
+        self._slots = [Slot(words, device) for _ in range(SLOTS)]
+        self._turn = 0
+        self.device = torch.zeros(words, dtype=torch.int32, device=device)
+
+    def upload(self, plan: StepPlan) -> Iterator[Deltas]:
+        """Copy the plan, frame by frame; each must be used before the next is asked for.
+
+        The step's own arrays are in every frame, so the last one leaves them there.
+        """
+        shape = Places.of(plan)
+        for deltas in self._cut(plan):
+            slot = self._slots[self._turn]
+            self._turn = (self._turn + 1) % SLOTS
+            slot.wait()
+            used = self._write(slot.words, plan, deltas, shape)
+            self.device[:used].copy_(slot.tensor[:used], non_blocking=True)
+            slot.copied()
+            yield deltas
+
+    def _cut(self, plan: StepPlan) -> list[Deltas]:
+        clears, writes = plan.clears.size, plan.page_writes.size
+        sizes = _admit_words(plan.admits)
+        total = clears + int(sizes.sum()) + _WRITE_WORDS * writes
+        if total <= self._room:
+            return [Deltas(slice(0, clears), slice(0, plan.admits.size), slice(0, writes))]
+        # All deltas in the order in which they apply, each with its words; greedily.
+        words = np.concatenate(
+            (np.ones(clears, np.int64), sizes, np.full(writes, _WRITE_WORDS, np.int64))
+        )
+        ends = np.cumsum(words)
+        bounds = (0, clears, clears + plan.admits.size, words.size)
+        cuts, first = [], 0
+        while first < words.size:
+            before = int(ends[first - 1]) if first else 0
+            last = int(np.searchsorted(ends, before + self._room, side="right"))
+            require(last > first, f"a delta of {words[first]} words, {self._room} fit")
+            parts = [
+                slice(min(max(first, low), high) - low, min(max(last, low), high) - low)
+                for low, high in pairwise(bounds)
+            ]
+            cuts.append(Deltas(*parts))
+            first = last
+        return cuts
+
+    def _write(self, words: np.ndarray, plan: StepPlan, deltas: Deltas, shape: Places) -> int:
+        """Fill a slot; returns the words used."""
+        rows_max, n = self._limits.rows_max, plan.rows.size
+        require(n <= rows_max, f"step {plan.step} has {n} rows, {rows_max} fit")
+        step = words[HEADER : self._first].reshape(STEP_ARRAYS, rows_max)
+        step[0, :n] = plan.rows
+        step[1, :n] = plan.query_lens
+        step[2, :n] = plan.samples
+        step[3, :n] = shape.offsets
+        step[4, :n] = shape.places
+        clears = plan.clears[deltas.clears]
+        admits = plan.admits[deltas.admits]
+        writes = plan.page_writes[deltas.writes]
+        at = self._first
+        starts = []
+        for values in (clears, admits.view(np.int32)):
+            starts.append(at)
+            words[at : at + values.size] = values
+            at += values.size
+        starts.append(at)
+        if admits.size:
+            at = self._write_lists(words, plan, deltas.admits, at)
+        starts.append(at)
+        values = writes.view(np.int32)
+        words[at : at + values.size] = values
+        at += values.size
+        words[:8] = (n, clears.size, admits.size, writes.size, *starts)
+        return at
+
+    def _write_lists(self, words: np.ndarray, plan: StepPlan, which: slice, at: int) -> int:
+        """The ragged parts of some admits, behind the table of where they begin."""
+        admits = plan.admits[which]
+        places = words[at : at + 3 * admits.size].reshape(-1, 3)
+        at += places.size
+        lens = [admits[name].astype(np.int64) for name in ("tokens_len", "bias_len", "stop_len")]
+        sizes = np.stack((lens[0], 2 * lens[1], lens[2]), axis=1)
+        ends = np.cumsum(sizes).reshape(sizes.shape)
+        places[:] = at + ends - sizes
+        before = [
+            int(plan.admits[name][: which.start].sum())
+            for name in ("tokens_len", "bias_len", "stop_len")
+        ]
+        values = (plan.bias_ids, plan.bias_values.view(np.int32))
+        for place, tokens, bias, stops in zip(
+            places.tolist(), *map(np.ndarray.tolist, lens), strict=True
+        ):
+            token_at, bias_at, stop_at = before
+            words[place[0] : place[0] + tokens] = plan.admit_tokens[token_at : token_at + tokens]
+            for half, source in enumerate(values):
+                begin = place[1] + half * bias
+                words[begin : begin + bias] = source[bias_at : bias_at + bias]
+            words[place[2] : place[2] + stops] = plan.stop_ids[stop_at : stop_at + stops]
+            before = [token_at + tokens, bias_at + bias, stop_at + stops]
+        return at + int(sizes.sum())
+
+
+def _admit_words(admits: np.ndarray) -> np.ndarray:
+    """int64[a]: words of each admission in a frame, its lists included."""
+    lists = admits["tokens_len"].astype(np.int64) + 2 * admits["bias_len"] + admits["stop_len"]
+    return lists + _ADMIT_WORDS
+
+
+assert ADMIT.itemsize == 4 * RECORD_WORDS, ADMIT.itemsize
