@@ -39,6 +39,7 @@ class Process:
             "dtype": "float32",
             "pool_dtype": "float32",
             "kernels": "reference",
+            "graphs": False,
             "load": "hf",
             "seed": 0,
             "threads": 1,

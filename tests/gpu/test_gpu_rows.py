@@ -111,6 +111,8 @@ class Toy:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden @ self.table.t()
 
+    raw_logits = logits
+
 
 class NoAttention:
     name, on_device, addresses = "none", True, ()

@@ -9,7 +9,6 @@ from interpreted import MARKS, interpreted
 from model_helpers import PagedRequests, dummy_decoder, tiny_spec
 
 from holdfast.model.decoder import Decoder
-from holdfast.model.layer_ops import make_ops
 from holdfast.model.spec import ModelSpec, RopeScaling
 from holdfast.ops.attention import AttentionBatch
 
@@ -46,7 +45,10 @@ def of_kernels(monkeypatch):
         interpreted(name, monkeypatch)
 
     def make(spec: ModelSpec) -> Decoder:
-        ops = make_ops("triton", spec, torch.device("cpu"), context_tokens=64)
+        from holdfast.model.kernel_ops import KernelOps
+
+        # With the reference's attention: tests/device/test_fast_path.py has all of it.
+        ops = KernelOps(spec, torch.device("cpu"), context_tokens=64)
         return dummy_decoder(spec, seed=3, ops=ops)
 
     return make

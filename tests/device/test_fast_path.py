@@ -1,0 +1,103 @@
+"""The whole fast path without a GPU: kernels, row state on the device and graphs, interpreted.
+
+Every kernel, `DeviceRows`, static buckets and the manifest are those of a GPU; a replay is the
+captured function run again. In a process of its own: whether a kernel is interpreted is decided
+where its module is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from interpreted import MARKS
+
+pytestmark = MARKS
+
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "eos_token_id": 7,
+    "head_dim": 16,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "vocab_size": 300,
+}
+# Prompts of less than a page, of pages and one more token, shared beginnings; plain draws and such
+# as need the general sampler; requests that end while others go on.
+SCRIPT = """
+import json, sys
+from holdfast import LLM, SamplingParams
+from holdfast.device import build
+made, build_engine = [], build.build_engine
+build.build_engine = lambda *a, **k: made.append(build_engine(*a, **k)) or made[-1]
+folder, options = sys.argv[1], json.loads(sys.argv[2])
+params = [
+    SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True),
+    SamplingParams(max_tokens=14, temperature=0.9, seed=5, ignore_eos=True),
+    SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True),
+    SamplingParams(max_tokens=8, temperature=0.7, top_p=0.8, seed=1, ignore_eos=True),
+    SamplingParams(max_tokens=8, temperature=0.0, repetition_penalty=1.3, ignore_eos=True),
+    SamplingParams(max_tokens=4, temperature=0.0, logprobs=2, ignore_eos=True),
+]
+shared = list(range(40, 49))
+prompts = [[3], shared, [*shared, 99], [5, 6, 7, 8], [9] * 17, [250, 2]]
+found = []
+with LLM(folder, load="dummy", threads=1, rows_max=5, pages=60, page_tokens=4,
+         prefill_tokens=12, **options) as llm:
+    for some in (slice(0, 3), slice(0, 6)):
+        for result in llm.generate(prompts[some], params[some]):
+            choice = result.choices[0]
+            logprobs = [round(one.logprob, 3) for one in choice.logprobs or ()]
+            found.append([choice.token_ids, choice.finish_reason, logprobs])
+stats = made[0].stats
+print(json.dumps({"found": found, "graphs": stats.graph_steps, "eager": stats.eager_steps}))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def answers(folder: Path, **options: Any) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), json.dumps(options)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_kernels_and_graphs_say_what_the_reference_says(folder: Path) -> None:
+    expected = answers(folder)
+    assert expected["graphs"] == {}
+    found = answers(folder, kernels="triton", graphs=True)
+    assert found["found"] == expected["found"]
+    # Steps were replayed with both samplers behind them, and nothing but prompts ran without.
+    assert found["graphs"]["fast"] > 5 and found["graphs"]["general"] > 3
+    assert set(found["eager"]) <= {"prefill", "mixed_query_lens"}
+
+
+def test_kernels_without_graphs_say_what_the_reference_says(folder: Path) -> None:
+    expected, found = answers(folder), answers(folder, kernels="triton")
+    assert found["found"] == expected["found"]
+    assert found["graphs"] == found["eager"] == {}
