@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from holdfast.errors import InvariantError, require
-from holdfast.wire.envelope import Refusal
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -63,7 +62,21 @@ TIER_SKIPS = ("busy", "full", "disk_busy")
 ROLES = ("api", "core", "worker", "standby", "keeper")
 # Behind a replay: a kernel of the graph itself, or the general sampler.
 SAMPLERS = ("fast", "general")
-EAGER = tuple(str(reason) for reason in Refusal)
+# wire.envelope.Refusal, which needs numpy and is not imported here; a test holds them together.
+EAGER = (
+    "disabled",
+    "empty",
+    "prefill",
+    "mixed_query_lens",
+    "bytes_moved",
+    "not_captured",
+    "too_many_rows",
+    "pool_epoch",
+    "weights_epoch",
+    "address_moved",
+    "context_too_long",
+    "window_phase",
+)
 # What is lost, and of a worker how: ended by a signal or an exit code of its own, by SIGKILL from
 # outside, no result in time, its own word, a result or frame that the core refused, silence where
 # it should have spoken to the supervisor; weights: they were not the bytes that were loaded; page:
