@@ -76,13 +76,22 @@ def test_a_nan_stays_in_its_row_of_the_stream(norm):
 
 def test_a_stream_of_bfloat16_is_rounded_before_it_is_squared(norm):
     x, delta = normal(3, 96).bfloat16(), normal(3, 96, seed=1).bfloat16()
-    weight = normal(96, seed=2).bfloat16()
-    out = norm.add_rms_norm(x, delta, weight, EPS, torch.empty_like(x))
-    # The interpreter rounds down: the norm is judged of the sum that it stored.
-    added = normal(3, 96).bfloat16().float() + delta.float()
-    torch.testing.assert_close(x.float(), added, atol=0.0, rtol=2**-7)
-    expected = rms_norm(x, weight, EPS, out=torch.empty_like(x))
-    torch.testing.assert_close(out.float(), expected.float(), atol=1e-6, rtol=2**-6)
+    weight = normal(96, seed=2)
+    before = x.float()
+    # A wide result shows what it was made of; the interpreter rounds the stream down.
+    out = norm.add_rms_norm(x, delta, weight, EPS, torch.empty(3, 96))
+    torch.testing.assert_close(x.float(), before + delta.float(), atol=0.0, rtol=2**-7)
+    expected = rms_norm(x, weight, EPS, out=torch.empty(3, 96))
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=2e-6)
+
+
+def test_a_norm_of_bfloat16_is_rounded_before_it_is_weighed(norm):
+    x, weight = normal(3, 96).bfloat16(), torch.full((96,), 3.0).bfloat16()
+    out = norm.add_rms_norm(x, None, weight, EPS, torch.empty_like(x))
+    unweighed = norm.add_rms_norm(x, None, torch.ones(96).bfloat16(), EPS, torch.empty_like(x))
+    # Of the product the interpreter keeps the leading bits.
+    product = (unweighed.float() * 3.0).view(torch.int32).bitwise_and_(-(1 << 16))
+    assert torch.equal(out.float(), product.view(torch.float32))
 
 
 def test_a_row_that_no_program_can_hold_is_refused(norm):
