@@ -25,7 +25,7 @@ import torch
 
 from holdfast.config import Limits
 from holdfast.device.buckets import Bucket
-from holdfast.device.checks import check_deltas, check_rows
+from holdfast.device.checks import HeldColumns, check_deltas, check_rows
 from holdfast.ops.attention import AttentionBatch
 from holdfast.ops.sampler import Pairs, SamplerInputs, seen_pairs
 from holdfast.wire.plan import StepPlan
@@ -200,6 +200,7 @@ class HostRows:
         self.limits = limits
         self.device = torch.device(device)
         self.table = RowTable(limits)
+        self._held = HeldColumns(limits)
         self.alike = DrawnAlike(limits)
         self._results = torch.zeros((2, limits.rows_max), dtype=torch.int32, device=self.device)
         self.drawn, self.finite = self._results[0], self._results[1]
@@ -214,6 +215,7 @@ class HostRows:
 
     def reset(self) -> None:
         self.table = RowTable(self.limits)
+        self._held = HeldColumns(self.limits)
 
     def warm_up(self) -> None:
         """There are no kernels."""
@@ -221,7 +223,8 @@ class HostRows:
     def apply(self, plan: StepPlan, epoch: int, last_step: int) -> None:
         check_deltas(plan, self.table, epoch, last_step)
         self.table.apply(plan)
-        check_rows(plan, self.table)
+        self._held.apply(plan)
+        check_rows(plan, self.table, self._held)
         self.alike.admit(plan.admits)
 
     def begin_digest(self, plan: StepPlan) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from holdfast.config import Limits
 from holdfast.errors import WorkerFault
 from holdfast.wire.plan import StepPlan, handle_groups, handle_pages
 from holdfast.wire.rows import RowTable, first_column
@@ -42,8 +43,43 @@ def check_deltas(plan: StepPlan, table: RowTable, epoch: int, last_step: int) ->
         _check_admits(plan, table)
 
 
-def check_rows(plan: StepPlan, table: RowTable) -> None:
-    """Refuse rows that cannot be computed; `table` is the state after the plan's deltas."""
+class HeldColumns:
+    """Of each row, how many of its table's first columns are known to hold a page, so that a step
+    looks at new ones only: 128 rows of 4,096 tokens have 32,768 columns, and a step adds eight.
+
+    One table's companion: `apply` follows each plan that is applied to it. In a layer group with a
+    window columns are given back, and nothing is remembered.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._known = np.zeros((limits.groups, limits.rows_total), np.int32)
+
+    def apply(self, plan: StepPlan) -> None:
+        """The plan's deltas were applied to the table."""
+        if plan.clears.size:
+            self._known[:, plan.clears] = 0
+        given = plan.page_writes[plan.page_writes["page"] == 0]
+        if given.size:
+            np.minimum.at(self._known, (given["group"], given["row"]), given["column"])
+
+    def missing(
+        self, table: RowTable, group: int, rows: np.ndarray, columns: np.ndarray
+    ) -> np.ndarray:
+        """bool[n]: whether some of the first `columns` int[n] of the rows int[n] hold no page."""
+        missing = columns > self._known[group, rows]
+        at = np.flatnonzero(missing)
+        if at.size:
+            width = int(columns[at].max())
+            unused = np.arange(width) >= columns[at, None]
+            held = (unused | (table.page_table[group, rows[at], :width] != 0)).all(axis=1)
+            self._known[group, rows[at[held]]] = columns[at[held]]
+            missing[at[held]] = False
+        return missing
+
+
+def check_rows(plan: StepPlan, table: RowTable, held: HeldColumns) -> None:
+    """Refuse rows that cannot be computed; `table` is the state after the plan's deltas, and `held`
+    its companion."""
     rows, query_lens = plan.rows, plan.query_lens
     if not rows.size == query_lens.size == plan.samples.size:
         raise _refusal(
@@ -66,7 +102,7 @@ def check_rows(plan: StepPlan, table: RowTable) -> None:
     _no_row(plan, ends > known, "computes tokens that nobody knows yet")
     early = (plan.samples != 0) & (ends < records["tokens_len"])
     _no_row(plan, early, "samples before the end of its known tokens")
-    _check_pages(plan, table, starts, ends)
+    _check_pages(plan, table, held, starts, ends)
 
 
 def _check_admits(plan: StepPlan, table: RowTable) -> None:
@@ -113,35 +149,47 @@ def _check_admits(plan: StepPlan, table: RowTable) -> None:
             raise _refusal(plan, f"admits {name} {admits[name][~fit][0]}")
 
 
-def _check_pages(plan: StepPlan, table: RowTable, starts: np.ndarray, ends: np.ndarray) -> None:
+def _check_pages(
+    plan: StepPlan, table: RowTable, held: HeldColumns, starts: np.ndarray, ends: np.ndarray
+) -> None:
     """Every page that the step reads or writes is held, and what it writes is its row's own."""
-    size = table.limits.page_tokens
-    rows = plan.rows
-    columns_used = (ends + size - 1) // size
-    width = int(columns_used.max())
-    columns = np.arange(width)
-    used = columns < columns_used[:, None]
-    written = used & (columns >= (starts // size)[:, None])
-    read = used & (columns < ((starts + size - 1) // size)[:, None])
+    size, rows = table.limits.page_tokens, plan.rows
+    first, behind = starts // size, (ends + size - 1) // size
     for group, window in enumerate(table.limits.windows):
-        pages = table.page_table[group, rows, :width]
         if window:
-            seen = columns >= first_column(starts, window, size)[:, None]
-            used, read = used & seen, read & seen
-        _no_row(plan, (used & (pages == 0)).any(axis=1), "needs a page that it does not hold")
-        targets = np.sort(pages[written])
+            low = first_column(starts, window, size)
+            missing = (_pages_between(table, group, rows, low, behind) == 0).any(axis=1)
+        else:
+            low = np.zeros_like(first)
+            missing = held.missing(table, group, rows, behind)
+        _no_row(plan, missing, "needs a page that it does not hold")
+        targets = _pages_between(table, group, rows, first, behind)
+        targets = np.sort(targets[targets > 0])
         if (targets[1:] == targets[:-1]).any():
             twice = targets[1:][targets[1:] == targets[:-1]][0]
             raise _refusal(plan, f"writes page {twice} for two rows")
-        for name, handles, touched in (
-            ("seals", plan.seals, targets),
-            ("zeros", plan.zeros, pages[read]),
-        ):
+        for name, handles in (("seals", plan.seals), ("zeros", plan.zeros)):
             mine = handle_pages(handles[handle_groups(handles) == group])
-            clash = mine[np.isin(mine, touched)] if mine.size else mine
+            if not mine.size:
+                continue
+            touched = targets
+            if name == "zeros":
+                touched = _pages_between(table, group, rows, low, (starts + size - 1) // size)
+            clash = mine[np.isin(mine, touched)]
             if clash.size:
                 verb = "writes" if name == "seals" else "reads"
                 raise _refusal(plan, f"{name} page {clash[0]} and {verb} it")
+
+
+def _pages_between(
+    table: RowTable, group: int, rows: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> np.ndarray:
+    """int32[n, w]: table entries of columns low .. high - 1 of each row, then -1."""
+    within = np.arange(max(0, int((high - low).max())))
+    columns = low[:, None] + within
+    inside = columns < high[:, None]
+    pages = table.page_table[group, rows[:, None], np.where(inside, columns, 0)]
+    return np.where(inside, pages, np.int32(-1))
 
 
 def _within(

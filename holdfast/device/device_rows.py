@@ -23,7 +23,7 @@ import torch
 from holdfast.config import Limits
 from holdfast.device.batch import Drawing, DrawnAlike, StepBatch, in_plan_order, penalised
 from holdfast.device.buckets import Bucket
-from holdfast.device.checks import check_deltas, check_rows
+from holdfast.device.checks import HeldColumns, check_deltas, check_rows
 from holdfast.device.frame import Frames
 from holdfast.errors import WorkerFault, require
 from holdfast.ops.attention import AttentionBatch
@@ -101,6 +101,7 @@ class DeviceRows:
         self.limits = limits
         self.device = torch.device(device)
         self.table = RowTable(limits)
+        self._held = HeldColumns(limits)
         self.alike = DrawnAlike(limits)
         rows, groups, columns = limits.rows_total, limits.groups, limits.table_columns
         self.records = self._zeros(rows, kernels.RECORD_WORDS)
@@ -161,6 +162,7 @@ class DeviceRows:
     def reset(self) -> None:
         require(self._untaken == 0, f"{self._untaken} results are on their way")
         self.table = RowTable(self.limits)
+        self._held = HeldColumns(self.limits)
         for table in (self.records, self.length, self.page_table, self.pages_len, self.tokens):
             table.zero_()
         self.bias_ids.zero_()
@@ -184,7 +186,8 @@ class DeviceRows:
     def apply(self, plan: StepPlan, epoch: int, last_step: int) -> None:
         check_deltas(plan, self.table, epoch, last_step)
         self.table.apply(plan)
-        check_rows(plan, self.table)
+        self._held.apply(plan)
+        check_rows(plan, self.table, self._held)
         self.alike.admit(plan.admits)
         for deltas in self.frames.upload(plan):
             self._apply(deltas.clears, deltas.admits, deltas.writes)

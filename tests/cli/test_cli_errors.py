@@ -135,8 +135,13 @@ def test_an_unknown_command_is_named() -> None:
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
 def test_serve_refuses_what_it_cannot_do(
-    arguments: tuple[str, ...], words: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...],
+    words: tuple[str, ...],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # A user has not set it; tests/conftest.py has.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     # In this process: the subprocess tests around show that the shell sees the same.
     code = run(["serve", *arguments])
     seen = capfd.readouterr()

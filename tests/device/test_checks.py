@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from devicekit import LIMITS, VOCAB, Hand, Request, handles
 
+from holdfast.device.checks import HeldColumns
 from holdfast.errors import WorkerFault
 from holdfast.wire.copies import COPY
 from holdfast.wire.plan import PAGE_WRITE, StepPlan, handles_of
+from holdfast.wire.rows import RowTable
 
 Change = Callable[[StepPlan], None]
 
@@ -203,3 +205,34 @@ def test_a_device_without_other_tiers_refuses_to_copy(hand):
 
 def test_handles_carry_the_generation_beside_the_page():
     assert handles([7])[0] == (1 << 24) | 7
+
+
+def test_columns_that_were_looked_at_once_are_looked_at_again_when_they_are_given_back():
+    limits = dataclasses.replace(LIMITS, rows_max=3, context_tokens=64, pages=60)
+    rng = np.random.default_rng(7)
+    table, held = RowTable(limits), HeldColumns(limits)
+    found = []
+    for step in range(400):
+        writes = np.zeros(int(rng.integers(0, 4)), PAGE_WRITE)
+        writes["row"] = rng.integers(1, 4, writes.size)
+        # Rising columns as the brain writes them, and now and then any, or a page taken away.
+        lens = table.pages_len[0, writes["row"]]
+        anywhere = rng.random(writes.size) < 0.2
+        columns = np.where(anywhere, rng.integers(0, limits.table_columns, writes.size), lens)
+        writes["column"] = np.minimum(columns, limits.table_columns - 1)
+        writes["page"] = rng.integers(0, 60, writes.size) * (rng.random(writes.size) < 0.9)
+        places = np.unique(writes[["row", "column"]], return_index=True)[1]
+        clears = np.array([rng.integers(1, 4)] if rng.random() < 0.03 else [], np.int32)
+        plan = StepPlan(epoch=1, step=step, clears=clears, page_writes=writes[places])
+        table.apply(plan)
+        held.apply(plan)
+        rows = rng.permutation(np.arange(1, 4))[: rng.integers(1, 4)]
+        columns = np.minimum(table.pages_len[0, rows] + rng.integers(-2, 2, rows.size), 16)
+        columns = np.maximum(columns, 0)
+        expected = [
+            bool((table.page_table[0, row, :count] == 0).any())
+            for row, count in zip(rows, columns, strict=True)
+        ]
+        assert held.missing(table, 0, rows, columns).tolist() == expected
+        found += expected
+    assert min(sum(found), len(found) - sum(found)) > 50, "nearly all was of one kind"
