@@ -26,7 +26,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -39,11 +39,14 @@ from holdfast.api.text import Tokenizer
 from holdfast.config import Limits, check_kernels
 from holdfast.cuda_driver import parse_device
 from holdfast.errors import EngineFault, InvalidField, OptionError, RequestError
-from holdfast.local import Drawn, LocalEngine, Run
+from holdfast.local import Device, Drawn, LocalEngine
 from holdfast.model.spec import ModelSpec, resolve_model
 from holdfast.proc.cuda_probe import probe
 from holdfast.sizing import GpuRoom, Sizing, Wishes, memory_available_bytes, size
 from holdfast.wire.messages import End, Refused, Submit
+
+if TYPE_CHECKING:
+    from holdfast.device.runner import Runner
 
 # A job in one's own process has no deadline unless it names one; a year is none.
 NO_DEADLINE_S = 365 * 86400.0
@@ -169,10 +172,10 @@ class LLM:
         return llm
 
     @classmethod
-    def over(cls, spec: ModelSpec, limits: Limits, run: Run) -> LLM:
-        """An LLM over a device that the caller opened: `run` executes a plan."""
+    def over(cls, spec: ModelSpec, limits: Limits, device: Device) -> LLM:
+        """An LLM over a device that the caller opened."""
         llm = cls.__new__(cls)
-        llm._attach(spec, limits, run, ids_will_do=False)
+        llm._attach(spec, limits, device, ids_will_do=False)
         return llm
 
     def _open(
@@ -187,25 +190,27 @@ class LLM:
         seed: int,
         progress: LoadReport | None,
     ) -> None:
-        # The device answers before it returns here, so a second plan ahead would only compute
-        # tokens past the end of requests that the first one ends.
-        limits = dataclasses.replace(
-            sizing.limits, timeout_s=NO_DEADLINE_S, steps_ahead=1, api_processes=1
-        )
+        limits = dataclasses.replace(sizing.limits, timeout_s=NO_DEADLINE_S, api_processes=1)
         report = progress or (lambda what, done, total: None)
         cores = threads or os.cpu_count() or 1
-        run = _open_device(
+        runner = _open_device(
             spec, limits, device, sizing.dtype, kernels, load, graphs, seed, cores, report
         )
-        self._attach(spec, limits, run, ids_will_do=load == "dummy")
+        # Where the device answers before `launch` returns, a second plan ahead would only compute
+        # tokens past the end of requests that the first one ends.
+        ahead = min(limits.steps_ahead, runner.in_flight_max)
+        limits = dataclasses.replace(limits, steps_ahead=ahead)
+        self._attach(spec, limits, runner, ids_will_do=load == "dummy")
 
-    def _attach(self, spec: ModelSpec, limits: Limits, run: Run, *, ids_will_do: bool) -> None:
+    def _attach(
+        self, spec: ModelSpec, limits: Limits, device: Device, *, ids_will_do: bool
+    ) -> None:
         self.spec = spec
         self.limits = limits
         self.tokenizer = load_tokenizer(
             spec.path, vocab_size=spec.vocab_size, ids_will_do=ids_will_do
         )
-        self._engine = LocalEngine(limits, run)
+        self._engine = LocalEngine(limits, device)
 
     # --- life ---
 
@@ -565,7 +570,7 @@ def _open_device(
     seed: int,
     threads: int,
     report: LoadReport,
-) -> Run:
+) -> Runner:
     """A device with its weights loaded, in memory of this process. Imports torch."""
     from holdfast.device.build import build_engine
     from holdfast.device.cuda import open_device
@@ -587,4 +592,4 @@ def _open_device(
     )
     if graphs:
         runner.warm_up(lambda done, total: report("graphs", done, total))
-    return runner.run
+    return runner

@@ -3,9 +3,14 @@
 The same brain, journal and plans as `serve`, with function calls for links. Any thread may submit
 and cancel (a deque, never a lock, so an event loop is not blocked by a step); any thread may
 `advance`, one at a time, and a step then serves everybody's requests, so callers batch together.
-Knows ids only; text is the sinks' business. No torch: the device comes in as `run`.
+Knows ids only; text is the sinks' business. No torch: the device comes in from outside.
 
-Invariant: every submitted request's sink hears exactly one end, also when the device fails.
+A device that computes by itself is kept one step ahead: the brain gives `limits.steps_ahead` plans,
+all are launched, and only then is the oldest result waited for. What that result says is worked out
+while the next step computes.
+
+Invariants: every submitted request's sink hears exactly one end, also when the device fails; no
+plan is in flight once no request lives, so who has all its answers may take the device away.
 """
 
 from __future__ import annotations
@@ -15,7 +20,8 @@ import mmap
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,18 +83,43 @@ class Sink(Protocol):
 Run = Callable[[StepPlan], StepResult]
 
 
-class LocalEngine:
-    """`run` executes one plan and returns its result; it may raise WorkerFault."""
+class Device(Protocol):
+    """What executes plans in their order. May raise WorkerFault, and what a GPU has to say."""
 
-    def __init__(self, limits: Limits, run: Run, *, tag: bytes = b"") -> None:
+    def launch(self, plan: StepPlan) -> None:
+        """Begin one plan; at most `limits.steps_ahead` are not collected."""
+        ...
+
+    def collect(self) -> StepResult:
+        """The result of the oldest plan that was launched; waits for it."""
+        ...
+
+
+class Immediate:
+    """A Device of a function that executes one plan and returns its result."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._results: deque[StepResult] = deque()
+
+    def launch(self, plan: StepPlan) -> None:
+        self._results.append(self._run(plan))
+
+    def collect(self) -> StepResult:
+        return self._results.popleft()
+
+
+class LocalEngine:
+    """A brain with these limits over a device made for them."""
+
+    def __init__(self, limits: Limits, device: Device, *, tag: bytes = b"") -> None:
         self.limits = limits
         # Anonymous mappings: the journal is sized for the worst case and touched as it is used.
         self._journal = mmap.mmap(-1, Journal.size(limits))
         metrics = Metrics(memoryview(mmap.mmap(-1, Metrics.size(1))), 0)
         self._brain = Brain(limits, Journal(memoryview(self._journal), limits), metrics, tag=tag)
-        self._run = run
+        self._device = device
         self._inbox: deque[tuple[ToCore, tuple[Sink, ...]]] = deque()
-        self._results: deque[StepResult] = deque()
         self._sinks: dict[int, Sink] = {}
         self._ids = itertools.count(1)
         self._stepping = threading.Lock()
@@ -144,7 +175,8 @@ class LocalEngine:
         return self._thread is not None and self._thread.is_alive()
 
     def close(self) -> None:
-        """End every request and stop the thread. Raises InvariantError when it does not stop."""
+        """End every request and stop the thread. Raises InvariantError when it does not stop, and
+        what broke the device under a plan that was still in flight."""
         self._closed = True
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -153,6 +185,11 @@ class LocalEngine:
                 raise InvariantError(f"the stepping thread did not end in {THREAD_STOP_S} s")
         with self._stepping:
             self._end_all(End.SHUTDOWN, "the LLM was closed")
+            # What is in flight reads and writes memory that is given back next. After a failure
+            # nothing more is asked of the device: it may be what has failed.
+            if self.failure is None:
+                with self._breaking():
+                    self._commit_all()
 
     def _drive(self) -> None:
         while not self._closed:
@@ -168,8 +205,14 @@ class LocalEngine:
     def _advance(self) -> None:
         if self.failure is not None or self._closed:
             return
-        try:
+        with self._breaking():
             self._step()
+
+    @contextmanager
+    def _breaking(self) -> Iterator[None]:
+        """What is raised within ends the engine."""
+        try:
+            yield
         except BaseException as error:
             # Whatever it is, a Ctrl-C between two halves of a step included: plans may be launched
             # and not committed, so this engine cannot go on. Everybody is told, then it goes up.
@@ -185,17 +228,12 @@ class LocalEngine:
             self._receive(message, sinks)
         brain.expire(time.monotonic())
         while (plan := brain.plan(time.monotonic())) is not None:
-            self._results.append(self._run(plan))
-        committed = bool(self._results)
-        if committed:
-            brain.commit(self._results.popleft(), time.monotonic())
-        output = brain.take_output()
-        for _, kind, payload in output:
-            if kind == Kind.TOKENS:
-                self._tokens(TokenBatch.decode(payload))
-            else:
-                self._message(payload)
-        moved = committed or output or before
+            self._device.launch(plan)
+        committed = brain.in_flight > 0
+        moved = self._commit() or committed or before
+        # The last request may end while a step beyond it computes, which nobody will ask for.
+        if not brain.live:
+            self._commit_all()
         owed = brain.live or self._sinks
         self._empty_rounds = 0 if moved or not owed else self._empty_rounds + 1
         if self._empty_rounds > EMPTY_ROUNDS_MAX:
@@ -203,6 +241,25 @@ class LocalEngine:
                 f"{brain.live} requests are live, {len(self._sinks)} are waited for, and nothing "
                 "is planned"
             )
+
+    def _commit(self) -> bool:
+        """Take the oldest result, if a plan is in flight, and say what the brain has to say:
+        whether it was anything."""
+        brain = self._brain
+        if brain.in_flight:
+            brain.commit(self._device.collect(), time.monotonic())
+        output = brain.take_output()
+        for _, kind, payload in output:
+            if kind == Kind.TOKENS:
+                self._tokens(TokenBatch.decode(payload))
+            else:
+                self._message(payload)
+        return bool(output)
+
+    def _commit_all(self) -> None:
+        """Wait for what is in flight."""
+        while self._brain.in_flight:
+            self._commit()
 
     def _receive(self, message: ToCore, sinks: tuple[Sink, ...]) -> None:
         if isinstance(message, Submit):

@@ -104,6 +104,10 @@ class Rows(Protocol):
     finite: torch.Tensor
     """int32[rows_max], device: 0 where a row was not finite."""
 
+    feeds_back: bool
+    """Whether drawn tokens reach the next step on the device, so that a plan may be launched before
+    the result of the last one is on the host."""
+
     @property
     def lags(self) -> bool:
         """Whether tokens are on their way that `table` does not have."""
@@ -194,6 +198,7 @@ class DrawnAlike:
 class HostRows:
     """Row state in host memory: nothing of it is ever on its way."""
 
+    feeds_back = False
     lags = False
 
     def __init__(self, limits: Limits, device: torch.device | str = "cpu") -> None:

@@ -95,6 +95,8 @@ class DeviceRows:
     """Row state of R = limits.rows_total rows; the tables are RowTable's, as int32 (`records` too,
     20 words a row; `bias_values` by their bits)."""
 
+    feeds_back = True
+
     def __init__(
         self, limits: Limits, device: torch.device | str, *, delta_words: int | None = None
     ) -> None:

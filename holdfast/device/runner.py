@@ -40,7 +40,8 @@ from holdfast.ops.kernels.compiles import CompileCount
 from holdfast.ops.sampler import Draws, Sampler
 from holdfast.wire.plan import ROW_NOT_FINITE, StepPlan, StepResult, handle_pages
 
-# Plans launched and not collected: one step ahead (config.Limits.steps_ahead).
+# Plans launched and not collected, where tokens feed back on the device: one step ahead
+# (config.Limits.steps_ahead).
 IN_FLIGHT_MAX = 2
 
 
@@ -93,9 +94,7 @@ class _Flight:
 
 class Runner:
     """`run` is `launch` and `collect`: then a step is over when it returns. The device is the
-    memory's. in_flight_max: plans launched and not collected."""
-
-    in_flight_max = IN_FLIGHT_MAX
+    memory's."""
 
     def __init__(
         self,
@@ -143,8 +142,14 @@ class Runner:
         self.rows.reset()
 
     @property
+    def in_flight_max(self) -> int:
+        """Plans that it makes sense to have launched and not collected. With rows on the host a
+        plan's result is there when `launch` returns."""
+        return IN_FLIGHT_MAX if self.rows.feeds_back else 1
+
+    @property
     def in_flight(self) -> int:
-        """Plans launched and not collected, at most `in_flight_max`."""
+        """Plans launched and not collected."""
         return len(self._flights)
 
     @property
@@ -161,7 +166,7 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> None:
         """Begin one plan. Raises WorkerFault when it is out of order or unfit."""
-        require(len(self._flights) < IN_FLIGHT_MAX, f"{len(self._flights)} plans are in flight")
+        require(self.in_flight < IN_FLIGHT_MAX, f"{len(self._flights)} plans are in flight")
         launched_ns = time.perf_counter_ns()
         self.rows.apply(plan, self.epoch, self.step)
         self.step = plan.step

@@ -42,8 +42,17 @@ SCRIPT = """
 import json, sys
 from holdfast import LLM, SamplingParams
 from holdfast.device import build
-made, build_engine = [], build.build_engine
-build.build_engine = lambda *a, **k: made.append(build_engine(*a, **k)) or made[-1]
+made, build_engine, in_flight = [], build.build_engine, []
+def watched(*arguments, **named):
+    runner = build_engine(*arguments, **named)
+    launch = runner.launch
+    def told(plan):
+        launch(plan)
+        in_flight.append(runner.in_flight)
+    runner.launch = told
+    made.append(runner)
+    return runner
+build.build_engine = watched
 folder, options = sys.argv[1], json.loads(sys.argv[2])
 params = [
     SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True),
@@ -63,8 +72,11 @@ with LLM(folder, load="dummy", threads=1, rows_max=5, pages=60, page_tokens=4,
             choice = result.choices[0]
             logprobs = [round(one.logprob, 3) for one in choice.logprobs or ()]
             found.append([choice.token_ids, choice.finish_reason, logprobs])
+        assert made[0].in_flight == 0, "who has all answers left a step behind"
 stats = made[0].stats
-print(json.dumps({"found": found, "graphs": stats.graph_steps, "eager": stats.eager_steps}))
+flights = [in_flight.count(1), in_flight.count(2)]
+print(json.dumps({"found": found, "flights": flights, "graphs": stats.graph_steps,
+                  "eager": stats.eager_steps}))
 """
 
 
@@ -95,9 +107,13 @@ def test_kernels_and_graphs_say_what_the_reference_says(folder: Path) -> None:
     # Steps were replayed with both samplers behind them, and nothing but prompts ran without.
     assert found["graphs"]["fast"] > 5 and found["graphs"]["general"] > 3
     assert set(found["eager"]) <= {"prefill", "mixed_query_lens"}
+    # Nearly every plan was launched before the result of the one before was collected.
+    alone, ahead = found["flights"]
+    assert ahead > 4 * alone > 0
 
 
 def test_kernels_without_graphs_say_what_the_reference_says(folder: Path) -> None:
     expected, found = answers(folder), answers(folder, kernels="triton")
     assert found["found"] == expected["found"]
     assert found["graphs"] == found["eager"] == {}
+    assert found["flights"][1] == 0, "rows on the host: a second plan has nothing to run beside"

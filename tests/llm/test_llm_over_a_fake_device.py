@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,8 +15,11 @@ from holdfast.api.schema import SamplingParams
 from holdfast.config import Limits
 from holdfast.errors import EngineFault, InvalidField, WorkerFault
 from holdfast.llm import LLM, NO_DEADLINE_S
+from holdfast.local import Drawn, Immediate
 from holdfast.model.spec import ModelSpec, resolve_model
 from holdfast.sim.fake_worker import FakeWorker, expected_token
+from holdfast.wire.messages import End, Refused, Submit
+from holdfast.wire.plan import StepPlan, StepResult
 
 SPEC = ModelSpec.load(resolve_model(None))
 
@@ -27,7 +32,7 @@ def limits(**changes: int) -> Limits:
 
 def make(**changes: int) -> LLM:
     bounds = limits(**changes)
-    return LLM.over(SPEC, bounds, FakeWorker(bounds).run)
+    return LLM.over(SPEC, bounds, Immediate(FakeWorker(bounds).run))
 
 
 @pytest.fixture
@@ -193,7 +198,7 @@ def test_a_fault_of_the_device_reaches_every_caller_and_later_ones() -> None:
             raise WorkerFault("the device broke")
         return worker.run(plan)
 
-    with LLM.over(SPEC, bounds, run) as llm:
+    with LLM.over(SPEC, bounds, Immediate(run)) as llm:
         with pytest.raises(WorkerFault, match="broke"):
             llm.generate(prompts(4), exactly(30))
         with pytest.raises(WorkerFault, match="broke"):
@@ -213,7 +218,7 @@ def test_a_fault_ends_streams_with_an_engine_fault() -> None:
         async for _ in llm.stream([1, 2, 3], exactly(30)):
             pass
 
-    with LLM.over(SPEC, bounds, run) as llm, pytest.raises(EngineFault, match="broke"):
+    with LLM.over(SPEC, bounds, Immediate(run)) as llm, pytest.raises(EngineFault, match="broke"):
         asyncio.run(asyncio.wait_for(read(llm), 30))
 
 
@@ -232,3 +237,128 @@ def test_close_ends_streams_and_refuses_what_comes_after() -> None:
     with pytest.raises(EngineFault, match="closed"):
         llm.generate([[1]], exactly(1))
     llm.close()
+
+
+# --- a device that is kept one step ahead ---
+
+
+class Later:
+    """Computes when it is asked for the result, as a GPU is not done when a launch returns. Breaks
+    where it is told to, and counts the most plans that were launched and not collected."""
+
+    def __init__(self, bounds: Limits, *, breaks_launch: int = 0, breaks_collect: int = 0) -> None:
+        self._worker = FakeWorker(bounds)
+        self._breaks = breaks_launch, breaks_collect
+        self.plans: deque[StepPlan] = deque()
+        self.most = 0
+
+    def launch(self, plan: StepPlan) -> None:
+        self._break(plan, self._breaks[0])
+        self.plans.append(plan)
+        self.most = max(self.most, len(self.plans))
+
+    def collect(self) -> StepResult:
+        plan = self.plans.popleft()
+        self._break(plan, self._breaks[1])
+        return self._worker.run(plan)
+
+    def _break(self, plan: StepPlan, step: int) -> None:
+        if plan.step == step:
+            raise WorkerFault(f"step {step} broke")
+
+
+def ahead(**breaks: int) -> tuple[LLM, Later]:
+    bounds = limits(steps_ahead=2)
+    device = Later(bounds, **breaks)
+    return LLM.over(SPEC, bounds, device), device
+
+
+def test_a_plan_is_launched_before_the_result_of_the_last_and_answers_are_the_same() -> None:
+    llm, device = ahead()
+    with llm:
+        for seed in range(2):
+            asked = prompts(20, seed=seed)
+            results = llm.generate(asked, [exactly(1 + at % 9) for at in range(20)])
+            for at, (prompt, result) in enumerate(zip(asked, results, strict=True)):
+                assert result.token_ids == oracle(prompt, 1 + at % 9)
+            assert not device.plans, "who has all answers left a step behind"
+        assert device.most == 2 and llm._engine.idle
+        # What the last steps owe is sealed by the next one, with steps ahead or without.
+        llm.engine.advance(1.0)
+        assert llm._engine._brain.ledger.held() == 0
+
+
+@pytest.mark.parametrize("where", ["breaks_launch", "breaks_collect"])
+def test_a_fault_with_another_plan_in_flight_is_told_once_and_nothing_more_is_asked(
+    where: str,
+) -> None:
+    llm, device = ahead(**{where: 6})
+    with llm:
+        for _ in range(2):
+            with pytest.raises(WorkerFault, match="step 6 broke"):
+                llm.generate(prompts(4), exactly(30))
+    # One other plan was in flight, and none was launched behind the fault.
+    assert [plan.step for plan in device.plans] == [5 if where == "breaks_launch" else 7]
+
+
+def test_leaving_a_stream_with_a_plan_in_flight_leaves_no_plan_and_no_page_behind() -> None:
+    llm, device = ahead()
+
+    async def leave() -> None:
+        async for _ in llm.stream([4, 5, 6], exactly(200)):
+            return
+
+    with llm:
+        asyncio.run(asyncio.wait_for(leave(), 30))
+        assert llm.generate([[1, 2]], exactly(3))[0].token_ids == oracle([1, 2], 3)
+        assert llm._engine.idle and llm._engine._brain.ledger.held() == 0
+    assert device.most == 2 and not device.plans
+
+
+def test_close_waits_for_what_is_in_flight_before_memory_is_given_back() -> None:
+    llm, device = ahead()
+    llm.engine.submit(job := submitted(llm), (Deaf(),))
+    for _ in range(3):
+        llm.engine.advance(1.0)
+    assert job.ids and device.plans
+    llm.close()
+    assert not device.plans
+    llm.close()
+
+
+def test_a_fault_under_the_last_plan_in_flight_is_raised_by_close_once() -> None:
+    llm, _ = ahead(breaks_collect=4)
+    llm.engine.submit(submitted(llm), (Deaf(),))
+    for _ in range(3):
+        llm.engine.advance(1.0)
+    with pytest.raises(WorkerFault, match="step 4 broke"):
+        llm.close()
+    llm.close()
+
+
+class Deaf:
+    """A sink that hears everything and says nothing."""
+
+    def push(self, drawn: Drawn) -> int | None:
+        return None
+
+    def finish(self, end: End, message: str) -> None:
+        assert end is End.SHUTDOWN, message
+
+    def refuse(self, refusal: Refused) -> None:
+        raise AssertionError(refusal)
+
+
+def submitted(llm: LLM) -> Submit:
+    """A request of one token that would run for a hundred steps."""
+    params = exactly(100).resolve(llm.limits, prompt_tokens=1, end_ids=SPEC.end_ids)
+    return Submit(
+        ids=llm.engine.new_ids(1),
+        prompt=np.array([7], np.int32).tobytes(),
+        seeds=params.seeds,
+        max_tokens=params.max_tokens,
+        sampling=params.sampling,
+        deadline_s=time.monotonic() + 60,
+        tenant="",
+        priority=params.priority,
+    )
