@@ -27,6 +27,7 @@ from holdfast.config import Limits
 from holdfast.device.buckets import Bucket
 from holdfast.device.checks import HeldColumns, check_deltas, check_rows
 from holdfast.ops.attention import AttentionBatch
+from holdfast.ops.pinned import Uploads
 from holdfast.ops.sampler import Pairs, SamplerInputs, seen_pairs
 from holdfast.wire.plan import StepPlan
 from holdfast.wire.rows import RowTable
@@ -213,6 +214,8 @@ class HostRows:
         self._buckets: Bucket | None = None
         self._digest = 0
         self._found = (np.empty(0, np.int32), np.empty(0, bool))
+        # Tokens, positions and slots of int64 each, and last tokens of every row.
+        self._uploads = Uploads(self.device, 6 * limits.prefill_tokens + 8 * limits.rows_max)
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -242,27 +245,25 @@ class HostRows:
         ends = starts + query_lens
         _, positions, tokens = table.inputs(rows, query_lens)
         columns = int(self.limits.pages_for_tokens(int(ends.max())))
-        attention = AttentionBatch.build(
-            query_lens=query_lens,
-            starts=starts,
-            # Group 0 is full attention, the only kind there is yet (Limits.groups).
-            page_table=table.page_table[0, rows, :columns],
-            page_tokens=self.limits.page_tokens,
-            device=self.device,
-        )
+        # Group 0 is full attention, the only kind there is yet (Limits.groups).
+        page_table, page_tokens = table.page_table[0, rows, :columns], self.limits.page_tokens
         drawing = Drawing.of(table, plan)
-        last = np.cumsum(query_lens) - 1
+        last = np.cumsum(query_lens, dtype=np.int64) - 1
+        tokens, positions, slots, last_tokens, last_waiting = self._uploads.put(
+            tokens.astype(np.int64),
+            positions.astype(np.int64),
+            AttentionBatch.slots_of(query_lens, starts, page_table, page_tokens),
+            last[drawing.rows],
+            last[drawing.waiting],
+        )
         return StepBatch(
-            tokens=self._staged(tokens),
-            positions=self._staged(positions),
-            attention=attention,
-            last_tokens=self._staged(last[drawing.rows]),
-            last_waiting=self._staged(last[drawing.waiting]),
+            tokens=tokens,
+            positions=positions,
+            attention=AttentionBatch(query_lens, starts, page_table, page_tokens, slots),
+            last_tokens=last_tokens,
+            last_waiting=last_waiting,
             drawing=drawing,
         )
-
-    def _staged(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(device=self.device)
 
     # Without graphs nobody asks for buckets, and they are as large as all page tables.
     def _static(self) -> tuple[Staging, Bucket]:

@@ -58,10 +58,14 @@ def build_engine(
     if kernels == "triton":
         # Imported late: it imports triton.
         from holdfast.device.graph_kernels import DeviceAttention, KernelDraw
+        from holdfast.ops.kernels.sample import KeyedDraws
 
+        # One workspace for both: steps follow each other on one stream, and copy what they drew.
+        draws = KeyedDraws(limits.vocab_size, limits.rows_max, device)
         made = {
             "attention": DeviceAttention(ops.attention, limits),
-            "draw": KernelDraw(limits, device),
+            "draw": KernelDraw(draws),
+            "plain": draws,
         }
     replayed = Decoder(spec, weights, ops)
     return build_runner(limits, decoder, memory, graphs=replayed, **made, **options)

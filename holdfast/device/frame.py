@@ -1,15 +1,13 @@
 """Frames: what a plan tells the device, packed into one buffer and copied by one copy.
 
-Owns the ring of pinned staging slots and the one buffer in device memory that they are copied to
-(ops.kernels.rows has the layout). The home of: a staging slot is reused after its event. A plan
-whose deltas are larger than a slot becomes several frames, cut between deltas and in their order,
-so memory is bounded whatever a plan brings. Called by device.device_rows from one thread; it knows
-no tables and launches no kernels. On a CPU (tests) a copy is over when it returns.
+Owns the one buffer in device memory that staging slots (ops.pinned) are copied to; ops.kernels.rows
+has the layout. A plan whose deltas are larger than a slot becomes several frames, cut between
+deltas and in their order, so memory is bounded whatever a plan brings. Called by device.device_rows
+from one thread; it knows no tables and launches no kernels.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,19 +16,15 @@ import numpy as np
 import torch
 
 from holdfast.config import Limits
-from holdfast.errors import WorkerFault, require
+from holdfast.errors import require
 from holdfast.ops.kernels.rows import HEADER, RECORD_WORDS, STEP_ARRAYS
+from holdfast.ops.pinned import Ring
 from holdfast.wire.plan import ADMIT, StepPlan
 
-# One being copied for each step in flight, and one being written.
-SLOTS = 3
 # Room for deltas at least: 16 Ki page writes, so that all but a recovery's plans are one frame.
 _DELTA_WORDS = 1 << 16
 _ADMIT_WORDS = RECORD_WORDS + 3
 _WRITE_WORDS = 4
-# A copy waits behind two steps at most; the supervisor's deadline of a step is shorter than this.
-_SLOT_TIMEOUT_S = 600.0
-_LOOK_S = 50e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,33 +60,6 @@ class Places:
         return cls(np.cumsum(plan.query_lens) - plan.query_lens, places)
 
 
-class Slot:
-    """One pinned buffer, int32[words], and the event of the copy from it."""
-
-    def __init__(self, words: int, device: torch.device) -> None:
-        pinned = device.type == "cuda"
-        self.tensor = torch.zeros(words, dtype=torch.int32, pin_memory=pinned)
-        self.words = self.tensor.numpy()
-        self._event = torch.cuda.Event() if pinned else None
-        self._copied = False
-
-    def wait(self) -> None:
-        """Until the slot may be written. Raises WorkerFault when its copy never ends."""
-        if self._event is None or not self._copied or self._event.query():
-            return
-        end_s = time.monotonic() + _SLOT_TIMEOUT_S
-        while not self._event.query():
-            if time.monotonic() > end_s:
-                raise WorkerFault(f"a staging copy is not over after {_SLOT_TIMEOUT_S:.0f} s")
-            time.sleep(_LOOK_S)
-
-    def copied(self) -> None:
-        """A copy from the slot was just launched on the current stream."""
-        if self._event is not None:
-            self._event.record()
-            self._copied = True
-
-
 class Frames:
     """The ring and its target. device: int32[words] in device memory, at one address for life."""
 
@@ -104,8 +71,7 @@ class Frames:
         self._room = max(delta_words, longest)
         self._first = HEADER + STEP_ARRAYS * limits.rows_max
         words = self._first + self._room
-        self._slots = [Slot(words, device) for _ in range(SLOTS)]
-        self._turn = 0
+        self._ring = Ring(device, words)
         self.device = torch.zeros(words, dtype=torch.int32, device=device)
 
     def upload(self, plan: StepPlan) -> Iterator[Deltas]:
@@ -115,9 +81,7 @@ class Frames:
         """
         shape = Places.of(plan)
         for deltas in self._cut(plan):
-            slot = self._slots[self._turn]
-            self._turn = (self._turn + 1) % SLOTS
-            slot.wait()
+            slot = self._ring.take()
             used = self._write(slot.words, plan, deltas, shape)
             self.device[:used].copy_(slot.tensor[:used], non_blocking=True)
             slot.copied()

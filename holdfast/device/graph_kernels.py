@@ -47,8 +47,8 @@ class DeviceAttention:
 class KernelDraw:
     """A device.graphs.Draw by ops.kernels.sample."""
 
-    def __init__(self, limits: Limits, device: torch.device) -> None:
-        self._draws = KeyedDraws(limits.vocab_size, limits.rows_max, device)
+    def __init__(self, draws: KeyedDraws) -> None:
+        self._draws = draws
 
     @property
     def addresses(self) -> tuple[int, ...]:

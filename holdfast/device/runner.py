@@ -8,9 +8,9 @@ come in the order of their plans. Called by proc.worker, `LLM` and tests, from o
 not know links or processes.
 
 On a GPU with graphs a plan may be launched before the result of the last one was collected, and a
-step waits for the device once: for the event of its result's copy. Only a step whose draw needs
-the general sampler waits in `launch` as well (ops.sampler), and one with penalties for the tokens
-before it.
+step waits for the device once: for the event of its result's copy, prompts and mixed steps too.
+Only a step whose draw needs the general sampler waits in `launch` as well (ops.sampler), and one
+with penalties for the tokens before it.
 
 What can fail, and what then: a plan out of order or unfit, a broken kernel -> WorkerFault or
 torch's error, the epoch ends (lose the worker); a row with a NaN or infinite logit -> that row
@@ -37,7 +37,8 @@ from holdfast.errors import WorkerFault, require
 from holdfast.ops.attention import AttentionBatch
 from holdfast.ops.checksum import PendingSums
 from holdfast.ops.kernels.compiles import CompileCount
-from holdfast.ops.sampler import Draws, Sampler
+from holdfast.ops.pinned import Uploads
+from holdfast.ops.sampler import Draws, Sampler, plain_rows
 from holdfast.wire.plan import ROW_NOT_FINITE, StepPlan, StepResult, handle_pages
 
 # Plans launched and not collected, where tokens feed back on the device: one step ahead
@@ -57,6 +58,19 @@ class DecoderLike(Protocol):
     ) -> torch.Tensor: ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+class PlainDraws(Protocol):
+    """ops.kernels.sample.KeyedDraws: draws for rows that ask for no more than a temperature
+    (ops.sampler `plain_rows`), which never wait for the device."""
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        temperature: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 @dataclass(slots=True)
@@ -106,10 +120,11 @@ class Runner:
         threads: int | None = None,
         rows: Rows | None = None,
         graphs: StepGraphs | None = None,
+        plain: PlainDraws | None = None,
     ) -> None:
         """threads: of torch's operations in this process; None leaves them as they are. rows:
         HostRows where none is given. graphs: over the same rows and memory, captured by
-        `warm_up`."""
+        `warm_up`. plain: draws in eager steps none of whose rows needs the general sampler."""
         if threads is not None:
             torch.set_num_threads(threads)
         self.limits = limits
@@ -125,6 +140,9 @@ class Runner:
         self._flights: deque[_Flight] = deque()
         self._fetched_ns = 0
         self._sampler = Sampler(limits.vocab_size, memory.pool.device)
+        self._plain = plain
+        # Once a step: seeds, positions and temperatures, or two lists of rows.
+        self._uploads = Uploads(memory.pool.device, 6 * limits.rows_max)
         self._compiles = CompileCount()
         self._compiles_ready: int | None = None
 
@@ -275,8 +293,8 @@ class Runner:
             logits = self.decoder.logits(hidden)[: plan.rows.size]
             last_waiting = torch.from_numpy(drawing.waiting)
             if drawing.waiting.size:
-                logits = logits[torch.from_numpy(drawing.rows).to(device=logits.device)]
-                last_waiting = last_waiting.to(device=logits.device)
+                rows, last_waiting = self._uploads.put(drawing.rows, drawing.waiting)
+                logits = logits[rows]
         logprobs = self._draw(drawing, logits, hidden, last_waiting)
         self.rows.settle(plan, placed=True)
         return True, logprobs
@@ -288,13 +306,20 @@ class Runner:
         hidden: torch.Tensor,
         last_waiting: torch.Tensor,
     ) -> _Logprobs | None:
-        """Draw by the general sampler and look at who waits, into the rows' results."""
+        """Draw, by the general sampler unless no row needs it, and look at who waits, into the
+        rows' results."""
         count, n = drawing.rows.size, drawing.rows.size + drawing.waiting.size
         draws = None
         if logits is not None and count:
-            draws = self._sampler.sample(logits, drawing.sampling, drawing.top_count)
-            self.rows.drawn[:count].copy_(draws.tokens)
-            self.rows.finite[:count].copy_(draws.finite)
+            inputs = drawing.sampling
+            if self._plain is not None and plain_rows(inputs, self.limits.vocab_size).all():
+                keys = inputs.seeds.view(np.int64), inputs.positions, inputs.temperature
+                tokens, finite = self._plain.sample(logits, *self._uploads.put(*keys))
+            else:
+                draws = self._sampler.sample(logits, inputs, drawing.top_count)
+                tokens, finite = draws.tokens, draws.finite
+            self.rows.drawn[:count].copy_(tokens)
+            self.rows.finite[:count].copy_(finite)
         if drawing.waiting.size:
             # A chunk's row fails now: its pages must not be sealed and shared before it draws.
             self.rows.finite[count:n].copy_(hidden[last_waiting].isfinite().all(dim=-1))

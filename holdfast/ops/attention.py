@@ -86,7 +86,16 @@ class AttentionBatch:
         page_tokens: int,
         device: torch.device | str,
     ) -> AttentionBatch:
-        """Lay out one step.
+        """Lay out one step; waits for the device. Arguments and errors as `slots_of` has them."""
+        slots = AttentionBatch.slots_of(query_lens, starts, page_table, page_tokens)
+        on_device = torch.from_numpy(slots).to(device)
+        return AttentionBatch(query_lens, starts, page_table, page_tokens, on_device)
+
+    @staticmethod
+    def slots_of(
+        query_lens: np.ndarray, starts: np.ndarray, page_table: np.ndarray, page_tokens: int
+    ) -> np.ndarray:
+        """int64[t], host: what `slots` of such a step holds.
 
         query_lens: int32[n], each >= 1; starts: int32[n], tokens whose KV is in the pages already;
         page_table: int32[n, columns] with columns * page_tokens >= starts + query_lens.
@@ -110,10 +119,7 @@ class AttentionBatch:
         position = starts.astype(np.int64)[row] + within
         page = page_table[row, position // page_tokens].astype(np.int64)
         require(int(page.min()) >= 0, f"a query token has page {page.min()}")
-        slots = page * page_tokens + position % page_tokens
-        return AttentionBatch(
-            query_lens, starts, page_table, page_tokens, torch.from_numpy(slots).to(device)
-        )
+        return page * page_tokens + position % page_tokens
 
 
 @dataclass(frozen=True, slots=True)

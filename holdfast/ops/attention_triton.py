@@ -6,8 +6,9 @@ others to the prefill kernel, over tiles. `plan` and `attend` stand where ops.at
 `decode` takes static buffers, for graphs and for eager steps of the same shape, which so compute
 the same bits. Imported only where triton is (ops.kernels.available).
 
-Invariant: every call works on the current stream, waits for nothing and, but for `plan`, allocates
-nothing. Padding rows (length 0) give zeros and are never looked up in their table.
+Invariant: every call works on the current stream, waits for nothing (but `plan` for the pinned slot
+that it used three plans before) and, `plan` again excepted, allocates nothing. Padding rows (length
+0) give zeros and are never looked up in their table.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from holdfast.ops.kernels.prefill_attention import (
     PrefillConfig,
     cut_tiles,
 )
+from holdfast.ops.pinned import Uploads
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,10 @@ class TritonAttention:
             itemsize=itemsize,
             config=prefill_config,
         )
+        # A table, lengths and first tokens of every row, and a tile for each and as many more.
+        columns = -(-context_max // page_tokens)
+        words = rows_max * (columns + 2 + 2 * TILE_FIELDS)
+        self._uploads = Uploads(self.device, words)
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -118,11 +124,10 @@ class TritonAttention:
         dtype: torch.dtype,
         scratch: Scratch,
     ) -> TritonPlan:
-        """Lay a step out: its index arrays go to the device in one copy, into `scratch`. Of a
-        StaticBatch they lie there, and nothing is launched.
+        """Lay a step out: its index arrays go to the device in one copy, from pinned memory and
+        into memory of the plan's own. Of a StaticBatch they lie there, and nothing is launched.
 
-        The arguments are those of ops.attention.plan_attention. Valid until the next plan with the
-        same scratch; kernels still queued on the same stream are read before it is overwritten.
+        The arguments are those of ops.attention.plan_attention; scratch is left alone.
         Raises InvariantError when the step is not of the shape this object was made for, or a row
         uses a page that the pool does not have.
         """
@@ -147,8 +152,11 @@ class TritonAttention:
         tiles[1] += behind[tiles[0]].astype(np.int32)
         tiles[0] += rows.size
         table = self._table(batch, pool.shape[0])[order]
-        table_arg, lengths, first_tokens, tiles_arg = self._to_device(
-            [table, (starts + lens)[rows], first[rows], tiles], scratch
+        table_arg, lengths, first_tokens, tiles_arg = self._uploads.put(
+            *(
+                array.astype(np.int32, copy=False)
+                for array in (table, (starts + lens)[rows], first[rows], tiles)
+            )
         )
         return TritonPlan(
             heads=heads,
@@ -159,7 +167,7 @@ class TritonAttention:
             lengths=lengths,
             first_tokens=first_tokens if others.size else None,
             query_len=query_len,
-            tiles=tiles_arg.view(TILE_FIELDS, -1),
+            tiles=tiles_arg,
         )
 
     def attend(
@@ -285,17 +293,3 @@ class TritonAttention:
             f"a step reads pages {held.min()} to {held.max()} of a pool of {pages}",
         )
         return table
-
-    def _to_device(self, arrays: list[np.ndarray], scratch: Scratch) -> list[torch.Tensor]:
-        """The arrays, as int32 and in one copy; each begins on a 16-byte line."""
-        sizes = [-(-array.size // 4) * 4 for array in arrays]
-        ends = np.cumsum(sizes)
-        packed = np.zeros(int(ends[-1]), np.int32)
-        for array, end, size in zip(arrays, ends, sizes, strict=True):
-            packed[end - size : end - size + array.size] = array.reshape(-1)
-        device = scratch.take("attention_index", (packed.size,), torch.int32)
-        device.copy_(torch.from_numpy(packed))
-        return [
-            device[end - size : end - size + array.size].view(array.shape)
-            for array, end, size in zip(arrays, ends, sizes, strict=True)
-        ]
