@@ -149,6 +149,8 @@ class LLM:
             dtype=dtype or ("float32" if gpu is None else "bfloat16"),
             available_bytes=memory_available_bytes(),
             gpu=gpu,
+            kernels=kernels,
+            graphs=graphs,
         )
         self._open(spec, sizing, device, kernels, load, graphs, threads, seed, progress)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from holdfast import gpu_work
 from holdfast.config import Limits
 from holdfast.errors import OptionError
 
@@ -33,25 +34,13 @@ API_BYTES = 120 * MIB
 
 # On the GPU, of one process that computes there: its context with torch's and cuBLAS's own memory.
 GPU_CONTEXT_BYTES = 800 * MIB
-# ... and what a step of the torch reference needs at most, besides what grows with the model: the
-# scratch of attention (ops.attention: 128 MiB gathered in two types, partial results of 128 MiB in
-# three copies, scores and index arrays).
-GPU_SCRATCH_BYTES = 1 * GIB
-# Bytes a row and word of the vocabulary in the sampler: logits, edited logits, noise, scores and
-# probabilities in float32, keys in int64 twice, sorted.
-_SAMPLER_BYTES = 48
-# Bytes a query token and hidden element, or element of the gated layer: the stream, its norms,
-# q, k, v, attended and products; both halves of the gate, in the model's type and in float32.
-_HIDDEN_BYTES, _GATED_BYTES = 64, 20
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
-class Dimensions(Protocol):
+class Dimensions(gpu_work.Dimensions, Protocol):
     """What sizing needs of a model; model.spec.ModelSpec has it."""
 
-    vocab_size: int
     context_tokens: int
-    hidden_size: int
-    intermediate_size: int
 
     def kv_token_bytes(self, dtype: str) -> int: ...
     def weights_bytes(self, dtype: str) -> int: ...
@@ -167,15 +156,21 @@ def size(
     dtype: str,
     available_bytes: int,
     gpu: GpuRoom | None = None,
+    kernels: str = "reference",
+    graphs: bool = False,
 ) -> Sizing:
     """Decide every bound of an engine that serves `model`, on `gpu` where one is given.
 
-    available_bytes: of the machine's own memory. Raises OptionError, with the numbers, when an
-    option is wrong or the memory is too small.
+    available_bytes: of the machine's own memory. kernels, graphs: how a GPU computes.
+    Raises OptionError, with the numbers, when an option is wrong or the memory is too small.
     """
     limits = _wished_limits(model, wishes)
     if gpu is not None:
-        return _size_on_gpu(model, wishes, limits, dtype, available_bytes, gpu)
+        step = gpu_work.work_bytes(
+            model, limits, itemsize=_ITEM_BYTES[dtype], kernels=kernels, graphs=graphs
+        )
+        work = gpu.processes * (GPU_CONTEXT_BYTES + step)
+        return _size_on_gpu(model, wishes, limits, dtype, available_bytes, gpu, work)
     weights = model.weights_bytes(dtype)
     token_bytes = model.kv_token_bytes(dtype)
     page_bytes = token_bytes * limits.page_tokens
@@ -236,7 +231,9 @@ def _size_on_gpu(
     dtype: str,
     available_bytes: int,
     gpu: GpuRoom,
+    work: int,
 ) -> Sizing:
+    """work: bytes that all processes take there beside weights and pages."""
     weights = model.weights_bytes(dtype)
     token_bytes = model.kv_token_bytes(dtype)
     page_bytes = token_bytes * limits.page_tokens
@@ -249,7 +246,6 @@ def _size_on_gpu(
             f"journal ({show_bytes(journal)}) and processes ({show_bytes(process)}) are more than "
             f"the {show_bytes(available_bytes)} of memory available: {_memory_advice(wishes)}",
         )
-    work = gpu.processes * (GPU_CONTEXT_BYTES + gpu_step_bytes(model, limits))
     room = max(0, gpu.ours_bytes - weights - work)
     taken = (
         f"of {show_bytes(gpu.free_bytes)} free GPU memory --gpu-memory-utilization "
@@ -291,16 +287,6 @@ def _size_on_gpu(
         gpu=gpu,
         gpu_work_bytes=work,
     )
-
-
-def gpu_step_bytes(model: Dimensions, limits: Limits) -> int:
-    """The most that a step of the torch reference takes on a GPU beside weights, pages and context.
-
-    tests/gpu holds it against what torch says it took.
-    """
-    sampler = _SAMPLER_BYTES * limits.rows_max * model.vocab_size
-    tokens = _HIDDEN_BYTES * model.hidden_size + _GATED_BYTES * 2 * model.intermediate_size
-    return GPU_SCRATCH_BYTES + sampler + tokens * limits.prefill_tokens
 
 
 def _wished_limits(model: Dimensions, wishes: Wishes) -> Limits:

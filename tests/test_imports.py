@@ -18,7 +18,9 @@ BRAIN = BASE | {"wire", "kv", "core"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
-    "sizing": BASE,
+    "sizing": BASE | {"gpu_work"},
+    # The table of splits (ops/kernels/decode_config) and of buckets (wire/envelope): no torch.
+    "gpu_work": BASE | {"ops", "wire"},
     # The driver's calls by ctypes: keeper and probe have no torch, and both wings are told devices.
     "cuda_driver": {"errors"},
     "wire": BASE,

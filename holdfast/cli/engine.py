@@ -60,7 +60,15 @@ def prepare(
             # Where its memory cannot be shared, each worker has its own, one at a time.
             processes=gpu_processes if not found.unshared else 1,
         )
-    sizing = size(spec, asked, dtype=dtype, available_bytes=available, gpu=gpu)
+    sizing = size(
+        spec,
+        asked,
+        dtype=dtype,
+        available_bytes=available,
+        gpu=gpu,
+        kernels=engine.kernels.value,
+        graphs=engine.graphs is Graphs.ON,
+    )
     return Prepared(spec, sizing, device, engine.kernels.value)
 
 

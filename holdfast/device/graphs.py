@@ -218,8 +218,13 @@ class StepGraphs:
         return Footing(1, 1, LAYOUT, self._attention.name, addresses)
 
     @torch.inference_mode()
-    def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Capture every bucket, the largest first, on no row. progress(done, total) of captures.
+    def capture(
+        self,
+        progress: Callable[[int, int], None] | None = None,
+        rest: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Capture every bucket, the largest first, on no row. progress(done, total) of captures;
+        rest: called after each.
 
         Writes the trash page and no other.
         """
@@ -228,8 +233,10 @@ class StepGraphs:
         total, done = len(self.ladder) * (1 + tails), 0
         for rows in reversed(self.ladder):
             self._bodies[rows] = self._capture.capture(functools.partial(self._body, rows))
+            rest()
             if tails:
                 self._tails[rows] = self._capture.capture(functools.partial(self._tail, rows))
+                rest()
             done += 1 + tails
             if progress is not None:
                 progress(done, total)

@@ -19,6 +19,7 @@ alone, StepResult.faults; a step that no graph is admitted for -> computed eager
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -226,11 +227,29 @@ class Runner:
         return result
 
     @torch.inference_mode()
-    def warm_up(self, captured: Callable[[int, int], None] | None = None) -> None:
+    def warm_up(
+        self,
+        captured: Callable[[int, int], None] | None = None,
+        rest: Callable[[], None] | None = None,
+    ) -> None:
         """Run every kind of kernel once, on the trash page and on no row, and capture graphs.
 
         Page 0 is zero again afterwards, as fresh memory is. captured(done, total) counts graphs.
+        rest: called between two pieces of the work, when the device is done with the first.
         """
+        if rest is None:
+            self._warm_up(captured, lambda: None)
+        else:
+            self._warm_up(captured, functools.partial(self._idle_then, rest))
+
+    def _idle_then(self, rest: Callable[[], None]) -> None:
+        if self.memory.pool.device.type != "cpu":
+            torch.cuda.synchronize(self.memory.pool.device)
+        rest()
+
+    def _warm_up(
+        self, captured: Callable[[int, int], None] | None, rest: Callable[[], None]
+    ) -> None:
         self.rows.warm_up()
         for query_lens in self._warm_up_shapes():
             tokens = int(query_lens.sum())
@@ -246,11 +265,13 @@ class Runner:
             positions = torch.arange(tokens, device=self.memory.pool.device)
             hidden = self.decoder.forward(ids, positions, attention, self.memory.pool)
             self.decoder.logits(hidden[-query_lens.size :])
+            rest()
         if self.memory.pool.device.type != "cpu":
             self._warm_up_sampler()
+            rest()
         self.memory.warm_up_sums()
         if self._graphs is not None:
-            self._graphs.capture(captured)
+            self._graphs.capture(captured, rest)
         self.memory.zero_pages(np.zeros(1, np.int64))
 
     def _warm_up_sampler(self) -> None:

@@ -8,6 +8,8 @@ process anew by `exec` (proc.child.start_again): same pid, same descriptors, sam
 foreground from then on. A thread of the class also dies when there is time left over, so whoever
 kills the process takes it out of there first, where it may.
 
+A GPU is shared by turns, whatever class a thread is in: there a standby is paced (proc.pace).
+
 The work must not touch the control channel, which the main thread reads meanwhile.
 """
 

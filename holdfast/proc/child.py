@@ -13,9 +13,10 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     worker, weights, pool (the keeper's: a    limits, model, device, dtype, pool_dtype, kernels,
     standby memfd, or GPU memory behind a     load, seed, threads, loaded (the slab holds the
             descriptor; absent where such     weights already: do not load), background (a standby
-            memory cannot be shared)          prepares itself with CPU time that is left over),
-                                              scrub_gbps, graphs; drills, provoke (only of a server
-                                              started with --drills)
+            memory cannot be shared)          prepares itself with CPU time that is left over, or
+                                              rests as long as it uses a GPU), scrub_gbps,
+                                              graphs; drills, provoke (only of a server started
+                                              with --drills)
     core    journal, metrics (memfds)         limits, epoch, tag, recover, fault_tokens,
                                               step_timeout_s, scrub_pages_s
     api     core (link, epoch 0), metrics     limits, model, served_name, api_keys, cors_origins,

@@ -193,8 +193,7 @@ class ServeOptions:
             "graphs": self.graphs,
             "loaded": loaded,
             "scrub_gbps": self.scrub_gbps / 2,
-            # With all it loads; a GPU is shared by turns, whatever class a thread is in.
-            "background": loaded and self.device == "cpu",
+            "background": loaded,
             **self.extra,
         }
 

@@ -23,6 +23,7 @@ of the last one is there, and results leave in the order of their plans.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import select
@@ -46,6 +47,7 @@ from holdfast.proc.child import EXIT_FAULT, EXIT_OPERATOR, Boot, boot, start_aga
 from holdfast.proc.control import Control, Message
 from holdfast.proc.cuda_memory import Mapping
 from holdfast.proc.lifecycle.slot import title
+from holdfast.proc.pace import Pace
 from holdfast.wire.link import Kind, Link
 from holdfast.wire.plan import StepPlan
 
@@ -291,11 +293,13 @@ def _work(start: Boot, control: Control) -> int:
 
     provocations = _provocations(start, control)
     # Only now is torch imported: what the operator can mend is said before the seconds it takes.
-    if start.role == "standby" and config["background"]:
+    unnoticed = start.role == "standby" and config["background"]
+    if unnoticed and config["device"] == "cpu":
         runner, facts = prepare_in_background(start, spec, control, provocations)
     else:
         captured = Progress(control, "graphs", hears=False)
-        runner, facts = prepare(start, spec, control, provocations, captured)
+        rest = Pace(functools.partial(wait_for_hurry, control, provocations)) if unnoticed else None
+        runner, facts = prepare(start, spec, control, provocations, captured, rest)
     import torch
 
     # Here, since this thread will serve; OMP_NUM_THREADS says the same to one that prepares. The
@@ -345,17 +349,33 @@ def prepare_in_background(
     while not work.wait(LOOK_S):
         hurry = time.monotonic() > patient_until_s
         for message, _ in control.receive():
-            if message["type"] == "provoke" and provocations is not None:
-                provocations.take(message)
-            elif message["type"] == "hurry":
-                hurry = True
-            else:
-                raise _stop(message)
+            hurry |= hurries(message, provocations)
         if hurry and not hurried:
             hurried = True
             if not leave_background():
                 start_again(start, "holdfast.proc.worker")
     return work.result()
+
+
+def wait_for_hurry(control: Control, provocations: Provocations | None, timeout_s: float) -> bool:
+    """Whether this standby is needed now; waits up to `timeout_s` for the word. Raises as
+    prepare_in_background does."""
+    end_s = time.monotonic() + timeout_s
+    while received := control.wait(max(0.0, end_s - time.monotonic())):
+        if hurries(received[0], provocations):
+            return True
+    return False
+
+
+def hurries(message: Message, provocations: Provocations | None) -> bool:
+    """What may be said to a standby that prepares itself: whether it was to hurry. Raises Stopped
+    when it was to stop."""
+    if message["type"] == "provoke" and provocations is not None:
+        provocations.take(message)
+        return False
+    if message["type"] == "hurry":
+        return True
+    raise _stop(message)
 
 
 def prepare(
@@ -364,9 +384,10 @@ def prepare(
     control: Control,
     provocations: Provocations | None = None,
     captured: Callable[[int, int], None] | None = None,
+    rest: Callable[[], None] | None = None,
 ) -> tuple[Runner, dict[str, Any]]:
     """A warm runner over the keeper's memory, and what to tell of it. captured(done, total) counts
-    graphs; None in a thread that may not speak."""
+    graphs; None in a thread that may not speak. rest: called between two pieces of the warm-up."""
     from holdfast.device.build import build_engine
     from holdfast.device.cuda import open_device
     from holdfast.model.weights import WeightsLayout
@@ -391,7 +412,7 @@ def prepare(
     )
     if provocations is not None:
         provocations.at("capture")
-    runner.warm_up(captured)
+    runner.warm_up(captured, rest)
     facts = {
         "device": str(device),
         "weights_bytes": memory.weights.numel(),

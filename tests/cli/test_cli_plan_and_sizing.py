@@ -9,8 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from holdfast import gpu_work
+from holdfast.config import Limits
 from holdfast.errors import OptionError
-from holdfast.sizing import GIB, MIB, GpuRoom, Wishes, memory_available_bytes, show_bytes, size
+from holdfast.ops.kernels.decode_config import choose_config, splits_max
+from holdfast.sizing import (
+    GIB,
+    GPU_CONTEXT_BYTES,
+    MIB,
+    GpuRoom,
+    Wishes,
+    memory_available_bytes,
+    show_bytes,
+    size,
+)
 
 
 class Small:
@@ -20,6 +32,10 @@ class Small:
     context_tokens = 4096
     hidden_size = 320
     intermediate_size = 896
+    layers = 14
+    heads = 5
+    kv_heads = 1
+    head_dim = 64
 
     def kv_token_bytes(self, dtype: str) -> int:
         return 7168
@@ -145,12 +161,26 @@ def test_bytes_are_shown_with_binary_units(count: int, shown: str) -> None:
 
 
 def sized_on_gpu(
-    free: int = 139 * GIB, *, utilization: float = 0.9, processes: int = 2, **wishes: object
+    free: int = 139 * GIB,
+    *,
+    utilization: float = 0.9,
+    processes: int = 2,
+    kernels: str = "reference",
+    graphs: bool = False,
+    **wishes: object,
 ):
     gpu = GpuRoom(
         total_bytes=140 * GIB, free_bytes=free, utilization=utilization, processes=processes
     )
-    return size(Small(), Wishes(**wishes), dtype="bfloat16", available_bytes=24 * GIB, gpu=gpu)
+    return size(
+        Small(),
+        Wishes(**wishes),
+        dtype="bfloat16",
+        available_bytes=24 * GIB,
+        gpu=gpu,
+        kernels=kernels,
+        graphs=graphs,
+    )
 
 
 def test_a_large_gpu_holds_every_row_at_the_longest_context() -> None:
@@ -194,3 +224,119 @@ def test_what_does_not_fit_a_gpu_is_refused_by_the_option_to_change(
         sized_on_gpu(**changes)
     assert caught.value.option == option
     assert any(letter.isdigit() for letter in str(caught.value))
+
+
+# --- what kernels and graphs take of it ---
+
+
+class Eight(Small):
+    """Qwen3-8B's dimensions, as far as they count here."""
+
+    vocab_size = 151936
+    context_tokens = 40960
+    hidden_size = 4096
+    intermediate_size = 12288
+    layers = 36
+    heads = 32
+    kv_heads = 8
+    head_dim = 128
+
+
+def wide(**changes: int) -> Limits:
+    chosen = {"context_tokens": 40960, "pages": 10_000, "rows_max": 64, "live_tokens": 1 << 20}
+    return Limits(vocab_size=Eight.vocab_size, **(chosen | changes))
+
+
+def test_kernels_take_less_than_the_reference_and_graphs_more_than_kernels() -> None:
+    wishes = {"rows_max": 4096, "utilization": 0.2}
+    reference = sized_on_gpu(**wishes)
+    kernels = sized_on_gpu(kernels="triton", **wishes)
+    graphs = sized_on_gpu(kernels="triton", graphs=True, **wishes)
+    assert kernels.gpu_work_bytes < graphs.gpu_work_bytes
+    assert kernels.gpu_work_bytes < reference.gpu_work_bytes
+    # What graphs take is not handed out as pages.
+    taken = GIB + graphs.weights_bytes + graphs.kv_bytes + graphs.gpu_work_bytes
+    assert taken <= 28 * GIB < taken + graphs.page_bytes
+    assert graphs.limits.pages < kernels.limits.pages
+
+
+def test_each_part_of_what_graphs_take_grows_with_what_it_is_made_of() -> None:
+    def work(graphs: bool = True, **changes: int) -> int:
+        return gpu_work.work_bytes(
+            Eight(), wide(**changes), itemsize=2, kernels="triton", graphs=graphs
+        )
+
+    # Logits of a bucket in bfloat16, twice, and the general sampler's 48 bytes a word.
+    rows = work(rows_max=128) - work(rows_max=64)
+    assert rows > 64 * 151936 * (48 + 4)
+    # Twice the rotations: 40,960 positions of 128 numbers are 20 MiB each.
+    assert gpu_work.rotation_bytes(Eight(), wide()) == 20 * MIB
+    longer = work(context_tokens=40960) - work(context_tokens=20480)
+    assert longer > 2 * 10 * MIB
+    # Page tables of 2,560 columns in the rows and again in the bucket.
+    assert gpu_work.row_state_bytes(wide()) > 2 * 64 * 2560 * 4
+    # An idle standby with graphs stays below the 3 GiB that it may take, its context included.
+    assert GPU_CONTEXT_BYTES + work() < 3 * GIB
+    assert 0 < work() - work(graphs=False) < 300 * MIB
+
+
+@pytest.mark.parametrize("rows, page_tokens, context", [(5, 16, 512), (64, 7, 1000), (1, 1, 64)])
+def test_what_is_counted_is_what_the_device_makes(
+    rows: int, page_tokens: int, context: int
+) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    from holdfast.device.device_rows import DeviceRows
+    from holdfast.ops.kernels.decode_attention import DecodeAttention
+    from holdfast.ops.kernels.rope import rotation_table
+    from holdfast.ops.kernels.sample import KeyedDraws
+
+    limits = wide(rows_max=rows, page_tokens=page_tokens, context_tokens=context)
+
+    def held(thing: object) -> int:
+        """Bytes of the memory behind an object's tensors, each counted once."""
+        found = {}
+        for value in vars(thing).values():
+            if isinstance(value, torch.Tensor):
+                found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return sum(found.values())
+
+    made = DeviceRows(limits, "cpu")
+    bucket = made.bucket(rows)
+    static = sum(
+        buffer.numel() * buffer.element_size()
+        for name in bucket.__dataclass_fields__
+        if name not in ("drawn", "finite")
+        for buffer in (getattr(bucket, name),)
+    )
+    assert held(made) + held(made.frames) + static == gpu_work.row_state_bytes(limits)
+    assert held(KeyedDraws(limits.vocab_size, rows, "cpu")) == gpu_work.draw_bytes(Eight(), limits)
+    table = rotation_table(torch.ones(64), context)
+    assert table.nbytes == gpu_work.rotation_bytes(Eight(), limits)
+    attention = DecodeAttention(
+        "cpu",
+        rows_max=rows,
+        query_len_max=1,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        page_tokens=page_tokens,
+        context_max=limits.table_columns * page_tokens,
+        sm_count=132,
+    )
+    assert attention.workspace_bytes <= gpu_work.attention_workspace_bytes(Eight(), limits, 2)
+
+
+@given(
+    rows=st.integers(1, 600),
+    kv_heads=st.sampled_from([1, 2, 4, 8, 12]),
+    head_dim=st.sampled_from([64, 80, 96, 128, 256]),
+    itemsize=st.sampled_from([2, 4]),
+    context=st.integers(1, 200_000),
+    sm_count=st.integers(1, 192),
+)
+def test_no_smaller_gpu_cuts_a_bucket_in_more_parts_than_is_counted(
+    rows: int, kv_heads: int, head_dim: int, itemsize: int, context: int, sm_count: int
+) -> None:
+    shape = rows, kv_heads, head_dim, itemsize, context
+    assert choose_config(*shape, sm_count).splits <= splits_max(*shape, 192)

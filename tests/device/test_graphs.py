@@ -157,6 +157,19 @@ def test_buckets_are_captured_largest_first_and_the_smallest_that_holds_a_step_i
         recorder.replays.clear()
 
 
+def test_a_warm_up_rests_after_each_of_its_shapes_and_captures(spec):
+    recorder = Recorder()
+    runner = make_runner(spec, LIMITS, graphs=True)
+    runner._graphs._capture = recorder
+    forwards: list[int] = []
+    forward = runner.decoder.forward
+    runner.decoder.forward = lambda *step: forwards.append(1) or forward(*step)
+    rests: list[tuple[int, int]] = []
+    runner.warm_up(rest=lambda: rests.append((len(forwards), len(recorder.captured))))
+    captures = range(1, 2 * len(buckets(LIMITS.rows_max)) + 1)
+    assert rests == [(1, 0), (2, 0), *((2, done) for done in captures)]
+
+
 @pytest.mark.parametrize("which", ["tokens", "page_table", "slots", "drawn"])
 def test_a_buffer_that_moved_behind_a_graph_is_noticed_and_not_replayed(spec, which):
     recorder = Recorder()

@@ -38,12 +38,29 @@ def choose_config(
     Few rows: as many splits as fill the GPU once. Many: four times, since then the last, partly
     filled turn costs little, and more for the longest contexts unless there are programs enough.
     """
-    lanes = 1 << (head_dim - 1).bit_length()
-    block = _TILE_BYTES[itemsize] // (2 * lanes * itemsize)
-    block = min(128, max(16, block))
+    block = _block(head_dim, itemsize)
     pairs = rows * kv_heads
     at_once = _PROGRAMS_PER_SM * sm_count
     splits = at_once // pairs if 4 * pairs <= at_once else -(-4 * at_once // pairs)
-    for_length = min(-(-context_max // _SPLIT_TOKENS_MAX), _PROGRAMS_MAX // pairs)
-    splits = max(splits, for_length)
+    splits = max(splits, _splits_for_length(context_max, pairs))
     return DecodeConfig(block=block, splits=min(max(1, splits), -(-context_max // block)))
+
+
+def splits_max(
+    rows: int, kv_heads: int, head_dim: int, itemsize: int, context_max: int, sm_count: int
+) -> int:
+    """`choose_config` on no GPU of at most so many SMs gives more splits: what a workspace may be
+    as large as before the GPU is known."""
+    pairs = rows * kv_heads
+    many = -(-4 * _PROGRAMS_PER_SM * sm_count // pairs)
+    splits = max(many, _splits_for_length(context_max, pairs))
+    return min(max(1, splits), -(-context_max // _block(head_dim, itemsize)))
+
+
+def _block(head_dim: int, itemsize: int) -> int:
+    lanes = 1 << (head_dim - 1).bit_length()
+    return min(128, max(16, _TILE_BYTES[itemsize] // (2 * lanes * itemsize)))
+
+
+def _splits_for_length(context_max: int, pairs: int) -> int:
+    return min(-(-context_max // _SPLIT_TOKENS_MAX), _PROGRAMS_MAX // pairs)
