@@ -105,7 +105,7 @@ class Result:
 
 
 # Fields of Wishes that say how processes work together.
-SERVER_ONLY = ("steps_ahead", "api_processes", "timeout_s")
+SERVER_ONLY = ("api_processes", "timeout_s")
 
 
 class LLM:
@@ -113,7 +113,8 @@ class LLM:
     float32 or bfloat16, None for float32 on a CPU and bfloat16 on a GPU. kernels: how layers are
     computed, of holdfast.config.KERNELS. graphs: decode steps are replayed from captured graphs
     where they can be. `options`: the fields of holdfast.sizing.Wishes (rows_max, pages,
-    kv_memory_bytes, context_tokens, ...).
+    kv_memory_bytes, context_tokens, ...); steps_ahead is 2 at most, and 1 wherever a device answers
+    before the next plan.
 
     Raises ModelError or OptionError, in one line each, before anything large is loaded.
     """

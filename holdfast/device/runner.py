@@ -59,6 +59,7 @@ class DecoderLike(Protocol):
     ) -> torch.Tensor: ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+    def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
 
 class PlainDraws(Protocol):
@@ -283,13 +284,17 @@ class Runner:
 
     def _warm_up_shapes(self) -> list[np.ndarray]:
         """int32[n] query lengths each. A GPU loads a kernel when it first sees its shape, which a
-        resumed stream would wait for: there also a full prompt chunk and full batches."""
+        resumed stream would wait for: there also full chunks, full batches and mixed steps."""
         limits = self.limits
         shapes = {(1,), (min(limits.page_tokens, limits.context_tokens),)}
         if self.memory.pool.device.type != "cpu":
             shapes.add((min(limits.prefill_tokens, limits.context_tokens),))
-            rows = [2**power for power in range(1, limits.rows_max.bit_length())]
+            rows = {2**power for power in range(1, limits.rows_max.bit_length())}
+            rows.add(limits.rows_max)
             shapes.update((1,) * count for count in rows)
+            # Beside a chunk rows that decode lie elsewhere, which other kernels know.
+            chunk = min(max(2, limits.page_tokens), limits.context_tokens)
+            shapes.update((1,) * (count - 1) + (chunk,) for count in rows)
         return [np.array(shape, np.int32) for shape in sorted(shapes)]
 
     def _forward(self, plan: StepPlan) -> tuple[bool, _Logprobs | None]:
@@ -307,11 +312,16 @@ class Runner:
                 batch.tokens, batch.positions, batch.attention, self.memory.pool
             )
             drawing, last_waiting = batch.drawing, batch.last_waiting
-            logits = self.decoder.logits(hidden[batch.last_tokens]) if drawing.rows.size else None
+            logits = None
+            if drawing.rows.size:
+                # Plain draws take the product's own type, as behind graphs: no other kernel.
+                head = self.decoder.raw_logits if self._plainly(drawing) else self.decoder.logits
+                logits = head(hidden[batch.last_tokens])
         else:
             hidden, drawing = step.hidden, Drawing.of(self.rows.table, plan)
             # Of the whole bucket, as a tail computes them: products of another shape round anew.
-            logits = self.decoder.logits(hidden)[: plan.rows.size]
+            head = self.decoder.raw_logits if self._plainly(drawing) else self.decoder.logits
+            logits = head(hidden)[: plan.rows.size]
             last_waiting = torch.from_numpy(drawing.waiting)
             if drawing.waiting.size:
                 rows, last_waiting = self._uploads.put(drawing.rows, drawing.waiting)
@@ -319,6 +329,12 @@ class Runner:
         logprobs = self._draw(drawing, logits, hidden, last_waiting)
         self.rows.settle(plan, placed=True)
         return True, logprobs
+
+    def _plainly(self, drawing: Drawing) -> bool:
+        """Whether no row needs the general sampler, and there is another."""
+        if self._plain is None:
+            return False
+        return bool(plain_rows(drawing.sampling, self.limits.vocab_size).all())
 
     def _draw(
         self,
@@ -333,7 +349,7 @@ class Runner:
         draws = None
         if logits is not None and count:
             inputs = drawing.sampling
-            if self._plain is not None and plain_rows(inputs, self.limits.vocab_size).all():
+            if self._plain is not None and self._plainly(drawing):
                 keys = inputs.seeds.view(np.int64), inputs.positions, inputs.temperature
                 tokens, finite = self._plain.sample(logits, *self._uploads.put(*keys))
             else:

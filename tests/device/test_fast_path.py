@@ -132,3 +132,8 @@ def test_kernels_without_graphs_say_what_the_reference_says(folder: Path) -> Non
     assert found["found"] == expected["found"]
     assert found["graphs"] == found["eager"] == {}
     assert found["flights"][1] == 0, "rows on the host: a second plan has nothing to run beside"
+
+
+def test_launching_ahead_can_be_switched_off(folder: Path) -> None:
+    found = answers(folder, kernels="triton", graphs=True, steps_ahead=1)
+    assert found["graphs"]["fast"] > 5 and found["flights"][1] == 0
