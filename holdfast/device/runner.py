@@ -252,7 +252,8 @@ class Runner:
         self, captured: Callable[[int, int], None] | None, rest: Callable[[], None]
     ) -> None:
         self.rows.warm_up()
-        for query_lens in self._warm_up_shapes():
+        on_gpu = self.memory.pool.device.type != "cpu"
+        for query_lens in warm_up.step_shapes(self.limits, on_gpu=on_gpu):
             tokens = int(query_lens.sum())
             columns = self.limits.pages_for_tokens(int(query_lens.max()))
             attention = AttentionBatch.build(
@@ -267,7 +268,7 @@ class Runner:
             hidden = self.decoder.forward(ids, positions, attention, self.memory.pool)
             self.decoder.logits(hidden[-query_lens.size :])
             rest()
-        if self.memory.pool.device.type != "cpu":
+        if on_gpu:
             self._warm_up_sampler()
             rest()
         self.memory.warm_up_sums()
@@ -281,21 +282,6 @@ class Runner:
         draws = self._sampler.sample(logits, warm_up.sampler_inputs(), warm_up.TOP_COUNT)
         draws.tokens.cpu()
         logits.isfinite().all(dim=-1).cpu()
-
-    def _warm_up_shapes(self) -> list[np.ndarray]:
-        """int32[n] query lengths each. A GPU loads a kernel when it first sees its shape, which a
-        resumed stream would wait for: there also full chunks, full batches and mixed steps."""
-        limits = self.limits
-        shapes = {(1,), (min(limits.page_tokens, limits.context_tokens),)}
-        if self.memory.pool.device.type != "cpu":
-            shapes.add((min(limits.prefill_tokens, limits.context_tokens),))
-            rows = {2**power for power in range(1, limits.rows_max.bit_length())}
-            rows.add(limits.rows_max)
-            shapes.update((1,) * count for count in rows)
-            # Beside a chunk rows that decode lie elsewhere, which other kernels know.
-            chunk = min(max(2, limits.page_tokens), limits.context_tokens)
-            shapes.update((1,) * (count - 1) + (chunk,) for count in rows)
-        return [np.array(shape, np.int32) for shape in sorted(shapes)]
 
     def _forward(self, plan: StepPlan) -> tuple[bool, _Logprobs | None]:
         """Compute the plan's rows and draw for those that sample; whether the draws are placed."""

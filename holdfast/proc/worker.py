@@ -293,12 +293,11 @@ def _work(start: Boot, control: Control) -> int:
 
     provocations = _provocations(start, control)
     # Only now is torch imported: what the operator can mend is said before the seconds it takes.
-    unnoticed = start.role == "standby" and config["background"]
-    if unnoticed and config["device"] == "cpu":
+    if unnoticed(start) and config["device"] == "cpu":
         runner, facts = prepare_in_background(start, spec, control, provocations)
     else:
         captured = Progress(control, "graphs", hears=False)
-        rest = Pace(functools.partial(wait_for_hurry, control, provocations)) if unnoticed else None
+        rest = make_pace(start, control, provocations)
         runner, facts = prepare(start, spec, control, provocations, captured, rest)
     import torch
 
@@ -355,6 +354,21 @@ def prepare_in_background(
             if not leave_background():
                 start_again(start, "holdfast.proc.worker")
     return work.result()
+
+
+def unnoticed(start: Boot) -> bool:
+    """Whether live streams are not to notice how this process prepares itself."""
+    return start.role == "standby" and start.config["background"]
+
+
+def make_pace(
+    start: Boot, control: Control, provocations: Provocations | None = None
+) -> Pace | None:
+    """What gives a GPU back to live streams between two pieces of a warm-up; None where nobody is
+    to be spared, or a CPU's scheduler does it."""
+    if not unnoticed(start) or start.config["device"] == "cpu":
+        return None
+    return Pace(functools.partial(wait_for_hurry, control, provocations))
 
 
 def wait_for_hurry(control: Control, provocations: Provocations | None, timeout_s: float) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -293,23 +291,6 @@ def test_warming_up_leaves_pages_and_rows_untouched(spec, reference):
     assert bool((runner.memory.pool[1:] == 3.25).all())
     prompt = prompt_of(50, 7)
     assert Hand(runner).generate(1, Request(prompt), 4) == greedy(reference, prompt, 4)
-
-
-@pytest.mark.parametrize("rows_max", [1, 2, 6, 64])
-def test_a_gpu_is_warmed_up_by_every_kind_of_step_with_few_rows_and_with_all(spec, rows_max):
-    runner = make_runner(spec, replace(LIMITS, rows_max=rows_max))
-
-    class OnGpu:
-        pool = type("Pool", (), {"device": torch.device("cuda", 0)})()
-
-    runner.memory = OnGpu()
-    shapes = [tuple(shape.tolist()) for shape in runner._warm_up_shapes()]
-    chunk = (LIMITS.page_tokens,)
-    some = {(1,), chunk, (LIMITS.prefill_tokens,), (1,) * rows_max, (1,) * (rows_max - 1) + chunk}
-    assert some <= set(shapes) and len(set(shapes)) == len(shapes)
-    if rows_max > 1:
-        assert {(1, 1), (1, *chunk)} <= set(shapes)
-    assert max(map(len, shapes)) == rows_max
 
 
 def test_a_new_epoch_starts_with_free_rows_and_step_one(hand, reference):

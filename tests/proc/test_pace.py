@@ -12,9 +12,10 @@ import pytest
 
 from holdfast.errors import LinkClosed, LinkError
 from holdfast.proc import pace
+from holdfast.proc.child import Boot
 from holdfast.proc.control import Control
 from holdfast.proc.pace import REST_MAX_S, Pace
-from holdfast.proc.worker import Stopped, wait_for_hurry
+from holdfast.proc.worker import Stopped, make_pace, wait_for_hurry
 
 
 class World:
@@ -102,3 +103,25 @@ def test_a_stop_and_the_supervisors_end_are_heard_in_a_rest(ends: tuple[Control,
     theirs.close()
     with pytest.raises(LinkClosed):
         wait_for_hurry(mine, None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("role", "device", "background", "paced"),
+    [
+        ("standby", "cuda:0", True, True),
+        ("standby", "cuda:0", False, False),
+        ("standby", "cpu", True, False),
+        ("worker", "cuda:0", True, False),
+    ],
+)
+def test_only_a_standby_beside_live_streams_of_a_gpu_is_paced(
+    ends: tuple[Control, Control], role: str, device: str, background: bool, paced: bool
+) -> None:
+    mine, theirs = ends
+    start = Boot(role, 0, {"device": device, "background": background}, {})
+    rest = make_pace(start, mine)
+    assert (rest is not None) == paced
+    if rest is not None:
+        theirs.send({"type": "hurry"})
+        rest()
+        assert rest.hurried
