@@ -134,7 +134,8 @@ class Soak:
                 if line.startswith("data: "):
                     seen += 1
                     self.report.events += 1
-                    if '"error"' in line:
+                    # The model may say "error" too: it is one where it stands beside no choice.
+                    if '"error"' in line and "error" in json.loads(line.removeprefix("data: ")):
                         self.report.wrong.append(line[:200])
                 leaves = leaves_after is not None and seen > leaves_after
                 if leaves or time.monotonic() > end:

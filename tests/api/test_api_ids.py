@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+from bare_model import bare_model
 
 from holdfast import LLM, SamplingParams
 from holdfast.api.ids import IdTokenizer, load_tokenizer
 from holdfast.errors import InvalidField, ModelError
 
-CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "eos_token_id": 7,
-    "head_dim": 16,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "max_position_embeddings": 256,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 1,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 300,
-}
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    return tmp_path
+    return bare_model(tmp_path)
 
 
 def test_a_folder_without_tokenizer_is_refused_unless_ids_will_do(folder: Path) -> None:

@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from bare_model import bare_model
 
 from holdfast.bench import null, report, serve
 from holdfast.cli.options import EngineOptions, Load, arguments
 
 FAKES = Path(__file__).parent / "fakes"
-CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "head_dim": 16,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "max_position_embeddings": 256,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 1,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 300,
-}
 SMALL = ("--load", "dummy", "--threads", "1", "--max-rows", "4", "--kv-pages", "80")
 PEER = ("--peer", "vllm", "--peer-path", str(FAKES), "--peer-repeats", "1")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny-shape")
-    (path / "config.json").write_text(json.dumps(CONFIG))
-    return path
+    return bare_model(tmp_path_factory.mktemp("tiny-shape"))
 
 
 def bench(*words: object) -> subprocess.CompletedProcess[str]:

@@ -15,27 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bare_model import bare_model
 from interpreted import MARKS
 
 pytestmark = MARKS
 
-CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "eos_token_id": 7,
-    "head_dim": 16,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000,
-    "tie_word_embeddings": True,
-    "torch_dtype": "float32",
-    "vocab_size": 300,
-}
 # Prompts of less than a page, of pages and one more token, shared beginnings; plain draws and such
 # as need the general sampler; requests that end while others go on.
 SCRIPT = """
@@ -94,8 +78,9 @@ print(json.dumps({"found": found, "flights": flights, "graphs": stats.graph_step
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    return tmp_path
+    # More than one head of each kind, and float32, so that two ways agree.
+    shape = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return bare_model(tmp_path, torch_dtype="float32", **shape)
 
 
 def answers(folder: Path, **options: Any) -> dict[str, Any]:
