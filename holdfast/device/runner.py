@@ -266,7 +266,10 @@ class Runner:
             ids = torch.zeros(tokens, dtype=torch.int64, device=self.memory.pool.device)
             positions = torch.arange(tokens, device=self.memory.pool.device)
             hidden = self.decoder.forward(ids, positions, attention, self.memory.pool)
-            self.decoder.logits(hidden[-query_lens.size :])
+            ends = torch.from_numpy(np.cumsum(query_lens, dtype=np.int64) - 1)
+            last = hidden[ends.to(self.memory.pool.device)]
+            self.decoder.logits(last)
+            last.isfinite().all(dim=-1)
             rest()
         if on_gpu:
             self._warm_up_sampler()
