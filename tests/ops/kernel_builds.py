@@ -61,8 +61,18 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def decode(heads: int, kv_heads: int, head_dim: int, layers: int, rows: int, query_len: int = 1):
-    """Launch decode attention of a bucket; the graph's page table is as wide as the context."""
+def decode(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    layers: int,
+    rows: int,
+    query_len: int = 1,
+    *,
+    mixed: bool = False,
+):
+    """Launch decode attention of a bucket; the graph's page table is as wide as the context.
+    mixed: of the rows that decode beside chunks of prompts."""
 
     def launch() -> None:
         from holdfast.ops.kernels.decode_attention import DecodeAttention
@@ -87,6 +97,7 @@ def decode(heads: int, kv_heads: int, head_dim: int, layers: int, rows: int, que
             meta(rows, dtype=torch.int32),
             meta(tokens, heads * head_dim),
             query_len=query_len,
+            first_tokens=meta(rows, dtype=torch.int32) if mixed else None,
         )
 
     return launch
@@ -117,6 +128,8 @@ BUILDS: dict[str, Callable[[], None]] = {
     "8B decode of 1 row": decode(32, 8, 128, 36, 1),
     "8B decode of 128 rows": decode(32, 8, 128, 36, 128),
     "8B decode of 512 rows, not split": decode(32, 8, 128, 36, 512),
+    "8B decode of 64 rows in a mixed step": decode(32, 8, 128, 36, 64, mixed=True),
+    "8B decode of 512 rows in a mixed step, not split": decode(32, 8, 128, 36, 512, mixed=True),
     "8B verify of 32 rows, 4 drafts": decode(32, 8, 128, 36, 32, 5),
     "0.6B decode of 64 rows": decode(16, 8, 128, 28, 64),
     "tiny decode of 8 rows": decode(6, 2, 64, 7, 8),
