@@ -43,6 +43,9 @@ _FLIP_EVERY_BYTES = 4096
 # A context, and two copies of the weights over the bus.
 _FLIP_S = 60.0
 
+# Of a worker's word: the moment, what it does, and what a watch over pages saw.
+_SAID = ("at_s", "kind", "rows", "free", "stray")
+
 Say = Callable[[int, Message], None]
 
 
@@ -99,10 +102,10 @@ class Provoker:
             self._note(str(event), slot.title)
 
     def provoked(self, process: int, message: Message) -> None:
-        """A worker's word: it does it now."""
+        """A worker's word: it does it now. Whatever else it says of it is noted too."""
         slot = self._lifecycle.slot_of(process)
         title = "" if slot is None else slot.title
-        self._note("provoked", title, at_s=message["at_s"], kind=message["kind"])
+        self._note("provoked", title, **{k: v for k, v in message.items() if k in _SAID})
 
     def promoting(self, process: int) -> list[Message]:
         """Orders that a worker gets before it is promoted."""
