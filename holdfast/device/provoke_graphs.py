@@ -8,8 +8,8 @@ Rerun), a moved buffer is also made to be baked in, as a graph has it, so that w
 there reads what is old. Called by device.provoke from the worker's thread, with no step in flight.
 
     canary               from here on: pages that nobody ever wrote, and the trash page, hold a
-                         canary, and after a decode step no page has changed but those that its rows
-                         write and the trash page. Says `canary-step` once for each number of rows
+                         canary, and no page may change but those that the rows of a step write, and
+                         the trash page. Says `canary-step` once for each number of rows that decode
     stray-store          a store into a page of nobody, as of a padding row
     move-buffer          the static buffers lie elsewhere
     move-buffer-unseen   and the address manifest says that it is well
@@ -123,34 +123,42 @@ class GraphProvocations:
 
 
 class _Canary:
-    """One check of each number of rows: it reads the pool twice, and a server has others to do."""
+    """Looks before and after one step of each number of rows, since it reads the pool each time and
+    a server has others to do; what steps between wrote is known, so that nothing else goes unseen.
+    """
 
     def __init__(self, runner: Runner, say: Say) -> None:
         self._say = say
         self._checked: set[int] = set()
-        self._before: torch.Tensor | None = None
-        words = runner.memory.page_words
+        self._words = runner.memory.page_words
         free = _free_pages(runner)
-        words[free] = CANARY
-        words[0] = CANARY
+        self._words[free] = CANARY
+        self._words[0] = CANARY
         self._free = free.numel()
+        self._was = self._words.clone()
+        self._written: set[int] = set()
+        # Of the step that is looked at: what was found before it.
+        self._found: set[int] | None = None
 
     def before(self, runner: Runner, plan: StepPlan) -> None:
         n = plan.rows.size
         decodes = n and np.count_nonzero(plan.query_lens == 1) == n
         if decodes and n not in self._checked:
-            self._before = runner.memory.page_words.clone()
+            self._found = self._changed() - self._written
+            self._written = set()
 
     def after(self, runner: Runner, plan: StepPlan) -> None:
-        if self._before is None:
-            return
-        changed = (runner.memory.page_words != self._before).any(dim=1).nonzero().view(-1)
-        self._before = None
         table, tokens = runner.rows.table, runner.limits.page_tokens
-        # The step has advanced its rows.
-        at = (table.length[plan.rows] - 1) // tokens
-        own = {0, *table.page_table[0, plan.rows, at].tolist(), *handle_pages(plan.zeros).tolist()}
-        stray = sorted(set(changed.tolist()) - own)
+        own = set(handle_pages(plan.zeros).tolist())
+        for row, count in zip(plan.rows.tolist(), plan.query_lens.tolist(), strict=True):
+            end = int(table.length[row])  # The step has advanced it.
+            columns = slice((end - count) // tokens, (end - 1) // tokens + 1)
+            own.update(table.page_table[0, row, columns].tolist())
+        if self._found is None:
+            self._written |= own
+            return
+        stray = sorted(self._found | (self._changed() - own))
+        self._found = None
         self._checked.add(plan.rows.size)
         self._say(
             {
@@ -162,6 +170,12 @@ class _Canary:
                 "stray": stray[:_NAMED],
             }
         )
+
+    def _changed(self) -> set[int]:
+        """Pages that changed since this was asked last, but the trash page."""
+        changed = (self._words != self._was).any(dim=1).nonzero().view(-1)
+        self._was.copy_(self._words)
+        return set(changed.tolist()) - {0}
 
 
 def _graphs(runner: Runner) -> StepGraphs:

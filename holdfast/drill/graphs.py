@@ -229,7 +229,8 @@ def _judge_canary(stage: Stage, seen: Sequence[dict[str, Any]]) -> None:
     free = min((each["free"] for each in seen), default=0)
     stage.expect("wait", free, "no step was watched, or no page was free to hold a canary")
     for each in seen:
-        text = f"a step of {each['rows']} rows wrote pages {each['stray']} that are not its own"
+        pages, rows = each["stray"], each["rows"]
+        text = f"pages {pages} changed in a step of {rows} rows or before it, and were not its own"
         stage.expect("canary", not each["stray"], text)
 
 
