@@ -3,7 +3,8 @@
 Each kind is the real thing: a signal or a driver error that no Python handler turns into something
 milder, a loop that never ends, bytes that are wrong. On a CPU faults are signals (an address that
 is not mapped, an instruction that does not exist); on a CUDA device they are kernels
-(device.provoke_cuda). Knows rows and pages because it must hit the right ones; nothing of drills.
+(device.provoke_cuda); what breaks the ground that graphs stand on is device.provoke_graphs'. Knows
+rows and pages because it must hit the right ones; nothing of drills.
 
 An order: kind (KINDS), phase (PHASES: in a step of that kind, or at that point of a worker's life),
 after (matching moments to let pass), tokens (only steps with a row whose tokens begin so; that row
@@ -25,13 +26,14 @@ from typing import Any
 
 import numpy as np
 
+from holdfast.device import provoke_graphs
 from holdfast.device.runner import Runner
 from holdfast.errors import LinkError
 from holdfast.wire.plan import StepPlan
 
 FAULTS = ("address", "instruction", "assert", "misaligned", "dma", "spin")
 BYTES = ("corrupt-page", "plant-page", "nan")
-KINDS = (*FAULTS, *BYTES, "zombie", "unfenced-writer")
+KINDS = (*FAULTS, *BYTES, "zombie", "unfenced-writer", *provoke_graphs.KINDS)
 STEP_PHASES = ("prefill", "decode", "any")
 PHASES = (*STEP_PHASES, "verify", "capture")
 ORDERS_MAX = 16
@@ -60,7 +62,7 @@ class Order:
     @property
     def late(self) -> bool:
         """It needs to know rows, which only the end of a step does."""
-        return bool(self.tokens) or self.kind in BYTES
+        return bool(self.tokens) or self.kind in BYTES or self.kind in provoke_graphs.LATE
 
 
 class Provocations:
@@ -72,6 +74,7 @@ class Provocations:
         self._hang_up = hang_up
         self._orders: list[Order] = []
         self._gpu: Any = None
+        self._graphs = provoke_graphs.GraphProvocations(say)
 
     def take(self, message: dict[str, Any]) -> None:
         """Arm an order. Raises LinkError on one that makes no sense."""
@@ -103,6 +106,7 @@ class Provocations:
         for order in list(self._orders):
             if not order.late and plan.rows.size and _is(plan, order.phase):
                 self._fire(order, runner, plan)
+        self._graphs.before(runner, plan)
 
     def after(self, runner: Runner, plan: StepPlan) -> None:
         """A step is over: its pages are written and not yet sealed, its result not yet sent."""
@@ -111,6 +115,7 @@ class Provocations:
                 continue
             if self._row(order, runner, plan) is not None:
                 self._fire(order, runner, plan)
+        self._graphs.after(runner, plan)
 
     def _fire(self, order: Order, runner: Runner, plan: StepPlan) -> None:
         if order.kind in FAULTS:
@@ -122,6 +127,9 @@ class Provocations:
                 _WRITES[order.kind](runner, page)
                 if order.then:
                     self._fault(order.then)
+        elif order.kind in provoke_graphs.KINDS:
+            if self._due(order):
+                self._graphs.fire(order.kind, runner, plan)
         elif self._due(order):
             self._write_on(runner, fenced=order.kind == "zombie")
 

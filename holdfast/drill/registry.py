@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from holdfast.drill import faults, input, load, pages, processes
+from holdfast.drill import faults, graphs, input, load, pages, processes
 from holdfast.drill.drill import Drill
 from holdfast.errors import OptionError
 
@@ -12,6 +12,7 @@ _FAMILIES: tuple[Drill, ...] = (
     *pages.DRILLS,
     *load.DRILLS,
     *input.DRILLS,
+    *graphs.DRILLS,
 )
 
 _NEEDS = [drill.needs for drill in _FAMILIES]

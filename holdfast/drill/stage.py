@@ -316,10 +316,18 @@ class Stage:
             self.report.planted = self.report.planted or bool(self._planted())
 
     def _planted(self) -> list[dict[str, Any]]:
-        kinds = ("plant-page", "unfenced-writer")
-        return [m for m in self.moments("provoked", self._started_s) if m["kind"] in kinds]
+        return [m for m in self.moments("provoked", self._started_s) if m["kind"] in _PLANTS]
 
 
+# What is broken under --sabotage alone.
+_PLANTS = (
+    "plant-page",
+    "unfenced-writer",
+    "narrow-envelope",
+    "stray-store",
+    "move-buffer-unseen",
+    "stale-rows-unseen",
+)
 _DECLARED = {metric.name for metric in METRICS}
 
 

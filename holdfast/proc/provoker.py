@@ -43,6 +43,9 @@ _FLIP_EVERY_BYTES = 4096
 # A context, and two copies of the weights over the bus.
 _FLIP_S = 60.0
 
+# What a watch over pages says beside the moment (device.provoke_graphs).
+_SEEN = ("rows", "free", "stray")
+
 Say = Callable[[int, Message], None]
 
 
@@ -99,10 +102,11 @@ class Provoker:
             self._note(str(event), slot.title)
 
     def provoked(self, process: int, message: Message) -> None:
-        """A worker's word: it does it now."""
+        """A worker's word: it does it now, or this is what it saw."""
         slot = self._lifecycle.slot_of(process)
         title = "" if slot is None else slot.title
-        self._note("provoked", title, at_s=message["at_s"], kind=message["kind"])
+        seen = {name: message[name] for name in _SEEN if name in message}
+        self._note("provoked", title, at_s=message["at_s"], kind=message["kind"], **seen)
 
     def promoting(self, process: int) -> list[Message]:
         """Orders that a worker gets before it is promoted."""

@@ -72,6 +72,7 @@ def test_every_drill_is_named_once_and_says_how_it_is_met() -> None:
     issue = "worker-kill gpu-fault hang zombie-writer double-fault poison-request core-kill"
     issue += " api-kill keeper-kill api-overload hostile-input corrupt-page corrupt-weights"
     issue += " nan-row abort-storm tenant-isolation"
+    issue += " window-crossing graph-width padding-canary baked-pointer stale-plan"
     assert set(names) == set(issue.split())
     assert all(drill.caught in CAUGHT and drill.what and drill.sabotage for drill in DRILLS)
 

@@ -70,6 +70,13 @@ BESIDE = {
         "corrupt-weights:scrub",
         "tenant-isolation",
     ),
+    "graphs": (
+        "window-crossing",
+        "graph-width",
+        "padding-canary",
+        "baked-pointer",
+        "stale-plan",
+    ),
     "load": ("nan-row", "hostile-input", "abort-storm", "api-kill", "api-overload"),
 }
 FAULT_SCRIPT = """
