@@ -1,12 +1,12 @@
 """Saturate a real server for minutes and demand that nothing is restarted: zero false restarts.
 
-    python tools/soak.py --minutes 45 [--streams 24] [--json FILE]
+    python tools/soak.py --minutes 45 [--streams 24] [--json FILE] [-- OPTION OF SERVE ...]
 
-It starts `holdfast serve` with the bundled model on the CPU, keeps many clients busy with prompts
-of every length, leaves some of them at random moments and all of them at the end, and kills the
-waiting standby now and then, so that the next one warms up beside the load. At the end every
-process but the standby must be the one that was started, every answer complete, and no fault
-counted but the standby's. Exit code 1 when not. Ends only what it started.
+It starts `holdfast serve` with the bundled model (on the CPU unless options say else), keeps many
+clients busy with prompts of every length, leaves some of them at random moments and all of them at
+the end, and kills the waiting standby now and then, so that the next one warms up beside the load.
+At the end every process but the standby must be the one that was started, every answer complete,
+and no fault counted but the standby's. Exit code 1 when not. Ends only what it started.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -55,12 +56,14 @@ class Report:
 class Soak:
     """One server under load; `run` once."""
 
-    def __init__(self, streams: int, seconds: float, seed: int) -> None:
+    def __init__(
+        self, streams: int, seconds: float, seed: int, options: Sequence[str] = ()
+    ) -> None:
         self.streams, self.seconds = streams, seconds
         self.rng = random.Random(seed)
         self.report = Report()
         command = [sys.executable, "-m", "holdfast", "serve", "--port", "0", "--max-rows", "16"]
-        self.server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.server = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
 
     def run(self) -> Report:
         """Raises RuntimeError when the server does not start."""
@@ -179,8 +182,9 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("options", nargs="*", help="of holdfast serve, behind --")
     asked = parser.parse_args()
-    report = Soak(asked.streams, asked.minutes * 60, asked.seed).run()
+    report = Soak(asked.streams, asked.minutes * 60, asked.seed, asked.options).run()
     text = json.dumps(asdict(report), indent=1)
     if asked.json:
         asked.json.write_text(text + "\n")

@@ -72,6 +72,9 @@ def run_drills(
     explain: Annotated[
         bool, typer.Option("--explain", help="On the CPU: judge tokens as on a GPU is done.")
     ] = False,
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="Every server replays decode steps from graphs.")
+    ] = False,
     threads: Annotated[
         int, typer.Option(help="CPU threads of the worker and of the reference.", min=1)
     ] = 1,
@@ -94,6 +97,7 @@ def run_drills(
         kind=kind,
         threads=threads,
         explain=explain,
+        graphs=graphs,
     )
     runner = Runner(plan)
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from holdfast.api.text import Tokenizer
 from holdfast.drill.drill import Drill
@@ -31,7 +31,8 @@ CASE_S_MAX = 600.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What `drill run` was asked for. streams: None is each drill's own. kind: cases with
-    this word in their name. explain: judge tokens as on a GPU, where equality is not exact."""
+    this word in their name. explain: judge tokens as on a GPU, where equality is not exact.
+    graphs: every server replays decode steps, also those of drills that do not ask for it."""
 
     drills: tuple[Drill, ...]
     model: str | None = None
@@ -41,6 +42,7 @@ class Plan:
     kind: str | None = None
     threads: int = 1
     explain: bool = False
+    graphs: bool = False
 
     def cases(self) -> Iterator[tuple[Drill, str]]:
         """Raises OptionError when no case is of that kind."""
@@ -111,10 +113,12 @@ class Runner:
 
     def _fit(self, drill: Drill) -> DrillServer:
         """A server that is up, warm and not worn by the drills before."""
-        server = self._server
+        server, needs = self._server, drill.needs
+        if self._plan.graphs:
+            needs = replace(needs, graphs=True)
         worn = server is not None and (
             not server.alive
-            or server.needs != drill.needs
+            or server.needs != needs
             or server.recent_ends + drill.ends > WORKER_ENDS_MAX
         )
         if worn:
@@ -122,7 +126,7 @@ class Runner:
         if self._server is None:
             plan = self._plan
             self._server = DrillServer(
-                drill.needs, model=plan.model, device=plan.device, threads=plan.threads
+                needs, model=plan.model, device=plan.device, threads=plan.threads
             )
         if not self._server.wait_warm(WARM_S):
             raise OptionError(drill.name, f"no standby was prepared within {WARM_S:g} s")
