@@ -105,7 +105,8 @@ def run(arguments: list[str]) -> int:
 
 def _one_line(error: Exception) -> str:
     message = error.format_message()  # type: ignore[attr-defined]
-    return " ".join(message.split())
+    # What a choice raises is told as pydantic would; the option has been named already.
+    return " ".join(message.split()).replace("Value error, ", "")
 
 
 def _fail(message: str, code: int) -> int:

@@ -14,7 +14,6 @@ the kernels run in Triton's interpreter, for tests. Knows no decoder, no pool an
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +24,10 @@ from holdfast.device.batch import Drawing, DrawnAlike, StepBatch, in_plan_order,
 from holdfast.device.buckets import Bucket
 from holdfast.device.checks import HeldColumns, check_deltas, check_rows
 from holdfast.device.frame import Frames
-from holdfast.errors import WorkerFault, require
+from holdfast.errors import require
 from holdfast.ops.attention import AttentionBatch
 from holdfast.ops.kernels import rows as kernels
+from holdfast.ops.pinned import await_event
 from holdfast.wire.plan import StepPlan
 from holdfast.wire.rows import RowTable
 
@@ -37,10 +37,6 @@ FETCHES = 2
 _BLOCK = 256
 # Programs of the kernels that walk rows: two on every SM of the largest GPUs.
 _PROGRAMS = 256
-# The supervisor's deadline of a step ends a worker that hangs long before.
-_FETCH_TIMEOUT_S = 600.0
-# A decode step takes a millisecond and more: looking costs 1 us, sleeping less is not exact.
-_LOOK_S = 20e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +74,9 @@ class DeviceFetch:
 
         Raises WorkerFault when it never comes, and what the GPU has to say of the step.
         """
-        end_s = time.monotonic() + _FETCH_TIMEOUT_S
-        while not self.ready:
-            if time.monotonic() > end_s:
-                raise WorkerFault(f"step {self._plan.step} is not over: {_FETCH_TIMEOUT_S:.0f} s")
-            time.sleep(_LOOK_S)
+        event = self._rows.fetched[self._slot]
+        if event is not None:
+            await_event(event, f"step {self._plan.step}")
         plan, n = self._plan, self._plan.rows.size
         hashes, drawn, finite = self._rows.fetched_arrays(self._slot)
         digest = int(np.add.reduce(hashes[:n])) if n else 0

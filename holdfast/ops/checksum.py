@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from holdfast.ops import kernels
+from holdfast.ops.pinned import await_event
 
 SEED = 0x9AE1_6A3B_2F90_404F
 GOLDEN = 0x9E37_79B9_7F4A_7C15
@@ -38,9 +39,9 @@ class PendingSums:
         self._event = event
 
     def take(self) -> np.ndarray:
-        """uint64[k]; waits for the copy."""
+        """uint64[k]; waits for the copy. Raises WorkerFault when it never ends."""
         if self._event is not None:
-            self._event.synchronize()
+            await_event(self._event, "a copy of checksums")
         return self._sums.numpy().view(np.uint64) + self._constant
 
 

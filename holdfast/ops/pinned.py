@@ -21,8 +21,9 @@ from holdfast.errors import WorkerFault
 # One being copied for each step in flight, and one being written.
 SLOTS = 3
 # A copy waits behind two steps at most; the supervisor's deadline of a step is shorter than this.
-_SLOT_TIMEOUT_S = 600.0
-_LOOK_S = 50e-6
+_TIMEOUT_S = 600.0
+# A decode step takes a millisecond and more: looking costs 1 us, sleeping less is not exact.
+_LOOK_S = 20e-6
 # Each array of an upload begins on such a line: kernels are compiled for aligned pointers.
 _LINE_BYTES = 16
 
@@ -32,6 +33,16 @@ class Event(Protocol):
 
     def query(self) -> bool: ...
     def record(self) -> None: ...
+
+
+def await_event(event: Event, what: str) -> None:
+    """Wait until the stream has come to the event. Raises WorkerFault("`what` is not over ...") at
+    the deadline, and what the GPU has to say."""
+    end_s = time.monotonic() + _TIMEOUT_S
+    while not event.query():
+        if time.monotonic() > end_s:
+            raise WorkerFault(f"{what} is not over after {_TIMEOUT_S:.0f} s")
+        time.sleep(_LOOK_S)
 
 
 class Slot:
@@ -50,13 +61,8 @@ class Slot:
 
     def wait(self) -> None:
         """Until the slot may be written. Raises WorkerFault when its copy never ends."""
-        if self._event is None or not self._copied or self._event.query():
-            return
-        end_s = time.monotonic() + _SLOT_TIMEOUT_S
-        while not self._event.query():
-            if time.monotonic() > end_s:
-                raise WorkerFault(f"a staging copy is not over after {_SLOT_TIMEOUT_S:.0f} s")
-            time.sleep(_LOOK_S)
+        if self._event is not None and self._copied:
+            await_event(self._event, "a staging copy")
 
     def grow(self, words: int) -> None:
         """Have room for so many at least; after `wait`, since the old buffer goes."""

@@ -9,7 +9,7 @@ import torch
 
 from holdfast.model.decoder import Decoder
 from holdfast.model.layer_ops import LayerOps
-from holdfast.model.spec import ModelSpec
+from holdfast.model.spec import ModelSpec, RopeScaling
 from holdfast.model.weights import WeightsLayout, dummy_weights, load_weights
 from holdfast.ops.attention import AttentionBatch
 
@@ -35,6 +35,30 @@ def tiny_spec(**changes: object) -> ModelSpec:
         "path": Path("/nowhere"),
     }
     return ModelSpec(**(values | changes))
+
+
+SPECS = {
+    "qwen3 3:1": tiny_spec(),
+    "llama 1:1": tiny_spec(
+        family="llama",
+        heads=3,
+        kv_heads=3,
+        qk_norm=False,
+        rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
+    ),
+    "qwen2 7:1 odd sizes": tiny_spec(
+        family="qwen2",
+        hidden_size=53,
+        heads=7,
+        kv_heads=1,
+        head_dim=12,
+        intermediate_size=91,
+        vocab_size=151,
+        qk_norm=False,
+        attention_bias=True,
+        tied_embeddings=False,
+    ),
+}
 
 
 def dummy_decoder(spec: ModelSpec, seed: int = 0, ops: LayerOps | None = None) -> Decoder:

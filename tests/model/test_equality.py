@@ -8,38 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_helpers import PagedRequests, alone, dummy_decoder, tiny_spec
+from model_helpers import SPECS, PagedRequests, alone, dummy_decoder
 
 from holdfast.model import layers
-from holdfast.model.spec import RopeScaling
 from holdfast.ops.attention import Scratch
 
 # The bundled model's products, then odd ones.
 SHAPES = [(320, 640), (384, 320), (320, 1792), (896, 320), (320, 6144)]
 SHAPES += [(random.Random(n).randrange(17, 1200), 40 + 97 * n) for n in range(10)]
-
-SPECS = {
-    "qwen3 3:1": tiny_spec(),
-    "llama 1:1": tiny_spec(
-        family="llama",
-        heads=3,
-        kv_heads=3,
-        qk_norm=False,
-        rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
-    ),
-    "qwen2 7:1 odd sizes": tiny_spec(
-        family="qwen2",
-        hidden_size=53,
-        heads=7,
-        kv_heads=1,
-        head_dim=12,
-        intermediate_size=91,
-        vocab_size=151,
-        qk_norm=False,
-        attention_bias=True,
-        tied_embeddings=False,
-    ),
-}
 
 
 @pytest.fixture(autouse=True)

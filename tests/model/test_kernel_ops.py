@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import model_helpers
 import numpy as np
 import pytest
 import torch
@@ -9,33 +10,13 @@ from interpreted import MARKS, interpreted
 from model_helpers import PagedRequests, dummy_decoder, tiny_spec
 
 from holdfast.model.decoder import Decoder
-from holdfast.model.spec import ModelSpec, RopeScaling
+from holdfast.model.spec import ModelSpec
 from holdfast.ops.attention import AttentionBatch
 
 pytestmark = MARKS
 
-SPECS = {
-    "qwen3 3:1": tiny_spec(head_dim=8, vocab_size=61),
-    "llama 1:1": tiny_spec(
-        family="llama",
-        heads=3,
-        kv_heads=3,
-        qk_norm=False,
-        rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
-    ),
-    "qwen2 7:1 odd sizes": tiny_spec(
-        family="qwen2",
-        hidden_size=53,
-        heads=7,
-        kv_heads=1,
-        head_dim=12,
-        intermediate_size=91,
-        vocab_size=151,
-        qk_norm=False,
-        attention_bias=True,
-        tied_embeddings=False,
-    ),
-}
+# The interpreter takes its time: fewer lanes and ids.
+SPECS = {**model_helpers.SPECS, "qwen3 3:1": tiny_spec(head_dim=8, vocab_size=61)}
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def test_a_slot_is_taken_again_only_after_the_event_of_its_copy() -> None:
 
 
 def test_a_copy_that_never_ends_is_a_fault_of_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pinned, "_SLOT_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(pinned, "_TIMEOUT_S", 0.0)
     staged, events = ring()
     for _ in range(SLOTS):
         staged.take().copied()
