@@ -214,7 +214,9 @@ def cut_tiles(query_lens: np.ndarray, starts: np.ndarray, tokens: int) -> np.nda
     first = (np.cumsum(lens) - lens)[row] + within
     position = starts.astype(np.int64)[row] + within
     order = np.argsort(-(position + length), kind="stable")
-    return np.stack((row, first, length, position)).astype(np.int32)[:, order]
+    # In the order that a kernel reads, which a fancy index alone would not give.
+    tiles = np.stack((row, first, length, position)).astype(np.int32)
+    return np.ascontiguousarray(tiles[:, order])
 
 
 class PrefillAttention:
