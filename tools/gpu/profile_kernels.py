@@ -22,6 +22,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from holdfast.llm import LLM, SamplingParams
+from holdfast.ops.kernels import dependent
 
 LIMITS = {"rows_max": 256, "prefill_tokens": 8192, "context_tokens": 8192}
 
@@ -74,8 +75,11 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=16, help="prompts of 4,096 tokens")
     parser.add_argument("--json", type=Path, default=Path(os.environ.get("OUT", ".")) / "prof.json")
     parser.add_argument("--kernels", default="triton")
+    parser.add_argument("--serial", action="store_true", help="no programmatic dependent launch")
     asked = parser.parse_args()
     found = []
+    if asked.serial:
+        dependent._capable = lambda device: False
     for model in asked.models:
         with LLM(
             str(model), device="cuda:0", kernels=asked.kernels, graphs=True, load="dummy", **LIMITS

@@ -27,6 +27,7 @@ import triton.language as tl
 
 from holdfast.errors import require
 from holdfast.ops.kernels.decode_config import DecodeConfig, choose_config
+from holdfast.ops.kernels.dependent import launch_dependents, launch_options, wait_for_previous
 from holdfast.ops.kernels.paged_kv import (
     LOG2_E,
     computes_wide,
@@ -100,8 +101,12 @@ def _attend_split(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One split of one row and kv head: ROWS of its GROUP * Q_LEN query rows, token after token."""
+    if DEPENDENT:
+        launch_dependents()
+        wait_for_previous()
     tile = tl.program_id(0) // KV_HEADS
     kv_head = tl.program_id(0) % KV_HEADS
     split = tl.program_id(1)
@@ -195,8 +200,12 @@ def _join(
     OUT_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One query head of one query token: the parts of its splits, weighed by their log-sum-exp."""
+    if DEPENDENT:
+        launch_dependents()
+        wait_for_previous()
     row = tl.program_id(0).to(tl.int64) // Q_LEN
     token = tl.program_id(0) % Q_LEN
     head = tl.program_id(1)
@@ -337,6 +346,7 @@ class DecodeAttention:
         head_pad = padded_head(self.head_dim)
         scattered = first_tokens is not None
         firsts = first_tokens if first_tokens is not None else lengths
+        options = launch_options(out.device)
         _attend_split[(self.kv_heads * tiles, config.splits, rows)](
             q,
             pool,
@@ -369,6 +379,7 @@ class DecodeAttention:
             WIDE=computes_wide(q, pool),
             num_warps=config.warps,
             num_stages=config.stages,
+            **options,
         )
         if config.splits == 1:
             return
@@ -393,4 +404,5 @@ class DecodeAttention:
             BLOCK=config.block,
             TILE=_JOIN_SPLITS,
             num_warps=2,
+            **options,
         )

@@ -11,13 +11,18 @@ import torch
 import triton
 import triton.language as tl
 
+from holdfast.ops.kernels.dependent import launch_dependents, launch_options, wait_for_previous
+
 # Elements of a program: 8 a lane, which is one load of 16 bytes of bfloat16.
 _BLOCK = 1024
 _WARPS = 4
 
 
 @triton.jit
-def _silu_mul(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    if DEPENDENT:
+        launch_dependents()
+        wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = lane < WIDTH
@@ -34,6 +39,11 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     assert gate_up.shape == (rows, 2 * width), f"{tuple(gate_up.shape)} for {tuple(out.shape)}"
     assert gate_up.is_contiguous() and out.is_contiguous()
     _silu_mul[(rows, triton.cdiv(width, _BLOCK))](
-        gate_up, out, WIDTH=width, BLOCK=_BLOCK, num_warps=_WARPS
+        gate_up,
+        out,
+        WIDTH=width,
+        BLOCK=_BLOCK,
+        num_warps=_WARPS,
+        **launch_options(out.device),
     )
     return out

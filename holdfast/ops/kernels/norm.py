@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from holdfast.ops.kernels.dependent import launch_dependents, launch_options, wait_for_previous
+
 HIDDEN_MAX = 16_384
 # Elements of a row that a warp holds at most before another warp helps: 16 a lane.
 _WARP_ELEMENTS = 512
@@ -32,7 +34,11 @@ def _add_rms_norm(
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        launch_dependents()
+        wait_for_previous()
     start = tl.program_id(0).to(tl.int64) * HIDDEN
     lane = tl.arange(0, BLOCK)
     inside = lane < HIDDEN
@@ -74,6 +80,7 @@ def add_rms_norm(
         BLOCK=block,
         ADD=delta is not None,
         num_warps=warps_for(block),
+        **launch_options(x.device),
     )
     return out
 

@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from holdfast.ops.kernels.dependent import launch_dependents, launch_options, wait_for_previous
+
 # Pairs of dimensions of a program, over its heads: 8 a lane with 4 warps.
 _PAIRS = 1024
 _WARPS = 4
@@ -49,7 +51,11 @@ def _rotate_append(
     NORM: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        launch_dependents()
+        wait_for_previous()
     HALF: tl.constexpr = HEAD_DIM // 2
     ALL: tl.constexpr = HEADS + 2 * KV_HEADS
     row = tl.program_id(0).to(tl.int64)
@@ -158,6 +164,7 @@ def rotate_append(
         HEADS_BLOCK=heads_block,
         HALF_BLOCK=half_block,
         num_warps=_WARPS,
+        **launch_options(qkv.device),
     )
 
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from holdfast.ops.kernels.dependent import launch_dependents, wait_for_previous
+from holdfast.ops.kernels.dependent import launch_dependents, launch_options, wait_for_previous
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Bytes that one prefetch brings.
@@ -62,6 +62,7 @@ def _multiply(
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
     PREFETCHED: tl.constexpr,
+    EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -87,7 +88,8 @@ def _multiply(
         if GATED:
             _prefetch(weight_at + (n[:, None].to(tl.int64) + N) * K + line[None, :])
     if DEPENDENT:
-        launch_dependents()
+        if EARLY:
+            launch_dependents()
         wait_for_previous()
 
     if SWAPPED:
@@ -99,16 +101,18 @@ def _multiply(
     live = m < rows
     for start in range(begin, stop, BLOCK_K):
         k = start + lane
-        if WHOLE_K:
-            a = tl.load(x + m[:, None] * K + k[None, :], mask=live[:, None], other=0.0)
-        else:
-            inside = live[:, None] & (k < K)[None, :]
-            a = tl.load(x + m[:, None] * K + k[None, :], mask=inside, other=0.0)
         if BULK:
+            # What lies outside a descriptor's tensor is read as zeros.
+            a = x.load([0, start])
             b = weight.load([tile * BLOCK_N, start])
             if GATED:
                 up = weight.load([N + tile * BLOCK_N, start])
         else:
+            x_at = x + m[:, None] * K + k[None, :]
+            if WHOLE_K:
+                a = tl.load(x_at, mask=live[:, None], other=0.0)
+            else:
+                a = tl.load(x_at, mask=live[:, None] & (k < K)[None, :], other=0.0)
             at = n[:, None].to(tl.int64) * K + k[None, :]
             if WHOLE_N and WHOLE_K:
                 b = tl.load(weight + at, eviction_policy="evict_first")
@@ -136,6 +140,9 @@ def _multiply(
             else:
                 total_up = tl.dot(a, up.T, total_up, input_precision="ieee")
 
+    if DEPENDENT:
+        if not EARLY:
+            launch_dependents()
     if SWAPPED:
         at = m[None, :] * N + n[:, None]
         inside = (n < N)[:, None] & live[None, :]
@@ -191,6 +198,7 @@ class MatmulConfig:
     swapped: bool = False
     bulk: bool = False
     prefetch: int = 0
+    early: bool = True
 
 
 def run(
@@ -208,12 +216,13 @@ def run(
     rows, k = x.shape
     n = out.shape[1]
     blocks = triton.cdiv(n, config.block_n)
-    described = weight
+    x_given, described = x, weight
     if config.bulk:
+        x_given = TensorDescriptor.from_tensor(x, [config.rows, config.block_k])
         described = TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k])
     options = {"launch_pdl": True} if dependent else {}
     _multiply[(blocks, config.splits)](
-        x,
+        x_given,
         described,
         weight,
         weight if bias is None else bias,
@@ -232,6 +241,7 @@ def run(
         GATED=gated,
         BIASED=bias is not None,
         PREFETCHED=config.prefetch,
+        EARLY=config.early,
         DEPENDENT=dependent,
         WIDE=INTERPRETED or weight.dtype == torch.float32,
         num_warps=config.warps,
