@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from holdfast.config import Limits
+from holdfast.ops.kernels import matmul_config
 from holdfast.ops.kernels.decode_config import splits_max
 
 MIB = 1 << 20
@@ -64,6 +65,8 @@ def work_bytes(
         return REFERENCE_SCRATCH_BYTES + step
     assert kernels == "triton", kernels
     shape = attention_workspace_bytes(model, limits, itemsize) + rotation_bytes(model, limits)
+    if itemsize == 2:
+        shape += product_workspace_bytes(model, limits)
     work = _PIECES_BYTES + step + shape
     if not graphs:
         return work
@@ -91,7 +94,29 @@ def attention_workspace_bytes(
     context = limits.table_columns * limits.page_tokens
     shape = model.kv_heads, model.head_dim, itemsize, context, sm_count
     splits = max(rows * splits_max(rows, *shape) for rows in range(1, limits.rows_max + 1))
-    return 4 * splits * model.heads * (model.head_dim + 1)
+    arrivals = limits.rows_max * model.kv_heads
+    return 4 * (splits * model.heads * (model.head_dim + 1) + arrivals)
+
+
+def product_workspace_bytes(model: Dimensions, limits: Limits, sm_count: int = _SM_COUNT) -> int:
+    """ops.kernels.small_matmul's: the parts of the largest product that is split, in float32."""
+    products = matmul_config.layer_products(
+        vocab=model.vocab_size,
+        hidden=model.hidden_size,
+        intermediate=model.intermediate_size,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+    )
+    rows = range(1, min(limits.rows_max, matmul_config.ROWS_MAX) + 1)
+    return 4 * sum(
+        matmul_config.workspace(
+            {
+                (n, k): [matmul_config.choose_config(n, k, count, sm_count) for count in rows]
+                for n, k in products
+            }
+        )
+    )
 
 
 def rotation_bytes(model: Dimensions, limits: Limits) -> int:

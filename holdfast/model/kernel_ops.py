@@ -1,9 +1,10 @@
-"""KernelOps: a layer as fused Triton kernels around cuBLAS products.
+"""KernelOps: a layer as fused Triton kernels around products, of cuBLAS or of few rows.
 
 A layer is four products, attention and four launches besides: add + norm (twice), norm + rotate +
-append, gate. No piece allocates once the largest step was seen, and none waits for the device: all
-go to torch's current stream. Rows are not padded, for nothing here depends on their number but
-grids. Attention is any backend's (model.layer_ops.Attention). Imports triton, so who wants it asks
+append, gate. A product of few rows is ops.kernels.small_matmul's where that is faster. No piece
+allocates once the largest step was seen, and none waits for the device: all go to torch's current
+stream. Rows are not padded, for nothing here depends on their number but grids. Attention is any
+backend's (model.layer_ops.Attention). Imports triton, so who wants it asks
 model.layer_ops.make_ops.
 """
 
@@ -19,6 +20,7 @@ from holdfast.model.layers import rotation_frequencies
 from holdfast.model.spec import ModelSpec
 from holdfast.ops.attention import AttentionBatch, Scratch, StaticBatch
 from holdfast.ops.kernels import gate, norm, rope
+from holdfast.ops.kernels.small_matmul import SmallMatmul
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +48,14 @@ class KernelOps:
         device: torch.device,
         attention: Attention | None = None,
         context_tokens: int | None = None,
+        small: SmallMatmul | None = None,
     ) -> None:
         """context_tokens: no position reaches it (None: the model's own); head_dim * 4 bytes of
-        device memory each."""
+        device memory each. small: computes products of few rows; None leaves all to cuBLAS."""
         self.spec = spec
         self.scratch = Scratch(device)
         self.attention: Attention = attention or ReferenceAttention()
+        self._small = small
         frequencies = rotation_frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling)
         self._table = rope.rotation_table(
             frequencies.to(device), context_tokens or spec.context_tokens
@@ -59,7 +63,8 @@ class KernelOps:
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        return (self._table.data_ptr(), *self.attention.addresses, *self.scratch.addresses)
+        small = () if self._small is None else self._small.addresses
+        return (self._table.data_ptr(), *small, *self.attention.addresses, *self.scratch.addresses)
 
     def padded_rows(self, count: int) -> int:
         return count
@@ -95,6 +100,10 @@ class KernelOps:
             out = torch.empty(shape, dtype=x.dtype, device=x.device)
         else:
             out = self.scratch.take(into, shape, x.dtype)
+        if self._small is not None:
+            config = self._small.config(weight.shape[0], weight.shape[1], x.shape[0])
+            if config is not None:
+                return self._small.run(x, weight, bias, out, config)
         if bias is None:
             return torch.mm(x, weight.t(), out=out)
         return torch.addmm(bias, x, weight.t(), out=out)

@@ -266,6 +266,8 @@ def make_ops(
     assert kernels == "triton", kernels
     from holdfast.model.kernel_ops import KernelOps
     from holdfast.ops.attention_triton import TritonAttention
+    from holdfast.ops.kernels.matmul_config import layer_products
+    from holdfast.ops.kernels.small_matmul import SmallMatmul
 
     attention = TritonAttention(
         device,
@@ -278,4 +280,15 @@ def make_ops(
         context_max=limits.table_columns * limits.page_tokens,
         itemsize=pool_itemsize,
     )
-    return KernelOps(spec, device, attention, context_tokens=limits.context_tokens)
+    small = None
+    if pool_itemsize == 2:
+        products = layer_products(
+            vocab=spec.vocab_size,
+            hidden=spec.hidden_size,
+            intermediate=spec.intermediate_size,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+        )
+        small = SmallMatmul(device, products, limits.rows_max)
+    return KernelOps(spec, device, attention, context_tokens=limits.context_tokens, small=small)

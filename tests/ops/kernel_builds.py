@@ -25,6 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from holdfast.ops.kernels import dependent
+
 H200 = GPUTarget("cuda", 90, 32)
 H200_SMS = 132
 TYPES = {
@@ -123,6 +125,18 @@ def prefill(heads: int, kv_heads: int, head_dim: int, layers: int, window: int =
     return launch
 
 
+def product(n: int, k: int, rows: int, *, bias: bool = False):
+    def launch() -> None:
+        from holdfast.ops.kernels.small_matmul import SmallMatmul
+
+        small = SmallMatmul("meta", [(n, k)], rows, sm_count=H200_SMS)
+        config = small.config(n, k, rows)
+        assert config is not None, "cuBLAS has it"
+        small.run(meta(rows, k), meta(n, k), meta(n) if bias else None, meta(rows, n), config)
+
+    return launch
+
+
 # 8B and 0.6B: Qwen3's shapes; tiny: the bundled model's.
 BUILDS: dict[str, Callable[[], None]] = {
     "8B decode of 1 row": decode(32, 8, 128, 36, 1),
@@ -135,6 +149,13 @@ BUILDS: dict[str, Callable[[], None]] = {
     "tiny decode of 8 rows": decode(6, 2, 64, 7, 8),
     "head_dim 80, group 7, decode of 8 rows": decode(28, 4, 80, 28, 8),
     "head_dim 256, group 8, decode of 8 rows": decode(8, 1, 256, 18, 8),
+    "8B gate and up of 1 row": product(24_576, 4096, 1),
+    "8B down of 16 rows": product(4096, 12_288, 16),
+    "8B down of 64 rows": product(4096, 12_288, 64),
+    "0.6B output of 8 rows": product(1024, 2048, 8),
+    "0.6B gate and up of 64 rows": product(6144, 1024, 64),
+    "0.6B head of 1 row": product(151_936, 1024, 1),
+    "tiny qkv of 24 rows, with bias": product(640, 320, 24, bias=True),
     "8B prefill": prefill(32, 8, 128, 36),
     "8B prefill in a window": prefill(32, 8, 128, 36, 4096),
     "0.6B prefill": prefill(16, 8, 128, 28),
@@ -205,6 +226,8 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def main() -> None:
+    # What a GPU of Hopper's would be launched with.
+    dependent._capable = lambda device: True
     for label, launch in BUILDS.items():
         for kernel, args, kwargs in launches(launch):
             print(json.dumps(asdict(build(label, kernel, args, kwargs))), flush=True)

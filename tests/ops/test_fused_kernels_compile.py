@@ -102,6 +102,8 @@ TABLE = [
 ]
 
 for kernel, arguments, constants, warps in TABLE:
+    if "DEPENDENT" in kernel.arg_names:
+        constants["DEPENDENT"] = True
     signature = {**arguments, **{name: "constexpr" for name in constants}}
     signature = {name: signature[name] for name in kernel.arg_names}
     unknown = set(kernel.do_not_specialize_on_alignment)
@@ -111,8 +113,10 @@ for kernel, arguments, constants, warps in TABLE:
         if signature[name].startswith("*") and name not in unknown
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    done = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps})
+    options = {"num_warps": warps, "launch_pdl": "DEPENDENT" in constants}
+    done = triton.compile(source, GPUTarget("cuda", 90, 32), options)
     ptx = done.asm["ptx"]
+    assert ("griddepcontrol.wait" in ptx) == ("DEPENDENT" in constants), kernel
     # What ptxas says of the code that it makes of it; the driver alone would tell otherwise.
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)

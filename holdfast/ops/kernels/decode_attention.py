@@ -1,13 +1,14 @@
 """Attention of decode and verify over pages, split along the context: everything from the device.
 
-A row has q_len query tokens (1, or 1 + drafts), the last of its sequence. One program of
-`_attend_split` computes the query heads of one kv head (GQA packed into the rows of a product)
-over one part of a row's context; `_join` adds the parts up by their log-sum-exp.
+A row has q_len query tokens (1, or 1 + drafts), the last of its sequence. A program computes the
+query heads of one kv head (GQA packed into the rows of a product) over one part of a row's context;
+whichever of a row's programs arrives last adds the parts up by their log-sum-exp, in the order of
+their numbers: the same input gives the same bits, whoever that is.
 
 The grid is (kv heads, splits, rows) and depends on the bucket alone, so that a captured graph is
 right for every length: *splits* is a constant of the bucket, and a row's context is cut into so
-many parts of equal length, in whole blocks. A program behind the end of its row leaves at once, and
-`_join`, which computes the same cut from the same lengths, does not look at its place.
+many parts of equal length at most, in whole blocks and none shorter than the bucket's least. A
+program behind the end of its row leaves at once; a row of one part has nothing to add up.
 
 Cost. A token of a kv head is 2 * head_dim elements, read once: 32/8 heads of 128 in bfloat16 are
 4 KiB a token and layer, 128 rows of 2,048 tokens 1.07 GB, 253 us at the H200's 4.24 TB/s. A tile
@@ -39,8 +40,6 @@ from holdfast.ops.kernels.paged_kv import (
 
 # Fewer rows than 16 no product takes; more than 64 of 256 lanes do not fit the registers.
 _ROWS_MIN, _ROWS_MAX = 16, 64
-# Parts that `_join` reads at once.
-_JOIN_SPLITS = 16
 
 
 @triton.jit
@@ -65,6 +64,41 @@ def _cut(
     return end, first, tl.maximum(blocks, blocks_min)
 
 
+@triton.jit
+def _joined(
+    partial,
+    partial_lse,
+    base,
+    filled,
+    live,
+    inside,
+    lane,
+    PARTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+):
+    """float32[ROWS, HEAD_PAD]: the parts 0 .. filled, weighed by their log-sum-exp."""
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+    for split in range(0, filled):
+        place = base + split * PARTS
+        # Past L1, which knows nothing of what other programs stored.
+        lse = tl.load(partial_lse + place, mask=live, other=float("-inf"), cache_modifier=".cg")
+        at = partial + place[:, None] * HEAD_DIM + lane[None, :]
+        values = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(highest, lse)
+        # -inf less -inf is NaN: what has seen nothing counts from 0.
+        origin = tl.where(higher == float("-inf"), 0.0, higher)
+        share = tl.exp2(lse - origin)
+        shrink = tl.exp2(highest - origin)
+        weight = weight * shrink + share
+        total = total * shrink[:, None] + share[:, None] * values
+        highest = higher
+    return total / tl.where(weight == 0.0, 1.0, weight)[:, None]
+
+
 # Neither integers nor the alignment of index arrays make another kernel: nothing compiles later,
 # and the buckets of an engine, whose splits differ, share their kernels.
 _CUT_INPUTS = ["lengths", "first_tokens", "columns", "window", "splits", "blocks_min"]
@@ -79,6 +113,7 @@ def _attend_split(
     first_tokens,
     partial,
     partial_lse,
+    arrivals,
     out,
     layer,
     columns,
@@ -87,7 +122,7 @@ def _attend_split(
     splits,
     blocks_min,
     factor,
-    JOINED: tl.constexpr,
+    SPLIT: tl.constexpr,
     SCATTERED: tl.constexpr,
     Q_LEN: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -119,9 +154,10 @@ def _attend_split(
     )
     begin = first + split * blocks * BLOCK
     stop = tl.minimum(end, begin + blocks * BLOCK)
-    # `and` of a constant and a tensor would be no branch at all.
-    if JOINED:  # noqa: SIM102
-        if begin >= end:
+    # `and` of a constant and a tensor would be no branch at all. The first part of an empty row
+    # stays, to write its zeros.
+    if SPLIT:  # noqa: SIM102
+        if (begin >= end) & (split > 0):
             return
 
     part = tile * ROWS + tl.arange(0, ROWS)
@@ -169,87 +205,36 @@ def _attend_split(
 
     total = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
     inside = live[:, None] & in_head[None, :]
-    if not JOINED:
-        out_at = (first_token + token)[:, None] * OUT_STRIDE + head[:, None] * HEAD_DIM
-        tl.store(out + out_at + lane[None, :], total.to(out.dtype.element_ty), mask=inside)
-    else:
-        place = ((row.to(tl.int64) * KV_HEADS + kv_head) * splits + split) * PARTS + part
-        tl.store(partial + place[:, None] * HEAD_DIM + lane[None, :], total, mask=inside)
-        # log2 of a weight of 0 is -inf: a part that a query token sees nothing of.
-        tl.store(partial_lse + place, maximum + tl.log2(weight), mask=live)
-
-
-@triton.jit(do_not_specialize=_CUT_INPUTS)
-def _join(
-    partial,
-    partial_lse,
-    lengths,
-    first_tokens,
-    out,
-    columns,
-    window,
-    splits,
-    blocks_min,
-    SCATTERED: tl.constexpr,
-    Q_LEN: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    """One query head of one query token: the parts of its splits, weighed by their log-sum-exp."""
-    if DEPENDENT:
-        launch_dependents()
-        wait_for_previous()
-    row = tl.program_id(0).to(tl.int64) // Q_LEN
-    token = tl.program_id(0) % Q_LEN
-    head = tl.program_id(1)
-    PARTS: tl.constexpr = Q_LEN * GROUP
-    end, first, blocks = _cut(
-        tl.load(lengths + row), window, columns, splits, blocks_min, Q_LEN, BLOCK, PAGE_TOKENS
-    )
-    filled = tl.cdiv(end - first, blocks * BLOCK)
-
-    base = (row * KV_HEADS + head // GROUP) * splits * PARTS + token * GROUP + head % GROUP
-    lane = tl.arange(0, HEAD_PAD)
-    in_head = lane < HEAD_DIM
-    highest = tl.full([], float("-inf"), tl.float32)
-    weight = tl.full([], 0.0, tl.float32)
-    total = tl.zeros([HEAD_PAD], tl.float32)
-    for start in range(0, filled, TILE):
-        split = start + tl.arange(0, TILE)
-        held = split < filled
-        place = base + split * PARTS
-        lse = tl.load(partial_lse + place, mask=held, other=float("-inf"))
-        values = tl.load(
-            partial + place[:, None] * HEAD_DIM + lane[None, :],
-            mask=held[:, None] & in_head[None, :],
-            other=0.0,
-        )
-        higher = tl.maximum(highest, tl.max(lse, 0))
-        # -inf less -inf is NaN: what has seen nothing counts from 0.
-        origin = tl.where(higher == float("-inf"), 0.0, higher)
-        share = tl.exp2(lse - origin)
-        shrink = tl.exp2(highest - origin)
-        weight = weight * shrink + tl.sum(share, 0)
-        total = total * shrink + tl.sum(share[:, None] * values, 0)
-        highest = higher
-    total = total / tl.where(weight == 0.0, 1.0, weight)
-    first_token = tl.load(first_tokens + row).to(tl.int64) if SCATTERED else row * Q_LEN
-    out_at = (first_token + token) * OUT_STRIDE + head * HEAD_DIM + lane
-    tl.store(out + out_at, total.to(out.dtype.element_ty), mask=in_head)
+    out_at = (first_token + token)[:, None] * OUT_STRIDE + head[:, None] * HEAD_DIM + lane[None, :]
+    last_here = True
+    if SPLIT:
+        filled = tl.cdiv(end - first, blocks * BLOCK)
+        if filled > 1:
+            base = (row.to(tl.int64) * KV_HEADS + kv_head) * splits * PARTS + part
+            place = base + split * PARTS
+            tl.store(partial + place[:, None] * HEAD_DIM + lane[None, :], total, mask=inside)
+            # log2 of a weight of 0 is -inf: a part that a query token sees nothing of.
+            tl.store(partial_lse + place, maximum + tl.log2(weight), mask=live)
+            # Every thread's share is there before this program says so.
+            tl.debug_barrier()
+            arrival = arrivals + row * tl.num_programs(0) + tl.program_id(0)
+            last_here = tl.atomic_add(arrival, 1, sem="acq_rel") == filled - 1
+            if last_here:
+                total = _joined(
+                    partial, partial_lse, base, filled, live, inside, lane, PARTS, HEAD_DIM, ROWS,
+                    HEAD_PAD,
+                )  # fmt: skip
+                tl.store(arrival, 0)
+    if last_here:
+        tl.store(out + out_at, total.to(out.dtype.element_ty), mask=inside)
 
 
 class DecodeAttention:
     """Decode attention of one model's shape on one device, with the workspace of all its buckets.
 
-    Owns partial float32[parts, head_dim] and partial_lse float32[parts], which every layer and
-    every captured graph shares: launches on one stream, one after another. No call allocates.
+    Owns partial float32[parts, head_dim], partial_lse float32[parts] and arrivals int32[row, kv
+    head and tile], 0 between launches, which every layer and every captured graph shares: launches
+    on one stream, one after another. No call allocates.
     """
 
     def __init__(
@@ -297,16 +282,28 @@ class DecodeAttention:
         )
         self._partial = torch.empty((parts, head_dim), dtype=torch.float32, device=self.device)
         self._partial_lse = torch.empty(parts, dtype=torch.float32, device=self.device)
+        tiles = max(self._tiles(length)[1] for length in range(1, query_len_max + 1))
+        self._arrivals = torch.zeros(
+            rows_max * kv_heads * tiles, dtype=torch.int32, device=self.device
+        )
         self._scale = head_dim**-0.5
 
     @property
     def workspace_bytes(self) -> int:
-        return 4 * (self._partial.numel() + self._partial_lse.numel())
+        own = (self._partial, self._partial_lse, self._arrivals)
+        return 4 * sum(each.numel() for each in own)
 
     @property
     def addresses(self) -> tuple[int, ...]:
         """What a captured graph has of this object: a part of its address manifest."""
-        return self._partial.data_ptr(), self._partial_lse.data_ptr()
+        own = (self._partial, self._partial_lse, self._arrivals)
+        return tuple(each.data_ptr() for each in own)
+
+    def _tiles(self, query_len: int) -> tuple[int, int]:
+        """(query rows of a program, programs) of a kv head's query heads and tokens."""
+        wanted = self.heads // self.kv_heads * query_len
+        packed = min(_ROWS_MAX, max(_ROWS_MIN, triton.next_power_of_2(wanted)))
+        return packed, triton.cdiv(wanted, packed)
 
     def config(self, rows: int) -> DecodeConfig:
         """What a bucket of so many rows is computed with."""
@@ -339,37 +336,31 @@ class DecodeAttention:
         """
         rows = lengths.numel()
         config = self._configs[rows - 1]
-        group = self.heads // self.kv_heads
-        packed = min(_ROWS_MAX, max(_ROWS_MIN, triton.next_power_of_2(group * query_len)))
-        tiles = triton.cdiv(group * query_len, packed)
-        columns = page_table.shape[1]
-        head_pad = padded_head(self.head_dim)
-        scattered = first_tokens is not None
-        firsts = first_tokens if first_tokens is not None else lengths
-        options = launch_options(out.device)
+        packed, tiles = self._tiles(query_len)
         _attend_split[(self.kv_heads * tiles, config.splits, rows)](
             q,
             pool,
             page_table,
             lengths,
-            firsts,
+            lengths if first_tokens is None else first_tokens,
             self._partial,
             self._partial_lse,
+            self._arrivals,
             out,
             layer,
-            columns,
+            page_table.shape[1],
             page_table.stride(0),
             window,
             config.splits,
             config.blocks_min,
             self._scale * LOG2_E,
-            JOINED=config.splits > 1,
-            SCATTERED=scattered,
+            SPLIT=config.splits > 1,
+            SCATTERED=first_tokens is not None,
             Q_LEN=query_len,
             KV_HEADS=self.kv_heads,
-            GROUP=group,
+            GROUP=self.heads // self.kv_heads,
             HEAD_DIM=self.head_dim,
-            HEAD_PAD=head_pad,
+            HEAD_PAD=padded_head(self.head_dim),
             PAGE_TOKENS=self.page_tokens,
             PAGE_STRIDE=pool.stride(0),
             Q_STRIDE=q.stride(0),
@@ -379,30 +370,5 @@ class DecodeAttention:
             WIDE=computes_wide(q, pool),
             num_warps=config.warps,
             num_stages=config.stages,
-            **options,
-        )
-        if config.splits == 1:
-            return
-        _join[(rows * query_len, self.heads)](
-            self._partial,
-            self._partial_lse,
-            lengths,
-            firsts,
-            out,
-            columns,
-            window,
-            config.splits,
-            config.blocks_min,
-            SCATTERED=scattered,
-            Q_LEN=query_len,
-            KV_HEADS=self.kv_heads,
-            GROUP=group,
-            HEAD_DIM=self.head_dim,
-            HEAD_PAD=head_pad,
-            PAGE_TOKENS=self.page_tokens,
-            OUT_STRIDE=out.stride(0),
-            BLOCK=config.block,
-            TILE=_JOIN_SPLITS,
-            num_warps=2,
-            **options,
+            **launch_options(out.device),
         )

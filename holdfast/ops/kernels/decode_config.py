@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Bytes of a tile of K and V.
+# Bytes of a tile of K and V: of few rows, whose programs are few, and of many.
 _TILE_BYTES = {2: 32 << 10, 4: 16 << 10}
-# Programs an SM holds at once (150 registers a thread, 72 KiB of shared memory), and tokens that
-# one program should not exceed: at about 80 GB/s it reads 32,768 of a kv head of 128 in 200 us.
+_MANY_TILE_BYTES = {2: 16 << 10, 4: 8 << 10}
+# Programs an SM holds at once (150 registers a thread, 72 KiB of shared memory).
 _PROGRAMS_PER_SM = 3
-_SPLIT_TOKENS_MAX = 32768
+# Rows enough to fill the GPU are cut only where they are longer than this: the programs of longer
+# rows would still run when all others are done. A program reads about 80 GB/s: 2,048 tokens of a
+# kv head of 128 in 13 us. Programs that find nothing to do cost about 1 us a thousand.
+_SPLIT_TOKENS = 2048
 _PROGRAMS_MAX = 4096
 
 
@@ -35,15 +38,27 @@ def choose_config(
 ) -> DecodeConfig:
     """The host's table: a pure function of the bucket, never of lengths.
 
-    Few rows: as many splits as fill the GPU once. Many: four times, since then the last, partly
-    filled turn costs little, and more for the longest contexts unless there are programs enough.
+    Few rows: as many splits as fill the GPU, a row or two one program an SM, since then each has
+    the whole SM's memory pipe. Many: smaller tiles in a deeper pipe, and a split only for length.
     """
-    block = _block(head_dim, itemsize)
     pairs = rows * kv_heads
     at_once = _PROGRAMS_PER_SM * sm_count
-    splits = at_once // pairs if 4 * pairs <= at_once else -(-4 * at_once // pairs)
+    if pairs >= at_once:
+        block, stages = _block(head_dim, itemsize, _MANY_TILE_BYTES[itemsize]), 4
+        splits, least = 1, -(-_SPLIT_TOKENS // block)
+    else:
+        block, stages = _block(head_dim, itemsize, _TILE_BYTES[itemsize]), 3
+        splits = sm_count // pairs if 8 * pairs <= sm_count else round(at_once / pairs)
+        # Splits beyond those are for long rows: others are not to be cut finer for them.
+        longer = splits < _splits_for_length(context_max, pairs)
+        least = max(1, -(-_SPLIT_TOKENS // block) // splits) if longer else 1
     splits = max(splits, _splits_for_length(context_max, pairs))
-    return DecodeConfig(block=block, splits=min(max(1, splits), -(-context_max // block)))
+    return DecodeConfig(
+        block=block,
+        splits=min(max(1, splits), -(-context_max // block)),
+        stages=stages,
+        blocks_min=least,
+    )
 
 
 def splits_max(
@@ -52,15 +67,15 @@ def splits_max(
     """`choose_config` on no GPU of at most so many SMs gives more splits: what a workspace may be
     as large as before the GPU is known."""
     pairs = rows * kv_heads
-    many = -(-4 * _PROGRAMS_PER_SM * sm_count // pairs)
-    splits = max(many, _splits_for_length(context_max, pairs))
-    return min(max(1, splits), -(-context_max // _block(head_dim, itemsize)))
+    splits = max(round(_PROGRAMS_PER_SM * sm_count / pairs), _splits_for_length(context_max, pairs))
+    least = _block(head_dim, itemsize, _MANY_TILE_BYTES[itemsize])
+    return min(max(1, splits), -(-context_max // least))
 
 
-def _block(head_dim: int, itemsize: int) -> int:
+def _block(head_dim: int, itemsize: int, tile_bytes: int) -> int:
     lanes = 1 << (head_dim - 1).bit_length()
-    return min(128, max(16, _TILE_BYTES[itemsize] // (2 * lanes * itemsize)))
+    return min(128, max(16, tile_bytes // (2 * lanes * itemsize)))
 
 
 def _splits_for_length(context_max: int, pairs: int) -> int:
-    return min(-(-context_max // _SPLIT_TOKENS_MAX), _PROGRAMS_MAX // pairs)
+    return min(-(-context_max // _SPLIT_TOKENS), max(1, _PROGRAMS_MAX // pairs))

@@ -1,31 +1,36 @@
 """x times a weight's transpose for a decode step's few rows: weights streamed at memory's speed.
 
 A step of m rows reads every weight once and computes 2 * m operations on each, so that up to about
-a hundred rows memory rules: an 8B model's products are 15.1 GB, 3.6 ms at the H200's 4.24 TB/s,
-where cuBLAS streams them at 3.4. A program owns BLOCK_N rows of the weight and a *split* of its
-columns; the splits of one tile add up in the order of their numbers, done by whichever of them
-arrives last, so that the sum does not depend on who that is: the same input gives the same bits.
+a hundred rows memory rules: an 8B model's layers are 13.9 GB, 3.3 ms at the H200's 4.24 TB/s. A
+program owns BLOCK_N rows of the weight and a *split* of its columns, so that there are programs
+enough for every SM of narrow products too. The splits of a tile are added in the order of their
+numbers by whichever arrives last: the same input gives the same bits, whoever that is.
 
-Before it waits for the kernel ahead of it (ops.kernels.dependent) a program has its first weights
-brought to L2: they depend on nothing.
+Before it waits for the kernel ahead of it (ops.kernels.dependent) a program has the first lines of
+its weights brought to L2: they depend on nothing.
 
-Called by model.kernel_ops through SmallMatmul. Knows no model.
+Called by model.kernel_ops. Knows no model; which products are computed here, and how they are cut,
+says ops.kernels.matmul_config: cuBLAS keeps the others.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from holdfast.ops.kernels.dependent import launch_dependents, launch_options, wait_for_previous
+from holdfast.ops.kernels.dependent import (
+    INTERPRETED,
+    launch_dependents,
+    launch_options,
+    wait_for_previous,
+)
+from holdfast.ops.kernels.matmul_config import ROWS_MAX, MatmulConfig, choose_config, workspace
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-# Bytes that one prefetch brings.
-_LINE_BYTES = 128
+# Elements of a row of the weight that are brought to L2 ahead, 128 bytes a line.
+_AHEAD_LINES, _LINE = 2, 64
 
 
 @triton.jit
@@ -45,7 +50,6 @@ def _prefetch(pointers):
 def _multiply(
     x,
     weight,
-    weight_at,
     bias,
     out,
     partial,
@@ -58,73 +62,49 @@ def _multiply(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     SWAPPED: tl.constexpr,
-    BULK: tl.constexpr,
-    GATED: tl.constexpr,
     BIASED: tl.constexpr,
-    PREFETCHED: tl.constexpr,
-    EARLY: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    AHEAD: tl.constexpr,
+    LINE: tl.constexpr,
     WIDE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """A tile of BLOCK_N outputs of every row, over one split of K.
 
-    weight: [N, K], or [2 * N, K] with GATED; a descriptor of it with BULK. SWAPPED computes the
-    transpose, so that the weight's rows are the tall side of the product.
+    SWAPPED computes the transpose, so that the weight's rows are the tall side of the product: with
+    few rows of x that fills Hopper's product of 64 rows.
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, ROWS)
-    lane = tl.arange(0, BLOCK_K)
     PART: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
     WHOLE_N: tl.constexpr = N % BLOCK_N == 0
     WHOLE_K: tl.constexpr = K % BLOCK_K == 0
     begin = split * PART
     stop = tl.minimum(begin + PART, K)
-    if PREFETCHED > 0:
-        LINE: tl.constexpr = 64
-        line = begin + tl.arange(0, PREFETCHED) * LINE
-        _prefetch(weight_at + n[:, None].to(tl.int64) * K + line[None, :])
-        if GATED:
-            _prefetch(weight_at + (n[:, None].to(tl.int64) + N) * K + line[None, :])
+    weight_row = weight + n[:, None].to(tl.int64) * K
     if DEPENDENT:
-        if EARLY:
-            launch_dependents()
+        if WHOLE_N and PART >= AHEAD * LINE and K % PART == 0:
+            _prefetch(weight_row + begin + tl.arange(0, AHEAD)[None, :] * LINE)
         wait_for_previous()
 
+    live = m < rows
     if SWAPPED:
         total = tl.zeros([BLOCK_N, ROWS], tl.float32)
-        total_up = tl.zeros([BLOCK_N, ROWS], tl.float32)
     else:
         total = tl.zeros([ROWS, BLOCK_N], tl.float32)
-        total_up = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    live = m < rows
     for start in range(begin, stop, BLOCK_K):
-        k = start + lane
-        if BULK:
-            # What lies outside a descriptor's tensor is read as zeros.
-            a = x.load([0, start])
-            b = weight.load([tile * BLOCK_N, start])
-            if GATED:
-                up = weight.load([N + tile * BLOCK_N, start])
+        k = start + tl.arange(0, BLOCK_K)
+        x_at = x + m[:, None] * K + k[None, :]
+        if WHOLE_K:
+            a = tl.load(x_at, mask=live[:, None], other=0.0)
         else:
-            x_at = x + m[:, None] * K + k[None, :]
-            if WHOLE_K:
-                a = tl.load(x_at, mask=live[:, None], other=0.0)
-            else:
-                a = tl.load(x_at, mask=live[:, None] & (k < K)[None, :], other=0.0)
-            at = n[:, None].to(tl.int64) * K + k[None, :]
-            if WHOLE_N and WHOLE_K:
-                b = tl.load(weight + at, eviction_policy="evict_first")
-                if GATED:
-                    up = tl.load(weight + N * K + at, eviction_policy="evict_first")
-            else:
-                held = (n < N)[:, None] & (k < K)[None, :]
-                b = tl.load(weight + at, mask=held, other=0.0, eviction_policy="evict_first")
-                if GATED:
-                    up = tl.load(
-                        weight + N * K + at, mask=held, other=0.0, eviction_policy="evict_first"
-                    )
+            a = tl.load(x_at, mask=live[:, None] & (k < K)[None, :], other=0.0)
+        if WHOLE_N and WHOLE_K:
+            b = tl.load(weight_row + k[None, :], eviction_policy="evict_first")
+        else:
+            held = (n < N)[:, None] & (k < K)[None, :]
+            b = tl.load(weight_row + k[None, :], mask=held, other=0.0)
         if WIDE:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
@@ -132,17 +112,9 @@ def _multiply(
             total = tl.dot(b, a.T, total, input_precision="ieee")
         else:
             total = tl.dot(a, b.T, total, input_precision="ieee")
-        if GATED:
-            if WIDE:
-                up = up.to(tl.float32)
-            if SWAPPED:
-                total_up = tl.dot(up, a.T, total_up, input_precision="ieee")
-            else:
-                total_up = tl.dot(a, up.T, total_up, input_precision="ieee")
 
     if DEPENDENT:
-        if not EARLY:
-            launch_dependents()
+        launch_dependents()
     if SWAPPED:
         at = m[None, :] * N + n[:, None]
         inside = (n < N)[:, None] & live[None, :]
@@ -152,100 +124,109 @@ def _multiply(
     last = True
     if SPLITS > 1:
         tl.store(partial + split * ROWS * N + at, total, mask=inside)
-        if GATED:
-            tl.store(partial + (SPLITS + split) * ROWS * N + at, total_up, mask=inside)
+        # Every thread's part is there before this program says so.
         tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals + tile, 1, sem="acq_rel")
-        last = arrived == SPLITS - 1
+        last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLITS - 1
     if last:
         if SPLITS > 1:
             total = tl.zeros_like(total)
-            total_up = tl.zeros_like(total_up)
             for part in range(SPLITS):
-                total += tl.load(
-                    partial + part * ROWS * N + at, mask=inside, other=0.0, cache_modifier=".cg"
-                )
-                if GATED:
-                    total_up += tl.load(
-                        partial + (SPLITS + part) * ROWS * N + at,
-                        mask=inside,
-                        other=0.0,
-                        cache_modifier=".cg",
-                    )
+                # Past L1, which knows nothing of what other programs stored.
+                there = partial + part * ROWS * N + at
+                total += tl.load(there, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(arrivals + tile, 0)
         if BIASED:
             added = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
             total += added[:, None] if SWAPPED else added[None, :]
-        if GATED:
-            gate = total.to(out.dtype.element_ty).to(tl.float32)
-            up = total_up.to(out.dtype.element_ty).to(tl.float32)
-            total = gate / (1.0 + tl.exp(-gate)) * up
         tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-@dataclass(frozen=True, slots=True)
-class MatmulConfig:
-    """How a product is cut. rows: of a tile, a power of two >= 16; block_n, block_k: of a tile of
-    the weight; splits: parts of K; bulk: whether tiles come by the bulk copy engine (TMA);
-    prefetch: lines of 128 bytes a weight row that are brought to L2 ahead of the wait."""
+class SmallMatmul:
+    """Products of one model's shapes on one device, with the workspace of all of them.
 
-    rows: int
-    block_n: int
-    block_k: int
-    splits: int = 1
-    warps: int = 4
-    stages: int = 4
-    swapped: bool = False
-    bulk: bool = False
-    prefetch: int = 0
-    early: bool = True
+    Owns partial float32[...], and arrivals int32[tiles], which are 0 between launches. Launches go
+    to one stream, one after another. No call allocates.
+    """
 
+    def __init__(
+        self,
+        device: torch.device | str,
+        shapes: Iterable[tuple[int, int]],
+        rows_max: int,
+        *,
+        sm_count: int | None = None,
+        config_of: Callable[[int, int, int], MatmulConfig | None] | None = None,
+    ) -> None:
+        """shapes: (n, k) of every weight; rows_max: more rows are never asked for, or are not
+        computed here. sm_count: of the device unless given. config_of: (n, k, rows) -> MatmulConfig
+        or None, in place of `choose_config`."""
+        self.device = torch.device(device)
+        if sm_count is None:
+            on_gpu = self.device.type == "cuda"
+            properties = torch.cuda.get_device_properties(self.device) if on_gpu else None
+            sm_count = properties.multi_processor_count if properties is not None else 1
+        self.rows_max = min(rows_max, ROWS_MAX)
+        self._configs = {
+            (n, k): tuple(
+                choose_config(n, k, rows, sm_count) if config_of is None else config_of(n, k, rows)
+                for rows in range(1, self.rows_max + 1)
+            )
+            for n, k in shapes
+        }
+        parts, tiles = workspace(self._configs)
+        self._partial = torch.empty(parts, dtype=torch.float32, device=self.device)
+        self._arrivals = torch.zeros(tiles, dtype=torch.int32, device=self.device)
 
-def run(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    config: MatmulConfig,
-    partial: torch.Tensor,
-    arrivals: torch.Tensor,
-    *,
-    gated: bool = False,
-    dependent: bool = False,
-) -> torch.Tensor:
-    rows, k = x.shape
-    n = out.shape[1]
-    blocks = triton.cdiv(n, config.block_n)
-    x_given, described = x, weight
-    if config.bulk:
-        x_given = TensorDescriptor.from_tensor(x, [config.rows, config.block_k])
-        described = TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k])
-    options = {"launch_pdl": True} if dependent else {}
-    _multiply[(blocks, config.splits)](
-        x_given,
-        described,
-        weight,
-        weight if bias is None else bias,
-        out,
-        partial,
-        arrivals,
-        rows,
-        N=n,
-        K=k,
-        ROWS=config.rows,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        SPLITS=config.splits,
-        SWAPPED=config.swapped,
-        BULK=config.bulk,
-        GATED=gated,
-        BIASED=bias is not None,
-        PREFETCHED=config.prefetch,
-        EARLY=config.early,
-        DEPENDENT=dependent,
-        WIDE=INTERPRETED or weight.dtype == torch.float32,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **options,
-    )
-    return out
+    @property
+    def workspace_bytes(self) -> int:
+        return 4 * (self._partial.numel() + self._arrivals.numel())
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """What a captured graph has of this object: a part of its address manifest."""
+        return self._partial.data_ptr(), self._arrivals.data_ptr()
+
+    def config(self, n: int, k: int, rows: int) -> MatmulConfig | None:
+        """What a product is computed with here; None for one that is not."""
+        if not 0 < rows <= self.rows_max:
+            return None
+        configs = self._configs.get((n, k))
+        return None if configs is None else configs[rows - 1]
+
+    def run(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        config: MatmulConfig,
+    ) -> torch.Tensor:
+        """out [rows, n] = x [rows, k] times weight [n, k] transposed, plus bias [n]; all packed and
+        of one type, sums in float32. config: of `config`. Returns out."""
+        (rows, k), n = x.shape, weight.shape[0]
+        assert weight.shape == (n, k) and out.shape == (rows, n), (x.shape, weight.shape, out.shape)
+        assert x.is_contiguous() and weight.is_contiguous() and out.is_contiguous()
+        _multiply[(triton.cdiv(n, config.block_n), config.splits)](
+            x,
+            weight,
+            weight if bias is None else bias,
+            out,
+            self._partial,
+            self._arrivals,
+            rows,
+            N=n,
+            K=k,
+            ROWS=config.rows,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            SPLITS=config.splits,
+            SWAPPED=config.swapped,
+            BIASED=bias is not None,
+            AHEAD=_AHEAD_LINES,
+            LINE=_LINE,
+            WIDE=INTERPRETED or weight.dtype == torch.float32,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **launch_options(x.device),
+        )
+        return out
