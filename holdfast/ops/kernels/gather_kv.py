@@ -56,9 +56,7 @@ def _gather(
     low = 0
     if WINDOWED:
         low = tl.maximum(first_position - window + 1, 0)
-    if (begin < tl.cdiv(length, ALIGNED) * ALIGNED) & (
-        begin + BLOCK > low // ALIGNED * ALIGNED
-    ):
+    if (begin < tl.cdiv(length, ALIGNED) * ALIGNED) & (begin + BLOCK > low // ALIGNED * ALIGNED):
         TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
         lane = tl.arange(0, HEAD_PAD)
         position = begin + tl.arange(0, BLOCK)
