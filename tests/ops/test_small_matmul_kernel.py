@@ -76,7 +76,7 @@ def test_the_table_cuts_every_shape_into_whole_parts_that_fit_an_sm():
                 if config is None:
                     continue
                 assert config.rows >= rows and config.splits >= 1
-                # No part of K is empty: its program would be waited for in vain by nobody, but cost.
+                # No part of K is empty: a program that has nothing to add costs all the same.
                 part = -(-k // (config.block_k * config.splits)) * config.block_k
                 assert part * (config.splits - 1) < k, (n, k, config)
                 tile = (config.block_n + config.rows) * config.block_k * 2
