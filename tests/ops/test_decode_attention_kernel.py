@@ -125,9 +125,9 @@ def test_padding_rows_are_zero_and_no_page_of_theirs_is_looked_up(module, splits
     assert bool((out[1] == 0).all())
 
 
-def test_a_split_of_fewer_blocks_than_it_must_have_is_left_to_its_neighbour(module):
+def test_a_row_too_long_for_its_parts_is_cut_into_more_of_them(module):
     step = Step(Shape(), [1] * 3, [0, 40, 90])
-    close(run(module, step, splits=6, blocks_min=2), step.reference())
+    close(run(module, step, splits=6, parts=2, blocks_max=2), step.reference())
 
 
 def test_more_splits_than_are_joined_at_once_are_joined_in_turns(module):
@@ -201,7 +201,7 @@ def test_the_workspace_holds_every_bucket_and_splits_fill_the_gpu(module):
         assert 132 <= programs <= 4096, (rows, config)
         assert config.block == (32 if rows >= 64 else 64)
         # Rows that fill the GPU are cut for their length alone.
-        assert rows < 64 or config.block * config.blocks_min == 2048
+        assert rows < 64 or (config.parts, config.block * config.blocks_max) == (1, 1024)
         parts = rows * config.splits * 32 * 4
         assert attention.workspace_bytes >= parts * 129 * 4
     assert attention.workspace_bytes < 64 << 20

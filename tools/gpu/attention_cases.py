@@ -77,14 +77,18 @@ def poison_tails(pages: Pages, table: np.ndarray, lengths: np.ndarray) -> None:
 
 
 class DecodeCase:
-    """One bucket: rows of one length."""
+    """One bucket: rows of one length, or of lengths drawn evenly from `least` to it."""
 
-    def __init__(self, pages: Pages, rows: int, context: int) -> None:
+    def __init__(self, pages: Pages, rows: int, context: int, least: int | None = None) -> None:
         self.pages, self.rows, self.context = pages, rows, context
         self.table = on_device(pages.table(rows, context))
-        self.lengths = torch.full((rows,), context, dtype=torch.int32, device=DEVICE)
+        lengths = np.full(rows, context, np.int32)
+        if least is not None:
+            lengths = np.random.default_rng(rows).integers(least, context + 1, rows, np.int32)
+        self.shape = f"{rows} x {context}" if least is None else f"{rows} x {least}..{context}"
+        self.lengths = on_device(lengths)
         self.qkv, self.out = noise(rows), blank(rows)
-        kv = rows * context * 2 * KV_HEADS * HEAD_DIM
+        kv = int(lengths.sum()) * 2 * KV_HEADS * HEAD_DIM
         self.bytes = 2 * (kv + 2 * rows * HEADS * HEAD_DIM)
 
     def launch(self, config: DecodeConfig | None = None) -> Callable[[int], object]:
@@ -103,7 +107,7 @@ class DecodeCase:
         took = statistics.median(samples)
         return {
             "part": "decode",
-            "shape": f"{self.rows} x {self.context}",
+            "shape": self.shape,
             "name": name,
             "us": took,
             "TB/s": self.bytes / took / 1e6,

@@ -47,11 +47,10 @@ def tune(pages: Pages, deadline: float) -> list[dict]:
         pairs = case.rows * KV_HEADS
         splits = sorted({max(1, round(132 * turns / pairs)) for turns in TURNS})
         tried = [
-            DecodeConfig(splits=split, blocks_min=least, **variant)
+            DecodeConfig(splits=split, parts=split, blocks_max=1 << 20, **variant)
             for variant in kept
             for split in splits
             if split * 16 <= case.context
-            for least in ((1, 2, 4) if split > 1 else (1,))
         ]
         found += _best(tried, _decoded(case), min(deadline, time.monotonic() + 30))
     for rows, context in PREFILL:

@@ -6,9 +6,9 @@ whichever of a row's programs arrives last adds the parts up by their log-sum-ex
 their numbers: the same input gives the same bits, whoever that is.
 
 The grid is (kv heads, splits, rows) and depends on the bucket alone, so that a captured graph is
-right for every length: *splits* is a constant of the bucket, and a row's context is cut into so
-many parts of equal length at most, in whole blocks and none shorter than the bucket's least. A
-program behind the end of its row leaves at once; a row of one part has nothing to add up.
+right for every length: a row's context is cut into equal parts of whole blocks, as many as the
+bucket wants or as keep a part below the bucket's longest, and never more than *splits*. A program
+behind the end of its row leaves at once; a row of one part has nothing to add up.
 
 Cost. A token of a kv head is 2 * head_dim elements, read once: 32/8 heads of 128 in bfloat16 are
 4 KiB a token and layer, 128 rows of 2,048 tokens 1.07 GB, 253 us at the H200's 4.24 TB/s. A tile
@@ -40,6 +40,7 @@ from holdfast.ops.kernels.paged_kv import (
 
 # Fewer rows than 16 no product takes; more than 64 of 256 lanes do not fit the registers.
 _ROWS_MIN, _ROWS_MAX = 16, 64
+_JOIN_ELEMENTS = tl.constexpr(8192)
 
 
 @triton.jit
@@ -48,20 +49,22 @@ def _cut(
     window,
     columns,
     splits,
-    blocks_min,
+    parts,
+    blocks_max,
     Q_LEN: tl.constexpr,
     BLOCK: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
 ):
-    """(end, first, blocks): positions first .. end are seen, each split has so many blocks of them.
+    """(end, first, blocks): positions first .. end are seen, each part has so many blocks of them.
 
     first is a whole number of blocks. A length beyond the table is cut to it.
     """
     end = tl.minimum(tl.maximum(length, 0), columns * PAGE_TOKENS)
     low = tl.where(window > 0, tl.maximum(end - Q_LEN - window + 1, 0), 0)
     first = low // BLOCK * BLOCK
-    blocks = tl.cdiv(tl.cdiv(end - first, BLOCK), splits)
-    return end, first, tl.maximum(blocks, blocks_min)
+    all_blocks = tl.cdiv(end - first, BLOCK)
+    blocks = tl.minimum(tl.cdiv(all_blocks, parts), blocks_max)
+    return end, first, tl.maximum(tl.maximum(blocks, tl.cdiv(all_blocks, splits)), 1)
 
 
 @triton.jit
@@ -79,29 +82,37 @@ def _joined(
     HEAD_PAD: tl.constexpr,
 ):
     """float32[ROWS, HEAD_PAD]: the parts 0 .. filled, weighed by their log-sum-exp."""
+    # Parts that are read at once: as many as the loop over blocks has registers for.
+    TILE: tl.constexpr = max(1, _JOIN_ELEMENTS // (ROWS * HEAD_PAD))
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS, HEAD_PAD], tl.float32)
-    for split in range(0, filled):
-        place = base + split * PARTS
+    for start in range(0, filled, TILE):
+        split = start + tl.arange(0, TILE)
+        held = (split < filled)[:, None] & live[None, :]
+        place = split[:, None] * PARTS + base[None, :]
         # Past L1, which knows nothing of what other programs stored.
-        lse = tl.load(partial_lse + place, mask=live, other=float("-inf"), cache_modifier=".cg")
-        at = partial + place[:, None] * HEAD_DIM + lane[None, :]
-        values = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(highest, lse)
+        lse = tl.load(partial_lse + place, mask=held, other=float("-inf"), cache_modifier=".cg")
+        values = tl.load(
+            partial + place[:, :, None] * HEAD_DIM + lane[None, None, :],
+            mask=held[:, :, None] & inside[None, :, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        higher = tl.maximum(highest, tl.max(lse, 0))
         # -inf less -inf is NaN: what has seen nothing counts from 0.
         origin = tl.where(higher == float("-inf"), 0.0, higher)
-        share = tl.exp2(lse - origin)
+        share = tl.exp2(lse - origin[None, :])
         shrink = tl.exp2(highest - origin)
-        weight = weight * shrink + share
-        total = total * shrink[:, None] + share[:, None] * values
+        weight = weight * shrink + tl.sum(share, 0)
+        total = total * shrink[:, None] + tl.sum(share[:, :, None] * values, 0)
         highest = higher
     return total / tl.where(weight == 0.0, 1.0, weight)[:, None]
 
 
 # Neither integers nor the alignment of index arrays make another kernel: nothing compiles later,
 # and the buckets of an engine, whose splits differ, share their kernels.
-_CUT_INPUTS = ["lengths", "first_tokens", "columns", "window", "splits", "blocks_min"]
+_CUT_INPUTS = ["lengths", "first_tokens", "columns", "window", "splits", "parts", "blocks_max"]
 
 
 @triton.jit(do_not_specialize=[*_CUT_INPUTS, "page_table", "layer", "table_stride"])
@@ -120,7 +131,8 @@ def _attend_split(
     table_stride,
     window,
     splits,
-    blocks_min,
+    parts,
+    blocks_max,
     factor,
     SPLIT: tl.constexpr,
     SCATTERED: tl.constexpr,
@@ -149,8 +161,9 @@ def _attend_split(
     TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
     PARTS: tl.constexpr = Q_LEN * GROUP
 
+    length = tl.load(lengths + row)
     end, first, blocks = _cut(
-        tl.load(lengths + row), window, columns, splits, blocks_min, Q_LEN, BLOCK, PAGE_TOKENS
+        length, window, columns, splits, parts, blocks_max, Q_LEN, BLOCK, PAGE_TOKENS
     )
     begin = first + split * blocks * BLOCK
     stop = tl.minimum(end, begin + blocks * BLOCK)
@@ -352,7 +365,8 @@ class DecodeAttention:
             page_table.stride(0),
             window,
             config.splits,
-            config.blocks_min,
+            config.parts,
+            config.blocks_max,
             self._scale * LOG2_E,
             SPLIT=config.splits > 1,
             SCATTERED=first_tokens is not None,

@@ -14,23 +14,25 @@ _TILE_BYTES = {2: 32 << 10, 4: 16 << 10}
 _MANY_TILE_BYTES = {2: 16 << 10, 4: 8 << 10}
 # Programs an SM holds at once (150 registers a thread, 72 KiB of shared memory).
 _PROGRAMS_PER_SM = 3
-# Rows enough to fill the GPU are cut only where they are longer than this: the programs of longer
-# rows would still run when all others are done. A program reads about 80 GB/s: 2,048 tokens of a
-# kv head of 128 in 13 us. Programs that find nothing to do cost about 1 us a thousand.
-_SPLIT_TOKENS = 2048
+# Tokens of a part: programs of much longer ones would still run when all others are done. A
+# program alone on its SM reads about 80 GB/s: 1,024 tokens of a kv head of 128 in 7 us. Programs
+# that find nothing to do cost about 1 us a thousand.
+_PART_TOKENS = 1024
 _PROGRAMS_MAX = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
     """How a bucket is computed. block: positions of a tile, a power of two >= 16; splits: parts a
-    row's context is cut into at most; blocks_min: blocks a part has at least."""
+    row's context is cut into at most, which is a dimension of the grid; parts: how many it is cut
+    into as a rule; blocks_max: more, where a part would have more blocks than these."""
 
     block: int
     splits: int
     warps: int = 4
     stages: int = 3
-    blocks_min: int = 1
+    parts: int = 1
+    blocks_max: int = 1
 
 
 def choose_config(
@@ -44,20 +46,17 @@ def choose_config(
     pairs = rows * kv_heads
     at_once = _PROGRAMS_PER_SM * sm_count
     if pairs >= at_once:
-        block, stages = _block(head_dim, itemsize, _MANY_TILE_BYTES[itemsize]), 4
-        splits, least = 1, -(-_SPLIT_TOKENS // block)
+        block, stages, parts = _block(head_dim, itemsize, _MANY_TILE_BYTES[itemsize]), 4, 1
     else:
         block, stages = _block(head_dim, itemsize, _TILE_BYTES[itemsize]), 3
-        splits = sm_count // pairs if 8 * pairs <= sm_count else round(at_once / pairs)
-        # Splits beyond those are for long rows: others are not to be cut finer for them.
-        longer = splits < _splits_for_length(context_max, pairs)
-        least = max(1, -(-_SPLIT_TOKENS // block) // splits) if longer else 1
-    splits = max(splits, _splits_for_length(context_max, pairs))
+        parts = sm_count // pairs if 8 * pairs <= sm_count else round(at_once / pairs)
+    most = -(-context_max // block)
     return DecodeConfig(
         block=block,
-        splits=min(max(1, splits), -(-context_max // block)),
+        splits=min(max(parts, _splits_for_length(context_max, pairs)), most),
         stages=stages,
-        blocks_min=least,
+        parts=min(parts, most),
+        blocks_max=-(-_PART_TOKENS // block),
     )
 
 
@@ -78,4 +77,4 @@ def _block(head_dim: int, itemsize: int, tile_bytes: int) -> int:
 
 
 def _splits_for_length(context_max: int, pairs: int) -> int:
-    return min(-(-context_max // _SPLIT_TOKENS), max(1, _PROGRAMS_MAX // pairs))
+    return min(-(-context_max // _PART_TOKENS), max(1, _PROGRAMS_MAX // pairs))

@@ -46,22 +46,29 @@ def choose_config(n: int, k: int, rows: int, sm_count: int) -> MatmulConfig | No
     A pure function of shapes, so that a bucket's graph and an eager step compute the same bits. A
     product wants about a program an SM, with 96 KiB or more of weights under way in each.
     """
-    tall = 16 if rows <= 16 else 32 if rows <= 32 else 64
     megabytes = 2 * n * k / (1 << 20)
-    if tall == 16:
-        if megabytes > 512:
+    if megabytes > 512:
+        return None
+    tiles = -(-n // 64)
+    if rows <= 32:
+        tall = 16 if rows <= 16 else 32
+        if tall == 32 and megabytes > 64 and 2048 < k <= 2 * n:
             return None
         splits = _splits(n, k, 64, 128, sm_count)
         if k // splits >= 6144:
             splits *= 2
-        many = -(-n // 64) * splits > 1.5 * sm_count
-        return MatmulConfig(16, 64, 128, splits, 4, 3 if many else 6, True)
+        return MatmulConfig(
+            tall, 64, 128, splits, 4, 3 if tiles * splits > 1.5 * sm_count else 6, True
+        )
+    if megabytes > 16 and k <= 2048:
+        return MatmulConfig(64, 64, 64, 1, 4, 4, True)
     if megabytes > 16 and k <= 2 * n:
         return None
     wide = n >= 45 * sm_count or megabytes > 16
-    block_n = 64 if wide else 32
-    splits = _splits(n, k, block_n, 128, sm_count)
-    return MatmulConfig(tall, block_n, 128, splits, 8 if wide else 4, 6 if wide else 4)
+    splits = _splits(n, k, 64 if wide else 32, 128, sm_count)
+    if wide:
+        return MatmulConfig(64, 64, 128, splits, 8, 6)
+    return MatmulConfig(64, 32, 128, splits, 4, 8)
 
 
 def _splits(n: int, k: int, block_n: int, block_k: int, sm_count: int) -> int:
