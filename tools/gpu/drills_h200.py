@@ -6,8 +6,9 @@ Parts, each with a deadline of its own, in this order: tests (pytest -m gpu), ve
 large pool), kill (a served model's worker killed, seen from its clients), faults (each kind, from
 the launch to the word and to the pidfd), load (weights from a file), drills (`holdfast drill run
 all --device cuda`); asked for by name: drills-graphs (the same by the fast path), drills-sabotage,
-soak (8 minutes of saturation want a call of their own). DIR gets results.json and each part's log.
-Exit code 1 when a part failed.
+soak (8 minutes of saturation want a call of their own), large (kills under 32 streams of the model
+that --model names, its weights drawn; a standby's memory; latency while it warms). DIR gets
+results.json and each part's log. Exit code 1 when a part failed.
 """
 
 from __future__ import annotations
@@ -393,6 +394,92 @@ def soak(report: Report, left_s: float) -> None:
     report.add("soak", "restarts", f"{figure}; wrong: {found['wrong'][:3]}", not found["wrong"])
 
 
+def large(report: Report, left_s: float, model: Path) -> None:
+    """Issue 5's figures: resumed within 0.3 s with a warm standby and 6 s with a cold one."""
+    for standby, most_ms in (("warm", 300.0), ("cold", 6000.0)):
+        _large(report, model, standby, most_ms)
+
+
+def _large(report: Report, model: Path, standby: str, most_ms: float) -> None:
+    from gpukit import Server, until_streaming
+
+    # Ids, since a folder with nothing but a config.json has no tokenizer.
+    prompts = [[11 + at, 7, 5] * (20 + at % 9) for at in range(STREAMS)]
+    options = ("--device", "cuda:0", "--load", "dummy", "--kernels", "triton", "--graphs", "on")
+    options += ("--max-rows", "64", "--max-context-tokens", "8192", "--standby", standby)
+    with Server(str(model), *options, log=report.out / f"large-{standby}.log") as server:
+        report.add("large", f"start to ready, {standby}", f"{server.ready_s:.1f} s")
+        if standby == "warm":
+            _beside_standby(report, server, prompts)
+        clean = server.answer(prompts, TOKENS)
+        runs = []
+        for _ in range(3):
+            server.wait_standby()
+            streams, threads = server.stream(prompts, TOKENS)
+            until_streaming(streams, 20)
+            runs.append(_one_kill(server.process("holdfast worker")["pid"], streams))
+            for thread in threads:
+                thread.join(60)
+            lost = sum(bool(s.error) or s.finish != "length" for s in streams)
+            equal = sum(a.text == b.text for a, b in zip(streams, clean, strict=True))
+            runs[-1] |= {"lost": lost, "equal": equal}
+        metrics = server.metrics()
+    resumed = [run["all_resumed_ms"] for run in runs]
+    ok = all(ms is not None and ms <= most_ms for ms in resumed)
+    shown = ", ".join("never" if ms is None else f"{ms:.0f}" for ms in resumed)
+    report.add("large", f"kill to a token in every stream, {standby}", f"{shown} ms", ok, runs=runs)
+    fenced = ", ".join(f"{run['fenced_ms']:.0f}" for run in runs)
+    report.add("large", f"kill to pidfd, {standby}", f"{fenced} ms")
+    lost = sum(run["lost"] for run in runs)
+    equal = [run["equal"] for run in runs]
+    figure = f"{lost} of {STREAMS * len(runs)} lost; texts equal {equal} of {STREAMS}"
+    report.add("large", f"streams, {standby}", figure, lost == 0)
+    compiled = [x for x in metrics.splitlines() if x.startswith("holdfast_compiles_after")]
+    report.add(
+        "large", f"compiles after ready, {standby}", " ".join(compiled), compiled[-1][-3:] == "0.0"
+    )
+
+
+def _beside_standby(report: Report, server: Any, prompts: list) -> None:
+    """Inter-token latency of 32 streams while a standby warms, and when it has."""
+    warming, still = [], []
+    while server.process("holdfast standby")["state"] != "prepared":
+        warming += _gaps_ms(server.answer(prompts, 100))
+    memory = _gpu_memory_mib(server.process("holdfast standby")["pid"])
+    for _ in range(6):
+        still += _gaps_ms(server.answer(prompts, 100))
+    if warming:
+        beside, alone = (sorted(found)[int(len(found) * 0.99)] for found in (warming, still))
+        figure = f"{beside:.2f} ms, {alone:.2f} ms when it has: x{beside / alone:.2f}"
+        report.add("large", "ITL p99 while a standby warms", figure, beside <= 1.2 * alone)
+    else:
+        report.add("large", "ITL p99 while a standby warms", "it was warm at once", False)
+    report.add(
+        "large",
+        "GPU memory of an idle standby",
+        f"{memory} MiB",
+        memory is not None and memory <= 3072,
+    )
+
+
+def _gaps_ms(streams: list) -> list[float]:
+    """Between tokens of each stream, the first of which waits for prompts."""
+    return [(b - a) * 1e3 for s in streams for a, b in zip(s.at_s[1:], s.at_s[2:], strict=False)]
+
+
+def _gpu_memory_mib(pid: int) -> int | None:
+    said = subprocess.run(
+        ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    print(said, flush=True)
+    found = dict(line.split(", ") for line in said.splitlines() if ", " in line)
+    value = found.get(str(pid), "")
+    return int(value) if value.isdigit() else None
+
+
 def _lanes(
     out: Path, lanes: dict[str, tuple[str, ...]], left_s: float, flags: tuple[str, ...] = ()
 ) -> list[dict[str, Any]]:
@@ -432,7 +519,10 @@ PARTS: dict[str, tuple[Callable[[Report, float], None], float]] = {
     "drills-graphs": (lambda report, left_s: drills(report, left_s, "--graphs"), 290),
     "drills-sabotage": (lambda report, left_s: drills(report, left_s, "--sabotage"), 290),
     "soak": (soak, 560),
+    "large": (lambda report, left_s: large(report, left_s, MODEL[0]), 240),
 }
+# Of --model.
+MODEL: list[Path] = []
 # What one call of ten minutes has time for.
 USUAL = ("verify", "load", "faults", "tests", "kill", "drills")
 
@@ -442,7 +532,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")))
     parser.add_argument("--budget", type=float, default=560.0, help="seconds for all parts")
     parser.add_argument("--only", nargs="*", choices=tuple(PARTS), default=USUAL)
+    parser.add_argument("--model", type=Path, help="of the part large: a folder with a config.json")
     asked = parser.parse_args()
+    if "large" in asked.only and asked.model is None:
+        parser.error("large needs --model")
+    MODEL[:] = [asked.model]
     asked.out.mkdir(parents=True, exist_ok=True)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     end_s = time.monotonic() + asked.budget
