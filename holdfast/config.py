@@ -18,7 +18,14 @@ from holdfast.errors import OptionError
 PAGES_MAX = 1 << 24
 # Draft tokens are counted in a byte (wire.plan); nobody's acceptance makes more worth their pages.
 DRAFT_DEPTH_MAX = 32
-_MAY_BE_ZERO = {"draft_depth", "windows", "window_pages", "host_pages", "disk_pages"}
+_MAY_BE_ZERO = {
+    "mixed_prefill_tokens",
+    "draft_depth",
+    "windows",
+    "window_pages",
+    "host_pages",
+    "disk_pages",
+}
 # Upper bound on one journal record of an admission, besides its tokens: scalars, tenant, and the
 # bias and stop lists at their limits (msgpack: at most 16 and 8 bytes an entry) are added below.
 JOURNAL_RECORD_BYTES = 512
@@ -70,6 +77,9 @@ class Limits:
     """Requests in one step."""
     prefill_tokens: int = 512
     """Tokens of one step, decode rows first; what they leave is for prefill chunks."""
+    mixed_prefill_tokens: int = 0
+    """Prompt tokens of a step that also decodes, so that a long chunk does not hold up the rows
+    beside it; at most prefill_tokens. 0 = no bound but prefill_tokens."""
     draft_depth: int = 0
     """Most draft tokens of one row in one step (speculation); 0 = off."""
     steps_ahead: int = 2
@@ -109,6 +119,11 @@ class Limits:
         if self.pages < 2:
             raise OptionError("--kv-pages", "needs at least 2: page 0 is the trash page")
         self._check_windows()
+        if not 0 <= self.mixed_prefill_tokens <= self.prefill_tokens:
+            raise OptionError(
+                "--mixed-prefill-tokens",
+                f"0 to --prefill-tokens ({self.prefill_tokens}), got {self.mixed_prefill_tokens}",
+            )
         if not 0 <= self.draft_depth <= DRAFT_DEPTH_MAX:
             raise OptionError("--draft-depth", f"0 to {DRAFT_DEPTH_MAX}, got {self.draft_depth}")
         if self.steps_ahead > 2:

@@ -148,6 +148,16 @@ class EngineOptions:
     prefill_tokens: Annotated[
         int | None, _option(BATCH_PANEL, "Tokens of one step, prompts included", "512", min=1)
     ] = None
+    mixed_prefill_tokens: Annotated[
+        int | None,
+        _option(
+            BATCH_PANEL,
+            "Prompt tokens of a step that also decodes: fewer keep streams even, more start "
+            "prompts sooner",
+            "GPU 1024, CPU --prefill-tokens",
+            min=0,
+        ),
+    ] = None
     queue_requests: Annotated[
         int | None, _option(BATCH_PANEL, "Requests that may wait for a row", "4096", min=1)
     ] = None
@@ -167,6 +177,7 @@ class EngineOptions:
             kv_memory_bytes=memory,
             page_tokens=self.page_tokens,
             prefill_tokens=self.prefill_tokens,
+            mixed_prefill_tokens=self.mixed_prefill_tokens,
             context_tokens=self.max_context_tokens,
             queue_requests=self.queue_requests,
             live_tokens=self.live_tokens,

@@ -62,6 +62,12 @@ def _table(name: str, device: str, sizing: Sizing) -> Table:
         ("KV tokens", f"{sizing.kv_tokens:,}", "of all requests together"),
         ("context", f"{limits.context_tokens:,}", "tokens, prompt and answer of one request"),
         ("rows", f"{limits.rows_max:,}", "requests computed in one step"),
+        ("step", f"{limits.prefill_tokens:,}", "tokens at most, prompts included"),
+        (
+            "mixed step",
+            f"{limits.mixed_prefill_tokens:,}",
+            "prompt tokens at most beside rows that decode",
+        ),
         ("full rows", f"{sizing.full_rows:,}", "requests of the longest context at once"),
         ("queue", f"{limits.queue_requests:,}", "requests that may wait"),
     ]
