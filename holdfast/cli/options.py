@@ -41,11 +41,13 @@ class Dtype(enum.StrEnum):
 
 
 class Kernels(enum.StrEnum):
+    AUTO = "auto"
     REFERENCE = "reference"
     TRITON = "triton"
 
 
 class Graphs(enum.StrEnum):
+    AUTO = "auto"
     ON = "on"
     OFF = "off"
 
@@ -106,16 +108,18 @@ class EngineOptions:
         Kernels,
         _option(
             MODEL_PANEL,
-            "How layers are computed; reference: plain torch; triton: fused kernels, for GPUs",
+            "How layers are computed; reference: plain torch; triton: fused kernels, for GPUs; "
+            "auto: triton on a GPU, reference on the CPU",
         ),
-    ] = Kernels.REFERENCE
+    ] = Kernels.AUTO
     graphs: Annotated[
         Graphs,
         _option(
             MODEL_PANEL,
-            "on: replay decode steps from captured graphs (on the CPU: the same logic, no gain)",
+            "on: replay decode steps from captured graphs (on the CPU: the same logic, no gain); "
+            "auto: on where triton's kernels run on a GPU, else off",
         ),
-    ] = Graphs.OFF
+    ] = Graphs.AUTO
     gpu_memory_utilization: Annotated[
         float,
         _option(
