@@ -151,7 +151,9 @@ def serve(
     ours = _our_server(model, engine, words, ready_timeout_s)
     try:
         with bars(unit="") as progress:
-            bench_serve.measure_server(ours, name, load, progress, found, repeats=repeats)
+            bench_serve.measure_server(
+                ours, name, load, progress, found, repeats=repeats, facts=options
+            )
             if vllm is not None:
                 few = peers.runs(repeats)
                 with vllm.server(name, prepared.spec) as server:
