@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import os
 import time
@@ -201,24 +202,30 @@ class LLM:
         limits = dataclasses.replace(sizing.limits, timeout_s=NO_DEADLINE_S, api_processes=1)
         report = progress or (lambda what, done, total: None)
         cores = threads or os.cpu_count() or 1
-        runner = _open_device(
+        runner, enter = _open_device(
             spec, limits, device, sizing.dtype, computation, load, seed, cores, report
         )
         # Where the device answers before `launch` returns, a second plan ahead would only compute
         # tokens past the end of requests that the first one ends.
         ahead = min(limits.steps_ahead, runner.in_flight_max)
         limits = dataclasses.replace(limits, steps_ahead=ahead)
-        self._attach(spec, limits, runner, ids_will_do=load == "dummy")
+        self._attach(spec, limits, runner, ids_will_do=load == "dummy", enter=enter)
 
     def _attach(
-        self, spec: ModelSpec, limits: Limits, device: Device, *, ids_will_do: bool
+        self,
+        spec: ModelSpec,
+        limits: Limits,
+        device: Device,
+        *,
+        ids_will_do: bool,
+        enter: Callable[[], None] = lambda: None,
     ) -> None:
         self.spec = spec
         self.limits = limits
         self.tokenizer = load_tokenizer(
             spec.path, vocab_size=spec.vocab_size, ids_will_do=ids_will_do
         )
-        self._engine = LocalEngine(limits, device)
+        self._engine = LocalEngine(limits, device, enter=enter)
 
     # --- life ---
 
@@ -577,10 +584,11 @@ def _open_device(
     seed: int,
     threads: int,
     report: LoadReport,
-) -> Runner:
-    """A device with its weights loaded, in memory of this process. Imports torch."""
+) -> tuple[Runner, Callable[[], None]]:
+    """A device with its weights loaded, in memory of this process, and what each thread calls
+    before it steps it. Imports torch."""
     from holdfast.device.build import build_engine
-    from holdfast.device.cuda import open_device
+    from holdfast.device.cuda import make_current, open_device
     from holdfast.device.memory import DeviceMemory
     from holdfast.model.weights import WeightsLayout, dummy_weights, load_weights
 
@@ -598,4 +606,4 @@ def _open_device(
     runner = build_engine(spec, limits, views, memory, **chosen, threads=threads)
     if computation.graphs:
         runner.warm_up(lambda done, total: report("graphs", done, total))
-    return runner
+    return runner, functools.partial(make_current, where)
