@@ -167,16 +167,16 @@ def our_server(arguments: Sequence[str], timeout_s: float) -> Server:
         env={name: value for name, value in os.environ.items() if name != "HOLDFAST_API_KEY"},
         ready_path="/ready",
         timeout_s=timeout_s,
-        standby=_standby_of(arguments),
+        standby=word_of(arguments, "--standby", "warm"),
     )
 
 
-def _standby_of(arguments: Sequence[str]) -> str:
-    """What a command line of `holdfast serve` says of it; the last word counts."""
-    found = "warm"
-    words = " ".join(arguments).replace("--standby=", "--standby ").split()
-    for option, value in itertools.pairwise(words):
-        if option == "--standby":
+def word_of(arguments: Sequence[str], option: str, default: str) -> str:
+    """What a command line says of an option that takes a word; the last one counts."""
+    found = default
+    words = " ".join(arguments).replace(option + "=", option + " ").split()
+    for name, value in itertools.pairwise(words):
+        if name == option:
             found = value
     return found
 

@@ -143,7 +143,9 @@ def open_prepared(prepared: Prepared, engine: EngineOptions, report: Report) -> 
 
 
 def settings(prepared: Prepared, engine: EngineOptions) -> dict[str, Any]:
-    """Every engine option by its name, with what `auto` and `what fits` came to: for a record."""
+    """Every engine option by its name, with what `auto` and `what fits` came to: for a record. How
+    many steps are launched ahead is no such option: an LLM decides it (bench.ours.facts), a server
+    is told."""
     named = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)}
     limits = prepared.sizing.limits
     decided = {
@@ -158,7 +160,6 @@ def settings(prepared: Prepared, engine: EngineOptions) -> dict[str, Any]:
         "page_tokens": limits.page_tokens,
         "prefill_tokens": limits.prefill_tokens,
         "mixed_prefill_tokens": limits.mixed_prefill_tokens,
-        "steps_ahead": limits.steps_ahead,
         "queue_requests": limits.queue_requests,
         "live_tokens": limits.live_tokens,
     }

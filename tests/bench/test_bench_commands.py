@@ -44,6 +44,8 @@ def test_decode_runs_ours_then_the_peer_on_the_same_work(folder: Path, tmp_path:
         assert row["peer"]["version"] == "0.0.fake"
         assert row["ratio"] == pytest.approx(row["value"] / row["peer"]["value"], abs=1e-3)
         assert row["model"] == folder.name and row["options"]["load"] == "dummy"
+        # A CPU answers before the next plan, so nothing is launched ahead there.
+        assert row["options"]["steps_ahead"] == 1
     assert "vllm" in done.stdout and "ratio" in done.stdout
 
 
@@ -52,7 +54,7 @@ def test_serve_loads_our_server_and_the_peers_with_the_same_client(
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     load = ("--concurrency", "2", "--input", 12, "--output", 6, "--prompts-per", 2)
-    server = ("--server-options", "--standby none")
+    server = ("--server-options", "--standby none --steps-ahead 1")
     done = bench("serve", folder, *SMALL, *PEER, "--repeats", 1, *load, *server, "--json", rows)
     assert done.returncode == 0, done.stderr
     found = {row["metric"]: row for row in report.read(rows)}
@@ -62,6 +64,7 @@ def test_serve_loads_our_server_and_the_peers_with_the_same_client(
         # What a row without a safety switch must say.
         assert row["options"]["safety_off"] == ["standby"]
         assert row["options"]["standby"] == "none"
+        assert row["options"]["steps_ahead"] == 1
     assert found["tokens an event"]["value"] == pytest.approx(1, abs=0.5)
     assert found["TTFT p99"]["value"] > 0
 
