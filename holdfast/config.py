@@ -18,7 +18,14 @@ from holdfast.errors import OptionError
 PAGES_MAX = 1 << 24
 # Draft tokens are counted in a byte (wire.plan); nobody's acceptance makes more worth their pages.
 DRAFT_DEPTH_MAX = 32
-_MAY_BE_ZERO = {"draft_depth", "windows", "window_pages", "host_pages", "disk_pages"}
+_MAY_BE_ZERO = {
+    "mixed_prefill_tokens",
+    "draft_depth",
+    "windows",
+    "window_pages",
+    "host_pages",
+    "disk_pages",
+}
 # Upper bound on one journal record of an admission, besides its tokens: scalars, tenant, and the
 # bias and stop lists at their limits (msgpack: at most 16 and 8 bytes an entry) are added below.
 JOURNAL_RECORD_BYTES = 512
@@ -27,12 +34,16 @@ JOURNAL_RECORD_BYTES = 512
 ENDED_SHARES = 4
 # How the model's layers are computed (model.layer_ops).
 KERNELS = ("reference", "triton")
+AUTO = "auto"
+HOST_PLANNED = (
+    "the reference plans attention on the host, and no graph can; leave --kernels reference out"
+)
 
 
 def check_kernels(kernels: str, device: str) -> None:
     """Raise OptionError("--kernels") for what is not in KERNELS, or cannot run on `device`."""
     if kernels not in KERNELS:
-        raise OptionError("--kernels", f"one of {', '.join(KERNELS)}, got {kernels!r}")
+        raise OptionError("--kernels", f"one of {', '.join((AUTO, *KERNELS))}, got {kernels!r}")
     if kernels == "reference":
         return
     if importlib.util.find_spec("triton") is None:
@@ -43,6 +54,42 @@ def check_kernels(kernels: str, device: str) -> None:
             f"{kernels} is for GPUs; on the CPU leave it out, or set TRITON_INTERPRET=1 to have "
             "Triton's interpreter run the kernels, thousands of times slower",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Computation:
+    """How a device computes, decided. kernels: of KERNELS; graphs: decode steps are replayed;
+    fallback: one line that says what `auto` could not have and why, "" when it has all."""
+
+    kernels: str
+    graphs: bool
+    fallback: str = ""
+
+    @classmethod
+    def choose(cls, device: str, kernels: str = AUTO, graphs: bool | None = None) -> Computation:
+        """What was asked for, on `device` (cpu, cuda or cuda:N); AUTO and None are decided here.
+
+        On a GPU triton's kernels, and graphs over them; on a CPU the reference without graphs, also
+        under TRITON_INTERPRET, which is for tests. Raises OptionError("--kernels" or "--graphs")
+        for what cannot be had.
+        """
+        on_gpu, fallback = device != "cpu", ""
+        if kernels == AUTO:
+            there = on_gpu and importlib.util.find_spec("triton") is not None
+            kernels = "triton" if there else "reference"
+            if on_gpu and not there:
+                fallback = (
+                    "triton is not installed: computing with plain torch, several times slower"
+                )
+        check_kernels(kernels, device)
+        if graphs is None:
+            graphs = on_gpu and kernels == "triton"
+        if graphs and on_gpu and kernels == "reference":
+            raise OptionError("--graphs", fallback or HOST_PLANNED)
+        return cls(kernels, graphs, fallback)
+
+    def __str__(self) -> str:
+        return f"{self.kernels} kernels, graphs {'on' if self.graphs else 'off'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +117,9 @@ class Limits:
     """Requests in one step."""
     prefill_tokens: int = 512
     """Tokens of one step, decode rows first; what they leave is for prefill chunks."""
+    mixed_prefill_tokens: int = 0
+    """Prompt tokens of a step that also decodes, so that a long chunk does not hold up the rows
+    beside it; at most prefill_tokens. 0 = no bound but prefill_tokens."""
     draft_depth: int = 0
     """Most draft tokens of one row in one step (speculation); 0 = off."""
     steps_ahead: int = 2
@@ -109,6 +159,11 @@ class Limits:
         if self.pages < 2:
             raise OptionError("--kv-pages", "needs at least 2: page 0 is the trash page")
         self._check_windows()
+        if not 0 <= self.mixed_prefill_tokens <= self.prefill_tokens:
+            raise OptionError(
+                "--mixed-prefill-tokens",
+                f"0 to --prefill-tokens ({self.prefill_tokens}), got {self.mixed_prefill_tokens}",
+            )
         if not 0 <= self.draft_depth <= DRAFT_DEPTH_MAX:
             raise OptionError("--draft-depth", f"0 to {DRAFT_DEPTH_MAX}, got {self.draft_depth}")
         if self.steps_ahead > 2:

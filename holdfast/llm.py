@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
+import logging
 import os
 import time
 from collections import deque
@@ -36,7 +38,7 @@ from holdfast.api.output import ChoiceOutput, TokenLogprob
 from holdfast.api.refusal import error_of
 from holdfast.api.schema import Resolved, SamplingParams, check_id
 from holdfast.api.text import Tokenizer
-from holdfast.config import Limits, check_kernels
+from holdfast.config import AUTO, Computation, Limits
 from holdfast.cuda_driver import parse_device
 from holdfast.errors import EngineFault, InvalidField, OptionError, RequestError
 from holdfast.local import Device, Drawn, LocalEngine
@@ -47,6 +49,8 @@ from holdfast.wire.messages import End, Refused, Submit
 
 if TYPE_CHECKING:
     from holdfast.device.runner import Runner
+
+log = logging.getLogger("holdfast.llm")
 
 # A job in one's own process has no deadline unless it names one; a year is none.
 NO_DEADLINE_S = 365 * 86400.0
@@ -112,7 +116,8 @@ class LLM:
     """`model`: a folder, a hub id, or None for the bundled one. device: cpu, cuda or cuda:N; dtype:
     float32 or bfloat16, None for float32 on a CPU and bfloat16 on a GPU. kernels: how layers are
     computed, of holdfast.config.KERNELS. graphs: decode steps are replayed from captured graphs
-    where they can be. `options`: the fields of holdfast.sizing.Wishes (rows_max, pages,
+    where they can be. "auto" and None: triton's kernels and graphs on a GPU, the reference without
+    graphs on a CPU. `options`: the fields of holdfast.sizing.Wishes (rows_max, pages,
     kv_memory_bytes, context_tokens, ...); steps_ahead is 2 at most, and 1 wherever a device answers
     before the next plan.
 
@@ -125,9 +130,9 @@ class LLM:
         *,
         device: str = "cpu",
         dtype: str | None = None,
-        kernels: str = "reference",
+        kernels: str = AUTO,
         load: str = "hf",
-        graphs: bool = False,
+        graphs: bool | None = None,
         threads: int | None = None,
         seed: int = 0,
         progress: LoadReport | None = None,
@@ -139,7 +144,9 @@ class LLM:
         spec = ModelSpec.load(resolve_model(None if model is None else os.fspath(model)))
         gpu = None
         kind, ordinal = parse_device(device)
-        check_kernels(kernels, kind)
+        computation = Computation.choose(kind, kernels, graphs)
+        if computation.fallback:
+            log.warning("%s: %s", device, computation.fallback)
         if kind == "cuda":
             found = probe(ordinal)
             room = {"total_bytes": found.total_bytes, "free_bytes": found.free_bytes}
@@ -150,10 +157,10 @@ class LLM:
             dtype=dtype or ("float32" if gpu is None else "bfloat16"),
             available_bytes=memory_available_bytes(),
             gpu=gpu,
-            kernels=kernels,
-            graphs=graphs,
+            kernels=computation.kernels,
+            graphs=computation.graphs,
         )
-        self._open(spec, sizing, device, kernels, load, graphs, threads, seed, progress)
+        self._open(spec, sizing, device, computation, load, threads, seed, progress)
 
     @classmethod
     def prepared(
@@ -162,16 +169,16 @@ class LLM:
         sizing: Sizing,
         *,
         device: str = "cpu",
-        kernels: str = "reference",
+        computation: Computation | None = None,
         load: str = "hf",
-        graphs: bool = False,
         threads: int | None = None,
         seed: int = 0,
         progress: LoadReport | None = None,
     ) -> LLM:
         """An LLM of a sizing that was decided before (the command line does)."""
         llm = cls.__new__(cls)
-        llm._open(spec, sizing, device, kernels, load, graphs, threads, seed, progress)
+        chosen = computation or Computation.choose(device)
+        llm._open(spec, sizing, device, chosen, load, threads, seed, progress)
         return llm
 
     @classmethod
@@ -186,9 +193,8 @@ class LLM:
         spec: ModelSpec,
         sizing: Sizing,
         device: str,
-        kernels: str,
+        computation: Computation,
         load: str,
-        graphs: bool,
         threads: int | None,
         seed: int,
         progress: LoadReport | None,
@@ -196,24 +202,30 @@ class LLM:
         limits = dataclasses.replace(sizing.limits, timeout_s=NO_DEADLINE_S, api_processes=1)
         report = progress or (lambda what, done, total: None)
         cores = threads or os.cpu_count() or 1
-        runner = _open_device(
-            spec, limits, device, sizing.dtype, kernels, load, graphs, seed, cores, report
+        runner, enter = _open_device(
+            spec, limits, device, sizing.dtype, computation, load, seed, cores, report
         )
         # Where the device answers before `launch` returns, a second plan ahead would only compute
         # tokens past the end of requests that the first one ends.
         ahead = min(limits.steps_ahead, runner.in_flight_max)
         limits = dataclasses.replace(limits, steps_ahead=ahead)
-        self._attach(spec, limits, runner, ids_will_do=load == "dummy")
+        self._attach(spec, limits, runner, ids_will_do=load == "dummy", enter=enter)
 
     def _attach(
-        self, spec: ModelSpec, limits: Limits, device: Device, *, ids_will_do: bool
+        self,
+        spec: ModelSpec,
+        limits: Limits,
+        device: Device,
+        *,
+        ids_will_do: bool,
+        enter: Callable[[], None] = lambda: None,
     ) -> None:
         self.spec = spec
         self.limits = limits
         self.tokenizer = load_tokenizer(
             spec.path, vocab_size=spec.vocab_size, ids_will_do=ids_will_do
         )
-        self._engine = LocalEngine(limits, device)
+        self._engine = LocalEngine(limits, device, enter=enter)
 
     # --- life ---
 
@@ -567,16 +579,16 @@ def _open_device(
     limits: Limits,
     device: str,
     dtype: str,
-    kernels: str,
+    computation: Computation,
     load: str,
-    graphs: bool,
     seed: int,
     threads: int,
     report: LoadReport,
-) -> Runner:
-    """A device with its weights loaded, in memory of this process. Imports torch."""
+) -> tuple[Runner, Callable[[], None]]:
+    """A device with its weights loaded, in memory of this process, and what each thread calls
+    before it steps it. Imports torch."""
     from holdfast.device.build import build_engine
-    from holdfast.device.cuda import open_device
+    from holdfast.device.cuda import make_current, open_device
     from holdfast.device.memory import DeviceMemory
     from holdfast.model.weights import WeightsLayout, dummy_weights, load_weights
 
@@ -590,9 +602,8 @@ def _open_device(
             spec, memory.weights, layout, lambda done, total: report("weights", done, total)
         )
     views = layout.views(memory.weights)
-    runner = build_engine(
-        spec, limits, views, memory, kernels=kernels, graphs=graphs, threads=threads
-    )
-    if graphs:
+    chosen = {"kernels": computation.kernels, "graphs": computation.graphs}
+    runner = build_engine(spec, limits, views, memory, **chosen, threads=threads)
+    if computation.graphs:
         runner.warm_up(lambda done, total: report("graphs", done, total))
-    return runner
+    return runner, functools.partial(make_current, where)

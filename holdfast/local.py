@@ -112,8 +112,19 @@ class Immediate:
 class LocalEngine:
     """A brain with these limits over a device made for them."""
 
-    def __init__(self, limits: Limits, device: Device, *, tag: bytes = b"") -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        device: Device,
+        *,
+        tag: bytes = b"",
+        enter: Callable[[], None] = lambda: None,
+    ) -> None:
+        """enter: called in each thread before its first step, and again when another thread has
+        stepped meanwhile: which GPU is current is known by thread."""
         self.limits = limits
+        self._enter = enter
+        self._entered: int | None = None  # the thread that stepped last
         # Anonymous mappings: the journal is sized for the worst case and touched as it is used.
         self._journal = mmap.mmap(-1, Journal.size(limits))
         metrics = Metrics(memoryview(mmap.mmap(-1, Metrics.size(1))), 0)
@@ -210,8 +221,11 @@ class LocalEngine:
 
     @contextmanager
     def _breaking(self) -> Iterator[None]:
-        """What is raised within ends the engine."""
+        """In the thread that steps. What is raised within ends the engine."""
         try:
+            if self._entered != threading.get_ident():
+                self._enter()
+                self._entered = threading.get_ident()
             yield
         except BaseException as error:
             # Whatever it is, a Ctrl-C between two halves of a step included: plans may be launched

@@ -7,6 +7,7 @@ the GPU's memory from the next side of a comparison.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from typing import IO
 
 from holdfast.drill.server import end_with_us
 from holdfast.errors import OperatorError, OptionError
+from holdfast.proc import status
 
 HOST = "127.0.0.1"
 _POLL_S = 0.01
@@ -30,6 +32,9 @@ _KILLED_S = 30.0
 # Loopback is asked directly, whatever proxy the environment names.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _LOG_TAIL = 300
+# A GPU's standby warms up at half speed at most (proc.pace): a minute where a start takes 20 s.
+STANDBY_S_MAX = 180.0
+_STANDBY_POLL_S = 0.1
 
 
 def begin(
@@ -77,10 +82,20 @@ def tail(log: Path) -> str:
     return " ".join(log.read_text(errors="replace").split())[-_LOG_TAIL:]
 
 
+@dataclass(frozen=True, slots=True)
+class Started:
+    """seconds: from its start until it was ready; pid: of what `command` began."""
+
+    url: str
+    seconds: float
+    pid: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
     """How an engine's server is started. `command` of the port; ready_path answers 200 when it is
-    ready, which it must be within timeout_s. option: what to change when it cannot be run.
+    ready, which it must be within timeout_s. option: what to change when it cannot be run. standby:
+    what --standby it has, "" for an engine without one.
     """
 
     name: str
@@ -89,10 +104,11 @@ class Server:
     ready_path: str
     timeout_s: float
     option: str = "holdfast serve"
+    standby: str = ""
 
     @contextlib.contextmanager
-    def running(self, **env: str) -> Iterator[tuple[str, float]]:
-        """Its url, and the seconds from its start until it was ready. `env`: more of it.
+    def running(self, **env: str) -> Iterator[Started]:
+        """A server that is ready, ended afterwards. `env`: more of it.
 
         Raises OperatorError with its last words when it ends, or is not ready in time.
         """
@@ -105,9 +121,21 @@ class Server:
             )
             try:
                 self._await_ready(process, url + self.ready_path, log, started_s)
-                yield url, time.perf_counter() - started_s
+                yield Started(url, time.perf_counter() - started_s, process.pid)
             finally:
                 end(process, grace_s=60.0)
+
+    def await_standby(self, started: Started, seconds: float = STANDBY_S_MAX) -> str:
+        """What --standby it has, once nothing warms up beside it; "not warm" for a warm one that
+        still does after so many seconds."""
+        if self.standby != "warm":
+            return self.standby
+        end_s = time.monotonic() + seconds
+        while not _standby_waits(started.pid):
+            if time.monotonic() > end_s:
+                return "not warm"
+            time.sleep(_STANDBY_POLL_S)
+        return "warm"
 
     def _await_ready(
         self, process: subprocess.Popen[bytes], url: str, log: Path, started_s: float
@@ -139,7 +167,25 @@ def our_server(arguments: Sequence[str], timeout_s: float) -> Server:
         env={name: value for name, value in os.environ.items() if name != "HOLDFAST_API_KEY"},
         ready_path="/ready",
         timeout_s=timeout_s,
+        standby=word_of(arguments, "--standby", "warm"),
     )
+
+
+def word_of(arguments: Sequence[str], option: str, default: str) -> str:
+    """What a command line says of an option that takes a word; the last one counts."""
+    found = default
+    words = " ".join(arguments).replace(option + "=", option + " ").split()
+    for name, value in itertools.pairwise(words):
+        if name == option:
+            found = value
+    return found
+
+
+def _standby_waits(pid: int) -> bool:
+    """Whether our server's standby is prepared."""
+    facts = status.read(pid) or {}
+    states = [p["state"] for p in facts.get("processes", ()) if "standby" in p["title"]]
+    return states == ["prepared"]
 
 
 def _free_port() -> int:

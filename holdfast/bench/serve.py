@@ -165,8 +165,23 @@ def figures(
 
 
 def measure_server(
-    server: Server, model: str, load: Load, report: Report, answers: Answers, *, repeats: int
+    server: Server,
+    model: str,
+    load: Load,
+    report: Report,
+    answers: Answers,
+    *,
+    repeats: int,
+    facts: dict[str, Any] | None = None,
 ) -> None:
-    """Start a server, load it, end it. Raises OperatorError with its or the client's words."""
-    with server.running() as (url, _):
-        measure(url, model, load, report, answers, who=server.name, repeats=repeats)
+    """Start a server, load it once its standby is warm, end it: a standby that warms up takes turns
+    with the streams, which is a figure of its own. `facts` is told how the standby was.
+
+    Raises OperatorError with the server's or the client's words.
+    """
+    with server.running() as started:
+        report(f"standby of {server.name}", 0, 1)
+        standby = server.await_standby(started)
+        if facts is not None and standby:
+            facts["standby"] = standby
+        measure(started.url, model, load, report, answers, who=server.name, repeats=repeats)

@@ -42,7 +42,7 @@ def measure(server: Server, found: dict[str, list[float]], *, repeats: int, repo
                 Path(path).mkdir()
             for kind in KINDS:
                 report(f"start, {server.name}", done, total)
-                with server.running(**caches) as (_, seconds):
-                    found.setdefault(kind, []).append(seconds)
+                with server.running(**caches) as started:
+                    found.setdefault(kind, []).append(started.seconds)
                 done += 1
     report(f"start, {server.name}", total, total)

@@ -36,6 +36,7 @@ bench.command()(generate)
 
 if TYPE_CHECKING:
     from holdfast.bench.process import Server
+    from holdfast.config import Limits
 
 ServerWords = Annotated[
     str,
@@ -146,12 +147,14 @@ def serve(
         return
     words = _words(server_options)
     vllm = peers.vllm(prepared, engine)
-    options = settings(prepared, engine) | _server_record(words)
+    options = settings(prepared, engine) | _server_record(words, prepared.sizing.limits)
     peer = None if vllm is None else vllm.figure
     ours = _our_server(model, engine, words, ready_timeout_s)
     try:
         with bars(unit="") as progress:
-            bench_serve.measure_server(ours, name, load, progress, found, repeats=repeats)
+            bench_serve.measure_server(
+                ours, name, load, progress, found, repeats=repeats, facts=options
+            )
             if vllm is not None:
                 few = peers.runs(repeats)
                 with vllm.server(name, prepared.spec) as server:
@@ -202,7 +205,7 @@ def start(
                 unit="s",
                 runs=tuple(runs),
                 peer=vllm.figure(tuple(theirs[kind])) if vllm and kind in theirs else None,
-                options=settings(prepared, engine) | _server_record(words),
+                options=settings(prepared, engine) | _server_record(words, prepared.sizing.limits),
             )
             for kind, runs in found.items()
         ]
@@ -249,7 +252,12 @@ def _our_server(
     return our_server(([] if model is None else [model]) + arguments(engine) + words, timeout_s)
 
 
-def _server_record(words: list[str]) -> dict[str, Any]:
+def _server_record(words: list[str], limits: Limits) -> dict[str, Any]:
     """What of a server's own options a row keeps."""
+    from holdfast.bench.process import word_of
+
     off = safety_off(words)
-    return {"server_options": words} | ({SAFETY_OFF: off} if off else {})
+    said = word_of(words, "--steps-ahead", str(limits.steps_ahead))
+    # A word that is no number is for the server to refuse.
+    ahead = {"steps_ahead": int(said)} if said.isdigit() else {}
+    return {"server_options": words} | ahead | ({SAFETY_OFF: off} if off else {})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from holdfast.cli.options import Dtype, EngineOptions, Graphs
-from holdfast.config import check_kernels
+from holdfast.config import Computation
 from holdfast.cuda_driver import parse_device
 from holdfast.errors import OptionError
 from holdfast.proc.cuda_probe import devices_there, probe, torch_has_cuda
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """device: cpu or cuda:N; kernels: of config.KERNELS."""
+    """device: cpu or cuda:N; computation: what runs there, with nothing left to decide."""
 
     spec: ModelSpec
     sizing: Sizing
     device: str
-    kernels: str
+    computation: Computation
 
 
 def prepare(
@@ -46,7 +46,7 @@ def prepare(
 
     device = pick_device(engine)
     dtype = pick_dtype(engine, device)
-    check_kernels(engine.kernels.value, device)
+    computation = pick_computation(engine, device)
     asked = engine.wishes(**wishes)
     spec = ModelSpec.load(resolve_model(model))
     available = memory_available_bytes()
@@ -66,10 +66,10 @@ def prepare(
         dtype=dtype,
         available_bytes=available,
         gpu=gpu,
-        kernels=engine.kernels.value,
-        graphs=engine.graphs is Graphs.ON,
+        kernels=computation.kernels,
+        graphs=computation.graphs,
     )
-    return Prepared(spec, sizing, device, engine.kernels.value)
+    return Prepared(spec, sizing, device, computation)
 
 
 def pick_device(engine: EngineOptions) -> str:
@@ -89,6 +89,18 @@ def pick_dtype(engine: EngineOptions, device: str) -> str:
             "--dtype", "bfloat16 is for GPUs; on the CPU leave it out, or say float32"
         )
     return "float32"
+
+
+def pick_computation(engine: EngineOptions, device: str) -> Computation:
+    """Kernels and graphs for the device, with a line on stderr where `auto` had to do without.
+    Raises OptionError for what cannot be had."""
+    from holdfast.cli.show import err
+
+    graphs = None if engine.graphs is Graphs.AUTO else engine.graphs is Graphs.ON
+    found = Computation.choose(device, engine.kernels.value, graphs)
+    if found.fallback:
+        err.print(f"{device}: {found.fallback}", style="yellow", markup=False)
+    return found
 
 
 def share_cores() -> None:
@@ -123,29 +135,31 @@ def open_prepared(prepared: Prepared, engine: EngineOptions, report: Report) -> 
         prepared.spec,
         prepared.sizing,
         device=prepared.device,
-        kernels=prepared.kernels,
+        computation=prepared.computation,
         load=engine.load.value,
-        graphs=engine.graphs is Graphs.ON,
         threads=engine.threads,
         progress=report,
     )
 
 
 def settings(prepared: Prepared, engine: EngineOptions) -> dict[str, Any]:
-    """Every engine option by its name, with what `auto` and `what fits` came to: for a record."""
+    """Every engine option by its name, with what `auto` and `what fits` came to: for a record. How
+    many steps are launched ahead is no such option: an LLM decides it (bench.ours.facts), a server
+    is told."""
     named = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)}
     limits = prepared.sizing.limits
     decided = {
         "device": prepared.device,
         "dtype": prepared.sizing.dtype,
-        "kernels": prepared.kernels,
+        "kernels": prepared.computation.kernels,
+        "graphs": str(Graphs.ON if prepared.computation.graphs else Graphs.OFF),
         "threads": engine.threads or os.cpu_count() or 1,
         "max_rows": limits.rows_max,
         "max_context_tokens": limits.context_tokens,
         "kv_pages": limits.pages,
         "page_tokens": limits.page_tokens,
         "prefill_tokens": limits.prefill_tokens,
-        "steps_ahead": limits.steps_ahead,
+        "mixed_prefill_tokens": limits.mixed_prefill_tokens,
         "queue_requests": limits.queue_requests,
         "live_tokens": limits.live_tokens,
     }

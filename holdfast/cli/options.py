@@ -41,11 +41,13 @@ class Dtype(enum.StrEnum):
 
 
 class Kernels(enum.StrEnum):
+    AUTO = "auto"
     REFERENCE = "reference"
     TRITON = "triton"
 
 
 class Graphs(enum.StrEnum):
+    AUTO = "auto"
     ON = "on"
     OFF = "off"
 
@@ -106,16 +108,18 @@ class EngineOptions:
         Kernels,
         _option(
             MODEL_PANEL,
-            "How layers are computed; reference: plain torch; triton: fused kernels, for GPUs",
+            "How layers are computed; reference: plain torch; triton: fused kernels, for GPUs; "
+            "auto: triton on a GPU, reference on the CPU",
         ),
-    ] = Kernels.REFERENCE
+    ] = Kernels.AUTO
     graphs: Annotated[
         Graphs,
         _option(
             MODEL_PANEL,
-            "on: replay decode steps from captured graphs (on the CPU: the same logic, no gain)",
+            "on: replay decode steps from captured graphs (on the CPU: the same logic, no gain); "
+            "auto: on where triton's kernels run on a GPU, else off",
         ),
-    ] = Graphs.OFF
+    ] = Graphs.AUTO
     gpu_memory_utilization: Annotated[
         float,
         _option(
@@ -148,6 +152,16 @@ class EngineOptions:
     prefill_tokens: Annotated[
         int | None, _option(BATCH_PANEL, "Tokens of one step, prompts included", "512", min=1)
     ] = None
+    mixed_prefill_tokens: Annotated[
+        int | None,
+        _option(
+            BATCH_PANEL,
+            "Prompt tokens of a step that also decodes: fewer keep streams even, more start "
+            "prompts sooner",
+            "GPU 1024, CPU --prefill-tokens",
+            min=0,
+        ),
+    ] = None
     queue_requests: Annotated[
         int | None, _option(BATCH_PANEL, "Requests that may wait for a row", "4096", min=1)
     ] = None
@@ -167,6 +181,7 @@ class EngineOptions:
             kv_memory_bytes=memory,
             page_tokens=self.page_tokens,
             prefill_tokens=self.prefill_tokens,
+            mixed_prefill_tokens=self.mixed_prefill_tokens,
             context_tokens=self.max_context_tokens,
             queue_requests=self.queue_requests,
             live_tokens=self.live_tokens,

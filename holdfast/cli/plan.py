@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -11,6 +11,9 @@ from rich.table import Table
 from holdfast.cli.options import EngineOptions, Model, grouped
 from holdfast.cli.show import out
 from holdfast.sizing import Sizing, show_bytes
+
+if TYPE_CHECKING:
+    from holdfast.cli.engine import Prepared
 
 
 @grouped
@@ -32,15 +35,23 @@ def plan(
     prepared = prepare(model, engine, gpu_processes=2, api_processes=api_processes)
     name, sizing = prepared.spec.path.name, prepared.sizing
     if as_json:
-        facts = {"model": name, "device": prepared.device, **sizing.as_dict()}
+        computation = prepared.computation
+        facts = {
+            "model": name,
+            "device": prepared.device,
+            "kernels": computation.kernels,
+            "graphs": computation.graphs,
+            **sizing.as_dict(),
+        }
         out.print_json(json.dumps(facts))
         return
-    out.print(_table(name, prepared.device, sizing))
+    out.print(_table(name, prepared))
 
 
-def _table(name: str, device: str, sizing: Sizing) -> Table:
+def _table(name: str, prepared: Prepared) -> Table:
+    sizing = prepared.sizing
     limits = sizing.limits
-    title = f"{name} on this machine's {device}, {sizing.dtype}"
+    title = f"{name} on this machine's {prepared.device}, {sizing.dtype}, {prepared.computation}"
     table = Table(title=title, title_justify="left")
     table.add_column("what")
     table.add_column("how much", justify="right")
@@ -62,6 +73,12 @@ def _table(name: str, device: str, sizing: Sizing) -> Table:
         ("KV tokens", f"{sizing.kv_tokens:,}", "of all requests together"),
         ("context", f"{limits.context_tokens:,}", "tokens, prompt and answer of one request"),
         ("rows", f"{limits.rows_max:,}", "requests computed in one step"),
+        ("step", f"{limits.prefill_tokens:,}", "tokens at most, prompts included"),
+        (
+            "mixed step",
+            f"{limits.mixed_prefill_tokens:,}",
+            "prompt tokens at most beside rows that decode",
+        ),
         ("full rows", f"{sizing.full_rows:,}", "requests of the longest context at once"),
         ("queue", f"{limits.queue_requests:,}", "requests that may wait"),
     ]

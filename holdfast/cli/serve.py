@@ -17,7 +17,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from holdfast.cli.options import (
     EngineOptions,
-    Graphs,
     LogLevel,
     Model,
     ServerOptions,
@@ -25,6 +24,7 @@ from holdfast.cli.options import (
     grouped,
 )
 from holdfast.cli.show import err, shown
+from holdfast.config import Computation
 
 if TYPE_CHECKING:
     from holdfast.proc.lifecycle.actions import Notice
@@ -74,8 +74,8 @@ def serve_options(model: str | None, server: ServerOptions, engine: EngineOption
         load=engine.load.value,
         dtype=prepared.sizing.dtype,
         pool_dtype=prepared.sizing.dtype,
-        kernels=prepared.kernels,
-        graphs=engine.graphs is Graphs.ON,
+        kernels=prepared.computation.kernels,
+        graphs=prepared.computation.graphs,
         threads=engine.threads or os.cpu_count() or 1,
         standby=server.standby.value,
         scrub_gbps=server.scrub,
@@ -161,6 +161,9 @@ class Screen:
         name = self._options.served_name
         print(f"holdfast serves {name} on {address}")
         if self._level not in (LogLevel.WARNING, LogLevel.ERROR):
+            options = self._options
+            computation = Computation(options.kernels, options.graphs)
+            print(f"  {options.device}, {options.dtype}, {computation}")
             print(
                 f"  {limits.rows_max} rows, {kv_tokens:,} KV tokens, "
                 f"context {limits.context_tokens:,}; docs at {address}/docs; Ctrl-C ends it"

@@ -4,7 +4,9 @@ Continuous batching, one plan at a time. In a plan: first every row that needs o
 (decode), as far as pages go; then chunks of prompts that are under way, oldest first; then new
 admissions. The token budget of a step is `limits.prefill_tokens`; decode rows come out of it first
 and are never left out for a prompt (their floor), and a prompt under way gets at least one page's
-worth of what is left (its floor), so neither starves the other.
+worth of what is left (its floor), so neither starves the other. Beside decode rows prompts get
+`limits.mixed_prefill_tokens` at most: a step takes as long as its chunk, and every row that decodes
+waits for it.
 
 When pages run short: cached pages are evicted (kv.ledger); rows that would need a page are left out
 of the step while pages of ended requests are on their way back; then the youngest row of the lowest
@@ -116,11 +118,19 @@ class Scheduler:
         if rows == self.running.active and self.waiting.empty:
             return parts
         decode = rows if parts.drafts is None else rows + int(parts.drafts.sum())
-        budget = max(self.limits.prefill_tokens - decode, self.limits.page_tokens)
+        budget = self._prompt_budget(decode)
         budget -= self._continue_prompts(parts, budget)
         if budget > 0:
             self._admit(parts, budget)
         return parts
+
+    def _prompt_budget(self, decode: int) -> int:
+        """Prompt tokens of a step that computes `decode` tokens of other rows."""
+        limits = self.limits
+        budget = limits.prefill_tokens - decode
+        if decode and limits.mixed_prefill_tokens:
+            budget = min(budget, limits.mixed_prefill_tokens)
+        return max(budget, limits.page_tokens)
 
     def _launch(
         self,

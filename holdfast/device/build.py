@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from holdfast.config import Limits
+from holdfast.config import HOST_PLANNED, Limits
 from holdfast.device.batch import HostRows, Rows
 from holdfast.device.capture import Capture, CudaCapture, Rerun
 from holdfast.device.graphs import (
@@ -95,10 +95,7 @@ def build_runner(
     rows: Rows
     if attention is None:
         if device.type != "cpu":
-            raise OptionError(
-                "--graphs",
-                "the reference plans attention on the host, and no graph can; add --kernels triton",
-            )
+            raise OptionError("--graphs", HOST_PLANNED)
         rows = HostRows(limits, device)
         attention = ReferenceAttention(rows, limits, device)
         draw = draw or ReferenceDraw(Sampler(limits.vocab_size, device))

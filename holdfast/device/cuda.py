@@ -28,12 +28,19 @@ def open_device(name: str) -> torch.device:
     if index >= count:
         raise OptionError("--device", f"torch sees {count} GPUs, so there is no cuda:{index}")
     device = torch.device("cuda", index)
-    torch.cuda.set_device(device)
+    make_current(device)
     # The reference is what fast paths are compared with: no shortened products or sums.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.zeros(1, device=device)  # Makes the context, which maps memory from here on.
     return device
+
+
+def make_current(device: torch.device) -> None:
+    """Events, streams and kernels of this thread are the device's from here on: torch and the
+    driver know by thread which GPU is current, and begin with cuda:0."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def broken(error: BaseException) -> bool:

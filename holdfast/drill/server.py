@@ -41,17 +41,16 @@ class Needs:
     queue_requests: int | None = None
     keys: tuple[str, ...] = ()
     graphs: bool = False
-    """Decode steps are replayed; on a GPU that needs kernels that plan nothing on the host."""
+    """Decode steps are replayed, on a CPU too; on a GPU they are in any case."""
     options: tuple[str, ...] = ()
 
-    def arguments(self, device: str) -> list[str]:
+    def arguments(self) -> list[str]:
         given = ["--max-rows", self.rows, "--kv-pages", self.kv_pages]
         given += ["--api-processes", self.api_processes, *self.options]
         if self.queue_requests is not None:
             given += ["--queue-requests", self.queue_requests]
         if self.graphs:
             given += ["--graphs", "on"]
-            given += [] if device == "cpu" else ["--kernels", "triton"]
         return [str(one) for one in given]
 
 
@@ -72,7 +71,7 @@ class DrillServer:
         command = [sys.executable, "-m", "holdfast", "serve", *([model] if model else [])]
         command += ["--drills", "--port", "0", "--device", device, "--threads", str(threads)]
         self.process = subprocess.Popen(
-            [*command, *needs.arguments(device)],
+            [*command, *needs.arguments()],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -294,22 +293,7 @@ def append_rows(batch: AttentionBatch, layers: int) -> torch.Tensor:
     return batch.slots + page * ((layers * 2 - 1) * batch.page_tokens)
 
 
-class Appends(Protocol):
-    """What appending asks of a backend's plan: AttentionPlan says what the fields are."""
-
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def append_rows(self) -> torch.Tensor: ...
-    @property
-    def tokens(self) -> int: ...
-
-
-def append_kv(plan: Appends, pool: torch.Tensor, layer: int, qkv: torch.Tensor) -> None:
+def append_kv(plan: AttentionPlan, pool: torch.Tensor, layer: int, qkv: torch.Tensor) -> None:
     """Store the step's K and V of one layer. qkv: [>= t, (heads + 2 * kv_heads) * head_dim]."""
     width = plan.kv_heads * plan.head_dim
     tokens = plan.tokens

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from holdfast.errors import require
-from holdfast.ops.attention import AttentionBatch, Scratch, StaticBatch, append_rows
+from holdfast.ops.attention import AttentionBatch, Scratch, StaticBatch
 from holdfast.ops.contracts import require_launchable
 from holdfast.ops.kernels.decode_attention import DecodeAttention, DecodeConfig
 from holdfast.ops.kernels.paged_kv import require_pool
@@ -37,26 +37,16 @@ from holdfast.ops.pinned import Uploads
 class TritonPlan:
     """An AttentionBatch on the device, for all layers of one pool. d decode rows come first.
 
-    append_rows: as AttentionPlan has it, of a StaticBatch None. page_table: int32[n, W]; lengths:
-    int32[d], with the step's own tokens; query_len: of every decode row; first_tokens: int32[d], or
-    None where the decode rows are the whole step; tiles: int32[4, T].
+    page_table: int32[n, W]; lengths: int32[d], with the step's own tokens; query_len: of every
+    decode row; first_tokens: int32[d], or None where the decode rows are the whole step; tiles:
+    int32[4, T]. Where the step's K and V go is no part of it: whoever appends has the slots.
     """
 
-    heads: int
-    kv_heads: int
-    head_dim: int
-    append_rows: torch.Tensor | None
     page_table: torch.Tensor
     lengths: torch.Tensor
     first_tokens: torch.Tensor | None
     query_len: int
     tiles: torch.Tensor
-
-    @property
-    def tokens(self) -> int:
-        """Query tokens of the step, t."""
-        tiled = int(self.tiles[2].sum()) if self.tiles.numel() else 0
-        return tiled + self.lengths.numel() * self.query_len
 
 
 class TritonAttention:
@@ -103,8 +93,10 @@ class TritonAttention:
         )
         # A table, lengths and first tokens of every row, and a tile for each and as many more.
         columns = -(-context_max // page_tokens)
-        words = rows_max * (columns + 2 + 2 * TILE_FIELDS)
-        self._uploads = Uploads(self.device, words)
+        self._upload_words = rows_max * (columns + 2 + 2 * TILE_FIELDS)
+        # Pinned by the first step that is laid out here, one of a warm-up. Attention of graphs has
+        # static batches alone, and never any.
+        self._uploads: Uploads | None = None
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -152,6 +144,8 @@ class TritonAttention:
         tiles[1] += behind[tiles[0]].astype(np.int32)
         tiles[0] += rows.size
         table = self._table(batch, pool.shape[0])[order]
+        if self._uploads is None:
+            self._uploads = Uploads(self.device, self._upload_words)
         table_arg, lengths, first_tokens, tiles_arg = self._uploads.put(
             *(
                 array.astype(np.int32, copy=False)
@@ -159,10 +153,6 @@ class TritonAttention:
             )
         )
         return TritonPlan(
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=decode.head_dim,
-            append_rows=append_rows(batch, pool.shape[1]),
             page_table=table_arg,
             lengths=lengths,
             first_tokens=first_tokens if others.size else None,
@@ -258,12 +248,7 @@ class TritonAttention:
         )
 
     def _static_plan(self, batch: StaticBatch) -> TritonPlan:
-        decode = self._decode
         return TritonPlan(
-            heads=decode.heads,
-            kv_heads=decode.kv_heads,
-            head_dim=decode.head_dim,
-            append_rows=None,
             page_table=batch.page_table,
             lengths=batch.lengths,
             first_tokens=None,

@@ -98,7 +98,8 @@ def describe(world: World) -> str:
     limits = world.limits
     lines = [
         f"seed {world.seed}: {limits.pages_usable} pages of {limits.page_tokens} tokens, "
-        f"{limits.rows_max} rows, {limits.prefill_tokens} tokens a step, context "
+        f"{limits.rows_max} rows, {limits.prefill_tokens} tokens a step "
+        f"({limits.mixed_prefill_tokens or 'any'} of prompts beside decode), context "
         f"{limits.context_tokens}, {limits.steps_ahead} steps ahead, "
         f"{limits.api_processes} api processes",
         "faults: "

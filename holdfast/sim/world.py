@@ -181,7 +181,7 @@ def draw(seed: int, profile: str = "short") -> World:
     """The world of a seed. Independent of the process's hash seed and of everything else."""
     rng = Random(seed * 0x9E37_79B9 + 1)
     requests_max, fault_chance, shortage = PROFILES[profile]
-    limits = _draw_limits(rng, shortage)
+    limits = _draw_mixed(seed, _draw_limits(rng, shortage))
     rates = _draw_rates(rng, fault_chance)
     step_time = rng.choice([200, 2 * MILLISECOND, 20 * MILLISECOND])
     span = rng.choice([5, 50, 400]) * step_time
@@ -255,6 +255,13 @@ def _draw_keeper(seed: int, limits: Limits, rates: Rates, fault_chance: float) -
     lost, exponent = rng.random() < fault_chance, rng.uniform(-1.3, -0.5)
     drawn["keeper_lost"] = 10.0**exponent if lost and limits.disk_pages else 0.0
     return replace(rates, **drawn), scrub_steps
+
+
+def _draw_mixed(seed: int, limits: Limits) -> Limits:
+    """How much of a prompt goes beside decode, from a Random of its own: all, or less."""
+    rng = Random(seed * 0x8538_ECB5 + 11)
+    mixed = rng.choice([0, 0, 1, 3, 8])
+    return replace(limits, mixed_prefill_tokens=min(mixed, limits.prefill_tokens))
 
 
 def _draw_tiers(

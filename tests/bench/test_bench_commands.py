@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from bare_model import bare_model
 
-from holdfast.bench import null, report, serve
+from holdfast.bench import null, process, report, serve
 from holdfast.cli.options import EngineOptions, Load, arguments
 
 FAKES = Path(__file__).parent / "fakes"
@@ -44,6 +44,8 @@ def test_decode_runs_ours_then_the_peer_on_the_same_work(folder: Path, tmp_path:
         assert row["peer"]["version"] == "0.0.fake"
         assert row["ratio"] == pytest.approx(row["value"] / row["peer"]["value"], abs=1e-3)
         assert row["model"] == folder.name and row["options"]["load"] == "dummy"
+        # A CPU answers before the next plan, so nothing is launched ahead there.
+        assert row["options"]["steps_ahead"] == 1
     assert "vllm" in done.stdout and "ratio" in done.stdout
 
 
@@ -52,7 +54,7 @@ def test_serve_loads_our_server_and_the_peers_with_the_same_client(
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     load = ("--concurrency", "2", "--input", 12, "--output", 6, "--prompts-per", 2)
-    server = ("--server-options", "--standby none")
+    server = ("--server-options", "--standby none --steps-ahead 1")
     done = bench("serve", folder, *SMALL, *PEER, "--repeats", 1, *load, *server, "--json", rows)
     assert done.returncode == 0, done.stderr
     found = {row["metric"]: row for row in report.read(rows)}
@@ -61,8 +63,32 @@ def test_serve_loads_our_server_and_the_peers_with_the_same_client(
         assert row["concurrency"] == 2 and row["peer"]["name"] == "vllm"
         # What a row without a safety switch must say.
         assert row["options"]["safety_off"] == ["standby"]
+        assert row["options"]["standby"] == "none"
+        assert row["options"]["steps_ahead"] == 1
     assert found["tokens an event"]["value"] == pytest.approx(1, abs=0.5)
     assert found["TTFT p99"]["value"] > 0
+
+
+def test_serve_begins_when_the_standby_is_warm_and_says_so(folder: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    load = ("--concurrency", "1", "--input", 4, "--output", 2, "--prompts-per", 1)
+    done = bench("serve", folder, *SMALL, "--repeats", 1, *load, "--json", rows)
+    assert done.returncode == 0, done.stderr
+    assert {row["options"]["standby"] for row in report.read(rows)} == {"warm"}
+
+
+def test_a_standby_that_does_not_get_warm_is_waited_for_no_longer_than_its_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process, "_STANDBY_POLL_S", 0.001)
+    started = process.Started("http://127.0.0.1:1", 1.0, 4_000_000)
+    for words, said in (
+        ([], "not warm"),
+        (["--standby", "none"], "none"),
+        (["--standby=warm", "--standby=cold"], "cold"),
+    ):
+        server = process.our_server(words, timeout_s=1.0)
+        assert server.await_standby(started, seconds=0.01) == said
 
 
 def test_what_we_measured_is_kept_when_the_peer_fails(

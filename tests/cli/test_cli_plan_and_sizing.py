@@ -190,6 +190,25 @@ def test_a_large_gpu_holds_every_row_at_the_longest_context() -> None:
     assert sizing.needed_bytes == sizing.journal_bytes + sizing.process_bytes
 
 
+@pytest.mark.parametrize("asked", [None, 0])
+def test_beside_decode_a_gpu_takes_few_prompt_tokens_and_a_cpu_all_of_a_step(asked) -> None:
+    def mixed(sizing: object, **wishes: object) -> int:
+        return sizing(mixed_prefill_tokens=asked, **wishes).limits.mixed_prefill_tokens
+
+    assert mixed(sized_on_gpu, prefill_tokens=8192) == 1024
+    assert mixed(sized_on_gpu, prefill_tokens=700) == 700
+    assert mixed(sized, prefill_tokens=8192) == 8192
+    assert mixed(sized) == 512
+
+
+def test_prompt_tokens_beside_decode_are_what_was_asked_for_on_any_device() -> None:
+    for sizing in (sized, sized_on_gpu):
+        limits = sizing(prefill_tokens=8192, mixed_prefill_tokens=2000).limits
+        assert limits.mixed_prefill_tokens == 2000
+        with pytest.raises(OptionError, match=r"--mixed-prefill-tokens.*512.*513"):
+            sizing(mixed_prefill_tokens=513)
+
+
 def test_the_utilization_bounds_what_is_taken_of_a_gpu_with_what_others_hold() -> None:
     sizing = sized_on_gpu(rows_max=4096, utilization=0.5)
     taken = GIB + sizing.weights_bytes + sizing.kv_bytes + sizing.gpu_work_bytes

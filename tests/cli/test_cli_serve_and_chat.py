@@ -66,7 +66,7 @@ def server() -> Iterator[Server]:
         assert process.stdout is not None
         said = [line_within(process)]
         assert said[0].startswith("holdfast serves tiny on http://127.0.0.1:"), said
-        said += [line_within(process) for _ in range(3)]
+        said += [line_within(process) for _ in range(4)]
         wait_for_standby(process.pid)
         yield Server(process, said[0].split()[-1], said)
     finally:
@@ -104,10 +104,14 @@ def wait_for_standby(pid: int) -> None:
         time.sleep(0.05)
 
 
+def test_its_start_lines_say_how_it_computes(server: Server) -> None:
+    assert server.said[1].strip() == "cpu, float32, reference kernels, graphs off"
+
+
 def test_the_curl_line_it_prints_is_a_request_that_works_and_holds_no_key(server: Server) -> None:
-    assert KEY not in server.said[3]
+    assert KEY not in server.said[4]
     # As a shell reads it; urllib sends it, since a bare machine may have no curl.
-    words = shlex.split(server.said[3])
+    words = shlex.split(server.said[4])
     assert words[0] == "curl"
     headers = dict(words[i + 1].split(": ", 1) for i, w in enumerate(words) if w == "-H")
     headers["Authorization"] = headers["Authorization"].replace("$HOLDFAST_API_KEY", KEY)

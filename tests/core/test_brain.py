@@ -9,7 +9,7 @@ import pytest
 from brain_driver import VOCAB, Driver, limits_of
 
 from holdfast.core.journal import recover
-from holdfast.errors import InvariantError, WorkerFault
+from holdfast.errors import InvariantError, OptionError, WorkerFault
 from holdfast.sim.fake_worker import expected_token
 from holdfast.wire.messages import Cancel, End, Finish, Resume, Sampling
 from holdfast.wire.plan import ROW_NOT_FINITE
@@ -95,6 +95,83 @@ def test_decode_rows_are_never_left_out_for_a_prompt():
     d.run()
     d.check(1)
     d.check(2)
+
+
+def prompt_tokens_of_plans(d: Driver) -> tuple[list[int], list[int]]:
+    """Prompt tokens of each plan: of those that decode request 1 as well, and of those that do not.
+
+    The prompts are longer than one token, and request 1's row is the one that was admitted first.
+    """
+    row = int(d.plans[0].rows[0])
+    beside, alone = [], []
+    for at, plan in enumerate(d.plans):
+        decodes = at > 0 and row in plan.rows[plan.query_lens == 1].tolist()
+        taken = int(plan.query_lens.sum()) - (1 if decodes else 0)
+        (beside if decodes else alone).append(taken)
+    return beside, alone
+
+
+@pytest.mark.parametrize("mixed", [4, 7, 16, 64])
+def test_a_step_that_decodes_takes_at_most_its_own_bound_of_prompt_tokens(mixed):
+    d = Driver(limits_of(prefill_tokens=64, mixed_prefill_tokens=mixed, pages=129))
+    d.submit(1, prompt(1, 4), max_tokens=60)
+    d.tick()
+    for request in (2, 3):
+        d.submit(request, prompt(request, 90), max_tokens=1)
+    while not {2, 3} <= set(d.ends):
+        d.tick()
+    beside, _ = prompt_tokens_of_plans(d)
+    assert max(beside) == min(mixed, 63), "the decode row is part of --prefill-tokens"
+    d.run()
+    for request in (1, 2, 3):
+        d.check(request)
+    d.check_home()
+
+
+def test_a_step_without_decode_takes_all_its_tokens_of_prompts_whatever_the_bound_beside_it():
+    d = Driver(limits_of(prefill_tokens=64, mixed_prefill_tokens=4, pages=129))
+    for request in (1, 2):
+        d.submit(request, prompt(request, 100), max_tokens=1)
+    d.run()
+    chunks = [int(plan.query_lens.sum()) for plan in d.plans if plan.rows.size]
+    assert chunks == [64, 64, 64, 8]
+    d.check(1)
+    d.check(2)
+
+
+def test_beside_decode_a_prompt_gets_a_page_a_step_however_small_the_bound():
+    d = Driver(limits_of(prefill_tokens=16, mixed_prefill_tokens=1))
+    d.submit(1, prompt(1, 4), max_tokens=60)
+    d.tick()
+    d.submit(2, prompt(2, 40), max_tokens=1)
+    while 2 not in d.ends:
+        d.tick()
+    beside, _ = prompt_tokens_of_plans(d)
+    assert [taken for taken in beside if taken] == [4] * 10
+    d.run()
+    d.check(2)
+
+
+def test_a_stream_of_prompts_beside_decode_ends_and_no_decode_step_is_left_out():
+    d = Driver(limits_of(prefill_tokens=32, mixed_prefill_tokens=4, pages=129, rows_max=3))
+    d.submit(1, prompt(1, 4), max_tokens=120)
+    d.tick()
+    for request in range(2, 22):
+        d.submit(request, prompt(request, 15), max_tokens=2)
+    while set(d.ends) != set(range(1, 22)):
+        before = len(d.tokens[1]) if 1 in d.tokens else 0
+        assert d.tick(), "idle though somebody waits"
+        assert 1 in d.ends or len(d.tokens[1]) == before + 1, "a step without the decoding row"
+    d.run()
+    for request in range(1, 22):
+        d.check(request)
+    d.check_home()
+
+
+def test_a_bound_beside_decode_above_that_of_all_steps_is_refused_by_its_name():
+    for wrong in (17, -1):
+        with pytest.raises(OptionError, match=f"--mixed-prefill-tokens.*16.*{wrong}"):
+            limits_of(prefill_tokens=16, mixed_prefill_tokens=wrong)
 
 
 def test_a_second_request_with_the_same_prompt_computes_only_what_is_new():
@@ -637,12 +714,14 @@ def test_a_request_cannot_end_twice():
 @pytest.mark.parametrize("seed", range(16))
 def test_random_load_with_aborts_preemption_and_worker_loss_ends_home(seed):
     rng = random.Random(seed)
+    prefill_tokens = rng.choice([1, 7, 16, 64])
     d = Driver(
         limits_of(
             page_tokens=rng.choice([1, 2, 3, 4, 16]),
             pages=rng.choice([130, 140, 200]),
             rows_max=rng.choice([1, 2, 5, 9]),
-            prefill_tokens=rng.choice([1, 7, 16, 64]),
+            prefill_tokens=prefill_tokens,
+            mixed_prefill_tokens=min(prefill_tokens, rng.choice([0, 1, 7])),
             steps_ahead=rng.choice([1, 2]),
         )
     )

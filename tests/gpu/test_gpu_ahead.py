@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mixed_steps import MixedSteps
 
 from holdfast.llm import LLM, SamplingParams
 from holdfast.ops.kernels.compiles import CompileCount
@@ -68,10 +69,11 @@ def test_no_step_of_plain_rows_waits_for_the_device_and_nothing_compiles(runners
             device="cuda:0", steps_ahead=steps_ahead, pages=2000, prefill_tokens=32, **options
         ) as llm:
             (runner,) = runners[-1:]
-            compiles, waited, ahead = CompileCount(), [], [0]
+            compiles, waited, ahead, mixed = CompileCount(), [], [0], MixedSteps()
             launch = runner.launch
 
             def busy_launch(plan: Any, launch: Any = launch, runner: Any = runner) -> None:
+                mixed.see(plan)  # noqa: B023
                 busy = torch.cuda.Event()
                 torch.cuda._sleep(BUSY_CYCLES)
                 busy.record()
@@ -85,7 +87,9 @@ def test_no_step_of_plain_rows_waits_for_the_device_and_nothing_compiles(runners
             found.append([result.token_ids for result in results])
             kinds = runner.stats.eager_steps
         assert not any(waited), f"{sum(waited)} of {len(waited)} launches waited; {kinds}"
-        assert kinds.get("mixed_query_lens") and runner.stats.graph_steps
+        # All that runs eagerly has a prompt in it, and some of that decodes rows as well.
+        assert set(kinds) == {"prefill"} and kinds["prefill"] >= mixed.count > 0
+        assert runner.stats.graph_steps["fast"] and set(runner.stats.graph_steps) == {"fast"}
         assert compiles.count == 0, compiles.last
         assert max(ahead) == steps_ahead
     assert found[0] == found[1]

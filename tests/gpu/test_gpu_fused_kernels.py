@@ -162,4 +162,4 @@ def test_greedy_tokens_of_kernels_in_float32_are_those_of_the_cpu():
             params = SamplingParams(max_tokens=48, ignore_eos=True, temperature=0.0)
             return [result.token_ids for result in llm.generate(PROMPTS, params)]
 
-    assert answers(device="cuda:0", kernels="triton") == answers(device="cpu")
+    assert answers(device="cuda:0", kernels="triton", graphs=False) == answers(device="cpu")

@@ -35,8 +35,11 @@ PROMPTS = [
 ]
 
 
+REFERENCE = {"kernels": "reference", "rows_max": 8, "context_tokens": 1024}
+
+
 def answers(device: str, dtype: str, **sampling) -> list:
-    with LLM(device=device, dtype=dtype, rows_max=8, context_tokens=1024) as llm:
+    with LLM(device=device, dtype=dtype, **REFERENCE) as llm:
         params = SamplingParams(**{"max_tokens": 48, "ignore_eos": True, **sampling})
         return llm.generate(PROMPTS, params)
 
@@ -55,7 +58,7 @@ def test_every_greedy_token_in_bfloat16_is_nearly_the_most_likely_one_in_float32
     """
     written = answers("cuda:0", "bfloat16", temperature=0.0)
     gaps = []
-    with LLM(device="cuda:0", dtype="float32", rows_max=8, context_tokens=1024) as exact:
+    with LLM(device="cuda:0", dtype="float32", **REFERENCE) as exact:
         one = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, logprobs=20)
         for result in written:
             tokens = result.prompt_token_ids + result.token_ids

@@ -15,7 +15,7 @@ from holdfast.api.schema import SamplingParams
 from holdfast.config import Limits
 from holdfast.errors import EngineFault, InvalidField, WorkerFault
 from holdfast.llm import LLM, NO_DEADLINE_S
-from holdfast.local import Drawn, Immediate
+from holdfast.local import Drawn, Immediate, LocalEngine
 from holdfast.model.spec import ModelSpec, resolve_model
 from holdfast.sim.fake_worker import FakeWorker, expected_token
 from holdfast.wire.messages import End, Refused, Submit
@@ -174,6 +174,34 @@ def test_generate_and_streams_go_on_side_by_side(llm: LLM) -> None:
     assert not thread.is_alive()
     assert tokens == oracle(asked[0], 50)
     assert [r.token_ids for r in answers] == [oracle(p, 20) for p in asked]
+
+
+def test_every_thread_enters_the_device_before_it_steps_and_again_after_another_has() -> None:
+    """Which GPU is current is known by thread: a stream's thread would compute on cuda:0."""
+    entered: list[int] = []
+    stepped: list[int] = []
+    bounds = limits()
+    worker = FakeWorker(bounds)
+
+    def run(plan: StepPlan) -> StepResult:
+        assert entered and entered[-1] == threading.get_ident(), "a step in a thread that is not in"
+        stepped.append(threading.get_ident())
+        return worker.run(plan)
+
+    engine = LocalEngine(
+        bounds, Immediate(run), enter=lambda: entered.append(threading.get_ident())
+    )
+    with make() as llm:
+        llm._engine = engine
+        llm.generate(prompts(3), exactly(5))
+        assert entered == [threading.get_ident()], "once, not in every step"
+
+        async def stream() -> list[int]:
+            return [t async for d in llm.stream([5, 6, 7], exactly(5)) for t in d.token_ids]
+
+        assert asyncio.run(asyncio.wait_for(stream(), 30)) == oracle([5, 6, 7], 5)
+        # By whichever thread comes first to the step; the closing one waits for what is in flight.
+        assert len(set(stepped)) == 2 and set(entered) == set(stepped)
 
 
 def test_a_stream_that_is_left_early_is_cancelled_and_its_pages_come_home(llm: LLM) -> None:

@@ -9,7 +9,7 @@ from attention_twin import LAYER, Shape, Step, close
 
 from holdfast.errors import InvariantError
 from holdfast.ops import kernels
-from holdfast.ops.attention import Scratch, append_kv
+from holdfast.ops.attention import Scratch
 
 pytestmark = [
     pytest.mark.skipif(not kernels.available(), reason="triton is not installed"),
@@ -126,18 +126,6 @@ def test_static_buffers_give_the_bits_of_the_planned_step(module):
     attention.require_static(step.pool, step.qkv, table, lengths, out, 1)
     attention.decode(step.pool, LAYER, step.qkv, table, lengths, out)
     assert torch.equal(out, expected)
-
-
-def test_a_plan_appends_where_the_reference_does(module):
-    step = Step(Shape(page_tokens=3), [1, 5], [7, 2])
-    _, plan = planned(module, step)
-    before = step.pool.clone()
-    for row, page in enumerate(step.table):
-        for position in range(int(step.starts[row]), int(step.lengths[row])):
-            step.pool[int(page[position // 3]), LAYER, :, position % 3] = float("nan")
-    assert not torch.equal(step.pool.nan_to_num(9.0), before.nan_to_num(9.0))
-    append_kv(plan, step.pool, LAYER, step.qkv)
-    assert torch.equal(step.pool.nan_to_num(9.0), before.nan_to_num(9.0))
 
 
 def test_nan_of_one_row_stays_in_that_row(module):

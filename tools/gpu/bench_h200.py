@@ -6,7 +6,7 @@
 DIR of --models has a folder for each size (qwen3-0.6b, qwen3-8b) with a config.json; weights are
 drawn. Parts, for each size: generate (offline, decode and prefill with one start of each engine),
 serve, start. Words after `--` go to every bench as engine options, for instance
-`-- --kernels triton --graphs on`. The peer runs where --peer-path or --peer-python is given.
+`-- --kernels reference`. The peer runs where --peer-path or --peer-python is given.
 
 Installs nothing. It needs, on that machine: a Python with what pyproject.toml asks for, this
 checkout, and for the peer a folder made by shared/gpu/pack_vllm.sh and laid out as its header says.

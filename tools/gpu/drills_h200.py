@@ -5,10 +5,10 @@
 Parts, each with a deadline of its own, in this order: tests (pytest -m gpu), verify (checksums at a
 large pool), kill (a served model's worker killed, seen from its clients), faults (each kind, from
 the launch to the word and to the pidfd), load (weights from a file), drills (`holdfast drill run
-all --device cuda`); asked for by name: drills-graphs (the same by the fast path), drills-sabotage,
-soak (8 minutes of saturation want a call of their own), large (kills under 32 streams of the model
-that --model names, its weights drawn; a standby's memory; latency while it warms). DIR gets
-results.json and each part's log. Exit code 1 when a part failed.
+all --device cuda`); asked for by name: drills-sabotage, soak (8 minutes of saturation want a call of
+their own), large (kills under 32 streams of the model that --model names, its weights drawn; a
+standby's memory; latency while it warms). DIR gets results.json and each part's log. Exit code 1
+when a part failed.
 """
 
 from __future__ import annotations
@@ -385,7 +385,7 @@ def soak(report: Report, left_s: float) -> None:
     """Saturate a server with graphs, so that nothing is restarted: as long as the budget lasts."""
     minutes = max(0.5, (left_s - 60) / 60)
     path = report.out / "soak.json"
-    options = ("--device", "cuda", "--kernels", "triton", "--graphs", "on", "--max-rows", "64")
+    options = ("--device", "cuda", "--max-rows", "64")
     command = [sys.executable, str(ROOT / "tools" / "soak.py"), "--minutes", str(minutes)]
     command += ["--streams", "96", "--json", str(path), "--", *options]
     subprocess.run(command, cwd=ROOT, timeout=left_s, check=False)
@@ -516,7 +516,6 @@ PARTS: dict[str, tuple[Callable[[Report, float], None], float]] = {
     "tests": (tests, 200),
     "kill": (kill, 120),
     "drills": (drills, 290),
-    "drills-graphs": (lambda report, left_s: drills(report, left_s, "--graphs"), 290),
     "drills-sabotage": (lambda report, left_s: drills(report, left_s, "--sabotage"), 290),
     "soak": (soak, 560),
     "large": (lambda report, left_s: large(report, left_s, MODEL[0]), 240),
