@@ -5,8 +5,8 @@
 Parts, each with a deadline of its own, in this order: tests (pytest -m gpu), verify (checksums at a
 large pool), kill (a served model's worker killed, seen from its clients), faults (each kind, from
 the launch to the word and to the pidfd), load (weights from a file), drills (`holdfast drill run
-all --device cuda`); asked for by name: drills-sabotage, soak (8 minutes of saturation want a call of
-their own), large (kills under 32 streams of the model that --model names, its weights drawn; a
+all --device cuda`); asked for by name: drills-sabotage, soak (8 minutes of saturation want a call
+of their own), large (kills under 32 streams of the model that --model names, its weights drawn; a
 standby's memory; latency while it warms). DIR gets results.json and each part's log. Exit code 1
 when a part failed.
 """
