@@ -29,6 +29,7 @@ import triton.language as tl
 from holdfast.errors import require
 from holdfast.ops.kernels.decode_config import DecodeConfig, choose_config
 from holdfast.ops.kernels.dependent import launch_dependents, launch_options, wait_for_previous
+from holdfast.ops.kernels.launch import launch
 from holdfast.ops.kernels.paged_kv import (
     LOG2_E,
     computes_wide,
@@ -40,7 +41,7 @@ from holdfast.ops.kernels.paged_kv import (
 
 # Fewer rows than 16 no product takes; more than 64 of 256 lanes do not fit the registers.
 _ROWS_MIN, _ROWS_MAX = 16, 64
-_JOIN_ELEMENTS = tl.constexpr(8192)
+_JOIN_ELEMENTS = tl.constexpr(4096)
 
 
 @triton.jit
@@ -350,7 +351,9 @@ class DecodeAttention:
         rows = lengths.numel()
         config = self._configs[rows - 1]
         packed, tiles = self._tiles(query_len)
-        _attend_split[(self.kv_heads * tiles, config.splits, rows)](
+        launch(
+            _attend_split,
+            (self.kv_heads * tiles, config.splits, rows),
             q,
             pool,
             page_table,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from holdfast.ops.kernels.dependent import launch_dependents, launch_options, wait_for_previous
+from holdfast.ops.kernels.launch import launch
 
 # Elements of a program: 8 a lane, which is one load of 16 bytes of bfloat16.
 _BLOCK = 1024
@@ -38,7 +39,9 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     rows, width = out.shape
     assert gate_up.shape == (rows, 2 * width), f"{tuple(gate_up.shape)} for {tuple(out.shape)}"
     assert gate_up.is_contiguous() and out.is_contiguous()
-    _silu_mul[(rows, triton.cdiv(width, _BLOCK))](
+    launch(
+        _silu_mul,
+        (rows, triton.cdiv(width, _BLOCK)),
         gate_up,
         out,
         WIDTH=width,

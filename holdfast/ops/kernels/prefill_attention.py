@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from holdfast.errors import require
+from holdfast.ops.kernels.launch import launch
 from holdfast.ops.kernels.paged_kv import (
     LOG2_E,
     computes_wide,
@@ -264,7 +265,9 @@ class PrefillAttention:
         tiles name them. tiles: int32[4, T] of `cut_tiles`, on the device, rows packed.
         """
         count = tiles.shape[1]
-        _attend_tile[(self.kv_heads, count)](
+        launch(
+            _attend_tile,
+            (self.kv_heads, count),
             q,
             pool,
             page_table,

@@ -27,6 +27,7 @@ from holdfast.ops.kernels.dependent import (
     launch_options,
     wait_for_previous,
 )
+from holdfast.ops.kernels.launch import launch
 from holdfast.ops.kernels.matmul_config import ROWS_MAX, MatmulConfig, choose_config, workspace
 
 # Elements of a row of the weight that are brought to L2 ahead, 128 bytes a line.
@@ -206,7 +207,9 @@ class SmallMatmul:
         (rows, k), n = x.shape, weight.shape[0]
         assert weight.shape == (n, k) and out.shape == (rows, n), (x.shape, weight.shape, out.shape)
         assert x.is_contiguous() and weight.is_contiguous() and out.is_contiguous()
-        _multiply[(triton.cdiv(n, config.block_n), config.splits)](
+        launch(
+            _multiply,
+            (triton.cdiv(n, config.block_n), config.splits),
             x,
             weight,
             weight if bias is None else bias,

@@ -1,0 +1,78 @@
+"""launch: a kernel again, without asking Triton again which one it is.
+
+Triton looks at every argument of every launch to find the binary that was compiled for its kind: 20
+to 30 us of Python, three hundred times a step that is no graph's, which is more than a small model
+computes. What decides is little and known here: the types of tensors and whether they begin at a
+multiple of 16 bytes (integers of this package specialise nothing and fit 32 bits). So the binary of
+each kind is kept, and later launches go to it straight away.
+
+Only for kernels whose constants come behind all other arguments. Whatever is out of the ordinary
+(the interpreter, other devices, a profiler's hooks, descriptors, wide integers) goes Triton's way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from holdfast.ops.kernels.dependent import INTERPRETED
+
+_INT32_MAX = (1 << 31) - 1
+# By kernel, device, constants with options, and kinds of arguments: the binary and what it is
+# given behind them.
+_kept: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """kernel[grid](*args, **constants) on torch's current stream.
+
+    constants: the kernel's constexprs and launch options, by name; none of them in args.
+    """
+    device = args[0].device
+    if INTERPRETED or device.type != "cuda" or triton.knobs.runtime.launch_enter_hook is not None:
+        kernel[grid](*args, **constants)
+        return
+    kinds = tuple([_kind(one) for one in args])
+    key = (kernel, device.index, tuple(constants.values()), kinds)
+    found = _kept.get(key)
+    if found is None:
+        compiled = kernel[grid](*args, **constants)
+        if None not in kinds and not _specialises(kernel, args):
+            behind = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+            _kept[key] = compiled, behind
+        return
+    compiled, behind = found
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    compiled.run(
+        x,
+        y,
+        z,
+        stream,
+        compiled.function,
+        compiled.packed_metadata,
+        None,
+        None,
+        None,
+        *args,
+        *behind,
+    )
+
+
+def _specialises(kernel: Any, args: tuple[Any, ...]) -> bool:
+    """Whether some integer's value makes another binary."""
+    return any(
+        isinstance(value, int) and not param.do_not_specialize
+        for param, value in zip(kernel.params, args, strict=False)
+    )
+
+
+def _kind(value: Any) -> Any:
+    """What of an argument Triton compiles for; None for what is not known here."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() & 15
+    if isinstance(value, int):
+        return int if -_INT32_MAX <= value <= _INT32_MAX else None
+    return float if isinstance(value, float) else None
