@@ -14,7 +14,6 @@ import torch
 from attention_twin import LAYER, NAN, Shape, Step
 
 from holdfast.ops.attention import AttentionBatch, Scratch
-from holdfast.ops.attention_triton import TritonAttention
 
 DEVICE = torch.device("cuda:0")
 BIG = Shape(group=4, kv_heads=2, head_dim=128, page_tokens=16)
@@ -22,18 +21,22 @@ BIG = Shape(group=4, kv_heads=2, head_dim=128, page_tokens=16)
 TOLERANCE = 1e-2
 
 
-def made(shape: Shape, *, context_max: int = 4096, query_tokens: int = 1) -> TritonAttention:
+def made(shape: Shape, *, context_max: int = 4096, query_tokens: int = 1, itemsize: int = 2):
+    """TritonAttention, imported where there is triton."""
+    from holdfast.ops.attention_triton import TritonAttention
+
     return TritonAttention(
         DEVICE,
         rows_max=64,
         query_len_max=1,
         context_max=context_max,
+        itemsize=itemsize,
         gather_query_tokens=query_tokens,
         **shape.made_for(),
     )
 
 
-def attended(step: Step, attention: TritonAttention, window: int = 0):
+def attended(step: Step, attention, window: int = 0):
     """(out on the host, the plan)."""
     pool, qkv, out = (tensor.to(DEVICE) for tensor in (step.pool, step.qkv, step.out()))
     heads = step.shape.heads, step.shape.kv_heads
@@ -131,10 +134,7 @@ def half() -> None:
     hold(BIG, [300, 1, 40], [0, 5, 99], dtype=torch.float16)
     # float32 is read from pages.
     step = Step(BIG, [300], [7])
-    attention = TritonAttention(
-        DEVICE, rows_max=4, query_len_max=1, context_max=512, itemsize=4, **BIG.made_for()
-    )
-    out, plan = attended(step, attention)
+    out, plan = attended(step, made(BIG, itemsize=4))
     assert plan.gathered is None
     judge("float32", out, step.reference(), step.lens)
 
