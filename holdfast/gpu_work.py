@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from holdfast.config import Limits
-from holdfast.ops.kernels import matmul_config
+from holdfast.ops.kernels import gather_config, matmul_config
 from holdfast.ops.kernels.decode_config import splits_max
 
 MIB = 1 << 20
@@ -67,7 +67,7 @@ def work_bytes(
     shape = attention_workspace_bytes(model, limits, itemsize) + rotation_bytes(model, limits)
     if itemsize == 2:
         shape += product_workspace_bytes(model, limits)
-    work = _PIECES_BYTES + step + shape
+    work = _PIECES_BYTES + step + shape + gather_bytes(model, limits, itemsize)
     if not graphs:
         return work
     # Graphs have a decoder of their own: its workspace, its table and its scratch.
@@ -96,6 +96,16 @@ def attention_workspace_bytes(
     splits = max(rows * splits_max(rows, *shape) for rows in range(1, limits.rows_max + 1))
     arrivals = limits.rows_max * model.kv_heads
     return 4 * (splits * model.heads * (model.head_dim + 1) + arrivals)
+
+
+def gather_bytes(model: Dimensions, limits: Limits, itemsize: int) -> int:
+    """ops.attention_triton's scratch of gathered rows, which Hopper alone makes: where a step may
+    have a row with query tokens enough. Graphs, which only decode, have none of their own."""
+    if min(limits.prefill_tokens, limits.context_tokens) < gather_config.QUERY_TOKENS_MIN:
+        return 0
+    context = limits.table_columns * limits.page_tokens
+    shape = model.heads, model.kv_heads, model.head_dim
+    return gather_config.scratch_bytes(*shape, itemsize, limits.rows_max, context)
 
 
 def product_workspace_bytes(model: Dimensions, limits: Limits, sm_count: int = _SM_COUNT) -> int:

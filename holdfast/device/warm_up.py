@@ -26,6 +26,8 @@ def step_shapes(limits: Limits, *, on_gpu: bool) -> list[np.ndarray]:
         rows = {2**power for power in range(1, limits.rows_max.bit_length())}
         rows.add(limits.rows_max)
         shapes.update((1,) * count for count in rows)
+        # A short chunk and a long one may have kernels of their own (ops.attention_triton).
+        shapes.add((min(2, limits.context_tokens),))
         # Beside a chunk rows that decode lie elsewhere, for which attention has other kernels.
         chunk = min(max(2, limits.page_tokens), limits.context_tokens)
         shapes.update((1,) * (count - 1) + (chunk,) for count in rows)

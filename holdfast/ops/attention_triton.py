@@ -2,19 +2,25 @@
 
 Owns the workspace of its kernels and the arithmetic of a plan: rows that are alike and short
 (decode, verify) go to the split kernel, which asks nothing of the host but the number of rows; all
-others to the prefill kernel, over tiles. `plan` and `attend` stand where ops.attention's do;
+others to a prefill kernel, over tiles. On Hopper rows with query tokens enough have their K and V
+gathered (ops.kernels.gather_config says which), for the kernel that is faster then; the others, and
+those that the scratch has no room for, are read from their pages. The choice is one of shapes.
+`plan` and `attend` stand where ops.attention's do;
 `decode` takes static buffers, for graphs and for eager steps of the same shape, which so compute
 the same bits. Imported only where triton is (ops.kernels.available).
 
 Invariant: every call works on the current stream, waits for nothing (but `plan` for the pinned slot
-that it used three plans before) and, `plan` again excepted, allocates nothing. Padding rows (length
-0) give zeros and are never looked up in their table.
+that it used three plans before) and, `plan` again excepted, allocates nothing. The scratch of
+gathered rows is made by the first plan that has some, so an object that only decodes has none.
+Padding rows (length 0) give zeros and are never looked up in their table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,7 +29,9 @@ from holdfast.errors import require
 from holdfast.ops.attention import AttentionBatch, Scratch, StaticBatch
 from holdfast.ops.contracts import require_launchable
 from holdfast.ops.kernels.decode_attention import DecodeAttention, DecodeConfig
-from holdfast.ops.kernels.paged_kv import require_pool
+from holdfast.ops.kernels.gather_config import ALIGN, QUERY_TOKENS_MIN, fits, scratch_tokens
+from holdfast.ops.kernels.gather_kv import PLACE_FIELDS, Gathered, choose_rows, place_rows
+from holdfast.ops.kernels.paged_kv import INTERPRETED, require_pool
 from holdfast.ops.kernels.prefill_attention import (
     TILE_FIELDS,
     PrefillAttention,
@@ -39,7 +47,8 @@ class TritonPlan:
 
     page_table: int32[n, W]; lengths: int32[d], with the step's own tokens; query_len: of every
     decode row; first_tokens: int32[d], or None where the decode rows are the whole step; tiles:
-    int32[4, T]. Where the step's K and V go is no part of it: whoever appends has the slots.
+    int32[4, T], of the rows that are read from pages; gathered: the others, None without any. Where
+    the step's K and V go is no part of it: whoever appends has the slots.
     """
 
     page_table: torch.Tensor
@@ -47,6 +56,25 @@ class TritonPlan:
     first_tokens: torch.Tensor | None
     query_len: int
     tiles: torch.Tensor
+    gathered: Gathered | None = None
+
+
+class GatheredAttention(Protocol):
+    """What computes gathered rows; ops.kernels.warp_prefill.WarpPrefill, or its twin in a test."""
+
+    @property
+    def tile_tokens(self) -> int: ...
+
+    def run(
+        self,
+        q: torch.Tensor,
+        pool: torch.Tensor,
+        layer: int,
+        rows: Gathered,
+        out: torch.Tensor,
+        *,
+        window: int = 0,
+    ) -> None: ...
 
 
 class TritonAttention:
@@ -68,8 +96,12 @@ class TritonAttention:
         itemsize: int = 2,
         config_of: Callable[[int], DecodeConfig] | None = None,
         prefill_config: PrefillConfig | None = None,
+        gather_query_tokens: int = QUERY_TOKENS_MIN,
+        make_gathered: Callable[..., GatheredAttention] | None = None,
     ) -> None:
-        """query_len_max: query tokens of a decode row, 1 + drafts; the others as the kernels'."""
+        """query_len_max: query tokens of a decode row, 1 + drafts; gather_query_tokens: of a row
+        that is gathered, at least; make_gathered: of (scratch, heads=, kv_heads=), in place of what
+        the device has; the others as the kernels'."""
         self.device = torch.device(device)
         self._decode = DecodeAttention(
             device,
@@ -93,10 +125,17 @@ class TritonAttention:
         )
         # A table, lengths and first tokens of every row, and a tile for each and as many more.
         columns = -(-context_max // page_tokens)
-        self._upload_words = rows_max * (columns + 2 + 2 * TILE_FIELDS)
+        self._gather_query_tokens = gather_query_tokens
+        self._gather_tokens = scratch_tokens(rows_max, context_max)
+        self._upload_words = rows_max * (columns + 2 + PLACE_FIELDS + 2 * TILE_FIELDS)
+        self._upload_words += self._gather_tokens // ALIGN
         # Pinned by the first step that is laid out here, one of a warm-up. Attention of graphs has
         # static batches alone, and never any.
         self._uploads: Uploads | None = None
+        if make_gathered is None and _has_warp_groups(self.device):
+            make_gathered = _warp_prefill
+        self._make_gathered = make_gathered if fits(heads, kv_heads, head_dim, itemsize) else None
+        self._gathered: GatheredAttention | None = None
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -136,28 +175,30 @@ class TritonAttention:
         lens, starts = batch.query_lens, batch.starts
         rows, query_len = self._decode_rows(lens)
         others = np.setdiff1d(np.arange(lens.size), rows, assume_unique=True)
-        order = np.concatenate((rows, others))
-        first = np.cumsum(lens, dtype=np.int64) - lens
-        # cut_tiles counts its rows one after another; here they lie where the batch has them.
-        tiles = cut_tiles(lens[others], starts[others], self._prefill.tile_tokens)
-        behind = first[others] - (np.cumsum(lens[others], dtype=np.int64) - lens[others])
-        tiles[1] += behind[tiles[0]].astype(np.int32)
+        taken = self._gathered_rows(lens[others], starts[others], pool, dtype)
+        paged, gathered = others[~taken], others[taken]
+        tiles = _tiles_of(lens, starts, paged, self._prefill.tile_tokens)
         tiles[0] += rows.size
+        order = np.concatenate((rows, paged, gathered))
         table = self._table(batch, pool.shape[0])[order]
+        arrays = [table, (starts + lens)[rows], np.cumsum(lens)[rows] - lens[rows], tiles]
+        if gathered.size:
+            assert self._gathered is not None
+            arrays += place_rows((starts + lens)[gathered], starts[gathered])
+            arrays.append(_tiles_of(lens, starts, gathered, self._gathered.tile_tokens))
         if self._uploads is None:
             self._uploads = Uploads(self.device, self._upload_words)
-        table_arg, lengths, first_tokens, tiles_arg = self._uploads.put(
-            *(
-                array.astype(np.int32, copy=False)
-                for array in (table, (starts + lens)[rows], first[rows], tiles)
-            )
+        table_arg, lengths, first_tokens, tiles_arg, *of_gathered = self._uploads.put(
+            *(array.astype(np.int32, copy=False) for array in arrays)
         )
+        behind = rows.size + paged.size
         return TritonPlan(
             page_table=table_arg,
             lengths=lengths,
             first_tokens=first_tokens if others.size else None,
             query_len=query_len,
             tiles=tiles_arg,
+            gathered=Gathered(table_arg[behind:], *of_gathered) if of_gathered else None,
         )
 
     def attend(
@@ -189,6 +230,9 @@ class TritonAttention:
             )
         if plan.tiles.numel():
             self._prefill.run(qkv, pool, layer, plan.page_table, plan.tiles, out, window=window)
+        if plan.gathered is not None:
+            assert self._gathered is not None
+            self._gathered.run(qkv, pool, layer, plan.gathered, out, window=window)
 
     def decode(
         self,
@@ -268,6 +312,19 @@ class TritonAttention:
         require(rows.size <= self._decode.rows_max, f"{rows.size} rows to decode")
         return rows, query_len if alike else 1
 
+    def _gathered_rows(
+        self, lens: np.ndarray, starts: np.ndarray, pool: torch.Tensor, dtype: torch.dtype
+    ) -> np.ndarray:
+        """bool[n]: which of these rows are gathered. Makes what computes them where it has to."""
+        if self._make_gathered is None or dtype != pool.dtype:
+            return np.zeros(lens.size, bool)
+        taken = choose_rows(lens, starts, self._gather_tokens, self._gather_query_tokens)
+        if self._gathered is None and taken.any():
+            heads, kv_heads, head_dim = self._decode.heads, pool.shape[4], pool.shape[5]
+            scratch = pool.new_empty((2, kv_heads, self._gather_tokens, head_dim))
+            self._gathered = self._make_gathered(scratch, heads=heads, kv_heads=kv_heads)
+        return taken
+
     def _table(self, batch: AttentionBatch, pages: int) -> np.ndarray:
         """int32[n, W]: the columns that the step uses at most. Only used entries are judged."""
         used = -(-(batch.starts.astype(np.int64) + batch.query_lens) // batch.page_tokens)
@@ -278,3 +335,29 @@ class TritonAttention:
             f"a step reads pages {held.min()} to {held.max()} of a pool of {pages}",
         )
         return table
+
+
+def _tiles_of(
+    lens: np.ndarray, starts: np.ndarray, which: np.ndarray, tile_tokens: int
+) -> np.ndarray:
+    """int32[4, T]: `cut_tiles` of the rows `which`, int64[k], numbered as they stand there; their
+    tokens are where the batch of all rows has them."""
+    tiles = cut_tiles(lens[which], starts[which], tile_tokens)
+    first = (np.cumsum(lens, dtype=np.int64) - lens)[which]
+    behind = first - (np.cumsum(lens[which], dtype=np.int64) - lens[which])
+    tiles[1] += behind[tiles[0]].astype(np.int32)
+    return tiles
+
+
+@cache
+def _has_warp_groups(device: torch.device) -> bool:
+    """Whether the device multiplies by warp groups (wgmma): Hopper, which alone has them."""
+    compiles = device.type == "cuda" and not INTERPRETED
+    return compiles and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _warp_prefill(scratch: torch.Tensor, *, heads: int, kv_heads: int) -> GatheredAttention:
+    # Here, since a GPU without warp groups has no use for Gluon.
+    from holdfast.ops.kernels.warp_prefill import WarpPrefill
+
+    return WarpPrefill(scratch, heads=heads, kv_heads=kv_heads)

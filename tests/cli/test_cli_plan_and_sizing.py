@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -306,6 +307,7 @@ def test_what_is_counted_is_what_the_device_makes(
     torch = pytest.importorskip("torch")
     pytest.importorskip("triton")
     from holdfast.device.device_rows import DeviceRows
+    from holdfast.ops.attention_triton import TritonAttention
     from holdfast.ops.kernels.decode_attention import DecodeAttention
     from holdfast.ops.kernels.rope import rotation_table
     from holdfast.ops.kernels.sample import KeyedDraws
@@ -344,6 +346,25 @@ def test_what_is_counted_is_what_the_device_makes(
         sm_count=132,
     )
     assert attention.workspace_bytes <= gpu_work.attention_workspace_bytes(Eight(), limits, 2)
+    made_of = []
+    TritonAttention(
+        "cpu",
+        rows_max=rows,
+        query_len_max=1,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        page_tokens=page_tokens,
+        context_max=limits.table_columns * page_tokens,
+        make_gathered=lambda scratch, **_: made_of.append(scratch.nbytes),
+    )._gathered_rows(
+        np.array([context]),
+        np.array([0]),
+        torch.empty((1, 1, 2, page_tokens, 8, 128), dtype=torch.bfloat16),
+        torch.bfloat16,
+    )
+    assert sum(made_of) == gpu_work.gather_bytes(Eight(), limits, 2)
+    assert gpu_work.gather_bytes(Eight(), limits, 4) == 0
 
 
 @given(

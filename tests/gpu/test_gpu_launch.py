@@ -1,4 +1,4 @@
-"""ops.kernels.launch: later launches of a kind skip Triton's look-up, and no kind takes another's."""
+"""ops.kernels.launch: later launches of a kind skip Triton's look-up, and kinds keep apart."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def normed(rows: int, hidden: int, dtype: torch.dtype, offset: int = 0) -> tuple[Any, Any]:
-    """(what the kernel gives, what torch does) of a norm whose input begins `offset` elements on."""
+    """(what the kernel gives, what torch does) of a norm; its input begins `offset` elements on."""
     from holdfast.ops.kernels.norm import add_rms_norm
 
     memory = torch.randn(rows * hidden + offset, device="cuda").to(dtype)

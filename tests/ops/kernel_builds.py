@@ -23,6 +23,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from holdfast.ops.kernels import dependent
@@ -45,9 +47,10 @@ _BUFFERS = re.compile(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x"
 
 @dataclass(frozen=True)
 class Build:
-    """What one launch compiled to. name: "label: kernel"; spill_bytes: stack of a thread;
-    buffers: tiles of shared memory that its pipeline turns through, 0 without a pipeline;
-    specialised: integers of which some values would compile another kernel."""
+    """What one launch compiled to. name: "label: kernel"; spill_bytes: stack of a thread; buffers:
+    tiles of shared memory that its pipeline turns through, 0 without a pipeline; tensor_products,
+    of them warp_group_products, and bulk_copies: instructions; specialised: integers of which some values would compile another
+    kernel."""
 
     name: str
     registers: int
@@ -56,6 +59,8 @@ class Build:
     warps: int
     buffers: int
     tensor_products: int
+    warp_group_products: int
+    bulk_copies: int
     specialised: list[str]
 
 
@@ -125,6 +130,32 @@ def prefill(heads: int, kv_heads: int, head_dim: int, layers: int, window: int =
     return launch
 
 
+def gathered(heads: int, kv_heads: int, head_dim: int, layers: int, window: int = 0):
+    """Launch prefill attention of rows whose K and V are gathered, and the gather."""
+
+    def launch() -> None:
+        from holdfast.ops.kernels.gather_kv import Gathered
+        from holdfast.ops.kernels.warp_prefill import WarpPrefill
+
+        scratch = meta(2, kv_heads, 1 << 15, head_dim)
+        rows = Gathered(
+            page_table=meta(4, 2560, dtype=torch.int32),
+            places=meta(3, 4, dtype=torch.int32),
+            owners=meta(256, dtype=torch.int32),
+            tiles=meta(4, 512, dtype=torch.int32),
+        )
+        WarpPrefill(scratch, heads=heads, kv_heads=kv_heads).run(
+            meta(8192, (heads + 2 * kv_heads) * head_dim),
+            meta(64, layers, 2, 16, kv_heads, head_dim),
+            3,
+            rows,
+            meta(8192, heads * head_dim),
+            window=window,
+        )
+
+    return launch
+
+
 def product(n: int, k: int, rows: int, *, bias: bool = False):
     def launch() -> None:
         from holdfast.ops.kernels.small_matmul import SmallMatmul
@@ -161,6 +192,10 @@ BUILDS: dict[str, Callable[[], None]] = {
     "0.6B prefill": prefill(16, 8, 128, 28),
     "tiny prefill": prefill(6, 2, 64, 7),
     "head_dim 256, group 8, prefill": prefill(8, 1, 256, 18),
+    "8B prefill, gathered": gathered(32, 8, 128, 36),
+    "8B prefill in a window, gathered": gathered(32, 8, 128, 36, 4096),
+    "tiny prefill, gathered": gathered(6, 2, 64, 7),
+    "head_dim 80, group 7, prefill, gathered": gathered(28, 4, 80, 28),
 }
 
 
@@ -189,13 +224,20 @@ def build(label: str, kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) 
             signature[param.name] = "*" + TYPES[value.dtype]
             if not param.do_not_specialize:
                 aligned[(param.num,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            box, layout = list(value.block_shape), value.layout
+            signature[param.name] = f"tensordesc<{TYPES[value.base.dtype]}{box},{layout!r}>"
         elif isinstance(value, float):
             signature[param.name] = "fp32"
         else:
             signature[param.name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
             if not param.do_not_specialize:
                 specialised.append(param.name)
-    source = ASTSource(kernel, signature, constants, aligned)
+    if isinstance(kernel, GluonJITFunction):
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = GluonASTSource(kernel, signature, places, aligned)
+    else:
+        source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=H200, options=options)
     registers, stack = resources(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
@@ -207,6 +249,8 @@ def build(label: str, kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) 
         warps=compiled.metadata.num_warps,
         buffers=min(map(int, _BUFFERS.findall(compiled.asm["ttgir"])), default=0),
         tensor_products=ptx.count("mma.sync") + ptx.count("wgmma.mma_async"),
+        warp_group_products=ptx.count("wgmma.mma_async"),
+        bulk_copies=ptx.count("cp.async.bulk.tensor"),
         specialised=specialised,
     )
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from holdfast.ops.attention import AttentionBatch, Scratch
+from holdfast.ops.attention_triton import TritonAttention
 from holdfast.ops.kernels.decode_attention import DecodeAttention
 from holdfast.ops.kernels.decode_config import DecodeConfig
 from holdfast.ops.kernels.prefill_attention import PrefillAttention, PrefillConfig, cut_tiles
@@ -125,12 +127,26 @@ class PrefillCase:
         self.qkv, self.out = noise(rows * context), blank(rows * context)
         self.flop = 4 * HEAD_DIM * HEADS * rows * (context * (context + 1) // 2)
 
-    def launch(self, config: PrefillConfig | None = None) -> Callable[[int], object]:
+    def launch(self, config: PrefillConfig) -> Callable[[int], object]:
+        """The kernel that reads pages, of one configuration."""
         attention = PrefillAttention(config=config, **SHAPE)
         lens = np.full(self.rows, self.context, np.int32)
         tiles = on_device(cut_tiles(lens, np.zeros_like(lens), attention.tile_tokens))
         pool = self.pages.pool
         return lambda layer: attention.run(self.qkv, pool, layer, self.table, tiles, self.out)
+
+    def engine(self) -> tuple[str, Callable[[int], object]]:
+        """What the engine launches for such a step, and which kernel it chose."""
+        attention = TritonAttention(
+            DEVICE, rows_max=self.rows, query_len_max=1, context_max=CONTEXT_MAX, **SHAPE
+        )
+        lens, pool = np.full(self.rows, self.context, np.int32), self.pages.pool
+        table = self.table.cpu().numpy()
+        batch = AttentionBatch.build(lens, np.zeros_like(lens), table, PAGE_TOKENS, DEVICE)
+        heads = HEADS, KV_HEADS
+        plan = attention.plan(batch, pool, *heads, self.qkv.dtype, Scratch(DEVICE))
+        name = "holdfast, from pages" if plan.gathered is None else "holdfast, gathered"
+        return name, lambda layer: attention.attend(plan, pool, layer, self.qkv, self.out)
 
     def row(self, name: str, samples: list[float]) -> dict:
         took = statistics.median(samples)

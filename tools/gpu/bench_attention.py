@@ -160,7 +160,8 @@ def prefill(pages: Pages) -> list[dict]:
     found = []
     for rows, context in PREFILL:
         case = PrefillCase(pages, rows, context)
-        found.append(case.row("holdfast", layered_us(case.launch())))
+        name, launch = case.engine()
+        found.append(case.row(name, layered_us(launch)))
         q = case.qkv[:, : HEADS * HEAD_DIM].contiguous().view(-1, HEADS, HEAD_DIM)
         lengths = torch.full((rows,), context, dtype=torch.int32, device=DEVICE)
         rivals = attention_rivals.prefill(pages.pool, q, case.table, lengths, context)

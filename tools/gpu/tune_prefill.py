@@ -1,6 +1,6 @@
 """Prefill attention: every kernel of ours and its configurations, beside FlashInfer's.
 
-    PYTHONPATH=. python3 tools/gpu/tune_prefill.py [--budget S] [--kinds bulk warp paged]
+    PYTHONPATH=. python3 tools/gpu/tune_prefill.py [--budget S] [--kinds paged warp]
         [--rivals] [--json FILE]
 
 Each configuration is compiled and launched once in a process of its own, many side by side; one
@@ -17,7 +17,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -40,22 +40,26 @@ from attention_cases import (
     replayed_us,
 )
 
-from holdfast.ops.kernels.bulk_prefill import BulkConfig, BulkPrefill
-from holdfast.ops.kernels.gather_kv import gather_kv, place_rows, placed_tokens
+from holdfast.ops.kernels.gather_config import ALIGN
+from holdfast.ops.kernels.gather_kv import Gathered, gather_kv, place_rows
 from holdfast.ops.kernels.prefill_attention import PrefillAttention, PrefillConfig, cut_tiles
 from holdfast.ops.kernels.warp_prefill import WarpConfig, WarpPrefill
 
 Launch = Callable[[int], object]
 LAYERS = 4
-# (rows, query tokens, cached tokens)
-CASES = ((4, 8192, 0), (16, 1024, 0), (2, 512, 1024), (2, 4096, 0))
+# (rows, query tokens, cached tokens). Of the short ones gather_config.QUERY_TOKENS_MIN is made.
+CASES = (
+    (4, 8192, 0), (16, 1024, 0), (2, 512, 1024), (2, 4096, 0), (1, 1024, 2048), (64, 128, 0),
+    (32, 256, 0), (8, 128, 2048), (4, 256, 4096),
+)  # fmt: skip
 TOLERANCE = 1e-2
+KINDS = ("paged", "warp")
 
 
 class Case:
     """Rows of prompts over a pool of four layers."""
 
-    def __init__(self, rows: int, query_len: int, start: int, *, gathered: bool = True) -> None:
+    def __init__(self, rows: int, query_len: int, start: int) -> None:
         self.name = f"{rows} x {query_len}" + (f" on {start}" if start else "")
         self.rows, self.query_len, self.context = rows, query_len, start + query_len
         self.lens = np.full(rows, query_len, np.int32)
@@ -68,16 +72,20 @@ class Case:
         self.table = on_device(order.reshape(rows, columns).astype(np.int32))
         self.qkv, self.out = noise(rows * query_len), blank(rows * query_len)
         lengths = self.lens + self.starts
-        self.places = on_device(place_rows(lengths, self.starts))
-        tokens = placed_tokens(lengths)
+        self.places, self.owners = map(on_device, place_rows(lengths, self.starts))
         self.scratch = torch.zeros(
-            (2, KV_HEADS, tokens, HEAD_DIM), dtype=torch.bfloat16, device=DEVICE
+            (2, KV_HEADS, self.owners.numel() * ALIGN, HEAD_DIM),
+            dtype=torch.bfloat16,
+            device=DEVICE,
         )
         seen = query_len * start + query_len * (query_len + 1) // 2
         self.flop = 4 * HEAD_DIM * HEADS * rows * seen
 
     def gather(self, layer: int) -> None:
-        gather_kv(self.pool, layer, self.table, self.places, self.scratch, self.context)
+        gather_kv(self.pool, layer, self.gathered(self.places), self.scratch)
+
+    def gathered(self, tiles: torch.Tensor) -> Gathered:
+        return Gathered(self.table, self.places, self.owners, tiles)
 
     def attention(self, config: object) -> Launch:
         """launch of a layer, the gather left out."""
@@ -85,10 +93,9 @@ class Case:
             paged = PrefillAttention(config=config, **SHAPE)
             tiles = on_device(cut_tiles(self.lens, self.starts, paged.tile_tokens))
             return lambda layer: paged.run(self.qkv, self.pool, layer, self.table, tiles, self.out)
-        kind = BulkPrefill if isinstance(config, BulkConfig) else WarpPrefill
-        made = kind(self.scratch, heads=HEADS, kv_heads=KV_HEADS, config=config)
-        tiles = on_device(cut_tiles(self.lens, self.starts, made.tile_tokens))
-        return lambda layer: made.run(self.qkv, self.places, tiles, self.out)
+        made = WarpPrefill(self.scratch, heads=HEADS, kv_heads=KV_HEADS, config=config)
+        rows = self.gathered(on_device(cut_tiles(self.lens, self.starts, made.tile_tokens)))
+        return lambda layer: made.attend(self.qkv, rows, self.out)
 
     def rate(self, us: float) -> float:
         return self.flop / us / 1e6
@@ -99,7 +106,7 @@ def behind(first: Launch, second: Launch) -> Launch:
     return lambda layer: (first(layer), second(layer))
 
 
-def space(kinds: list[str]) -> list:
+def space(kinds: Sequence[str]) -> list:
     found: list = []
     if "paged" in kinds:
         found.append(PrefillConfig())
@@ -108,23 +115,6 @@ def space(kinds: list[str]) -> list:
             ((128, 2), (64, 3), (64, 4), (64, 2)), (0, 1), (True, False)
         ):
             found.append(WarpConfig(block, stages, heads, tiles_first))
-    if "bulk" in kinds:
-        for rows, block, warps, stages, ahead in (
-            (128, 64, 8, 2, False),
-            (128, 64, 8, 3, False),
-            (128, 64, 8, 4, False),
-            (128, 128, 8, 2, False),
-            (128, 128, 8, 3, False),
-            (128, 64, 8, 3, True),
-            (128, 128, 8, 2, True),
-            (128, 64, 4, 2, False),
-            (128, 32, 4, 3, False),
-            (256, 64, 8, 2, False),
-            (64, 64, 4, 2, False),
-            (64, 128, 4, 2, False),
-        ):
-            for heads, tiles_first in ((0, True), (1, True), (0, False)):
-                found.append(BulkConfig(rows, block, warps, stages, heads, tiles_first, ahead))
     return found
 
 
@@ -169,7 +159,7 @@ def usable(configs: list, seconds: float) -> list:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget", type=float, default=90.0)
-    parser.add_argument("--kinds", nargs="+", default=["paged", "warp", "bulk"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--rivals", action="store_true", help="FlashInfer beside ours")
     parser.add_argument("--json", type=Path, default=Path(os.environ.get("OUT", ".")) / "pf.json")
     asked = parser.parse_args()

@@ -1,41 +1,44 @@
 """K and V of a step's prefill rows, brought from their pages to one piece of memory.
 
 The scratch is [2, kv_heads, tokens, head_dim], K before V, a row's positions one after another from
-a multiple of `ALIGN` on, so that ops.kernels.bulk_prefill can have whole tiles of it copied by the
+a multiple of `ALIGN` on, so that ops.kernels.warp_prefill can have whole tiles of it copied by the
 bulk copy engine, which knows no pages. What a tile covers besides a row's own positions is zeros:
-those behind its end and, with a window, those before the first that is seen.
+those behind its end and, with a window, those before the first that is seen. So nothing of another
+row, of a free page or of an older step is ever multiplied.
 
-Cost. A token's K and V read and written once a layer: 8,192 tokens of 8 heads of 128 in bf16 are
-67 MB, 16 us at the H200's 4.24 TB/s.
+Cost. A token's K and V read and written once a layer: 16,384 tokens of 8 heads of 128 in bf16 are
+134 MB, 38 us on an H200 (3.5 TB/s, measured).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from holdfast.ops.kernels.gather_config import ALIGN, QUERY_TOKENS_MIN
 from holdfast.ops.kernels.paged_kv import padded_head, pages_of
 
-# Positions that a row's place in the scratch is a multiple of: the widest tile of K and V.
-ALIGN = 128
-# Fields of a row in the scratch, the rows of `place_rows`' result.
+# Fields of a row in the scratch, the rows of `place_rows`' places.
 PLACE_FIELDS = 3
 # Positions that a program copies of one head of K or V.
 _BLOCK = 64
 
 
-@triton.jit(do_not_specialize=["rows", "layer", "table_stride", "tokens_max", "window"])
+@triton.jit(do_not_specialize=["page_table", "rows", "layer", "table_stride", "tokens", "window"])
 def _gather(
     pool,
     page_table,
     places,
+    owners,
     scratch,
     rows,
     layer,
     table_stride,
-    tokens_max,
+    tokens,
     window,
     WINDOWED: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -46,17 +49,16 @@ def _gather(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK positions of one row and one head of K or V. places: int32[3, rows]."""
+    """BLOCK positions of the scratch, of one head of K or V. tokens: of the whole scratch."""
     plane = tl.program_id(0)
-    begin = tl.program_id(1) * BLOCK
-    row = tl.program_id(2)
-    place = tl.load(places + row)
+    at_scratch = tl.program_id(1) * BLOCK
+    row = tl.load(owners + at_scratch // ALIGNED)
+    begin = at_scratch - tl.load(places + row)
     length = tl.load(places + rows + row)
-    first_position = tl.load(places + 2 * rows + row)
     low = 0
     if WINDOWED:
-        low = tl.maximum(first_position - window + 1, 0)
-    if (begin < tl.cdiv(length, ALIGNED) * ALIGNED) & (begin + BLOCK > low // ALIGNED * ALIGNED):
+        low = tl.maximum(tl.load(places + 2 * rows + row) - window + 1, 0)
+    if begin + BLOCK > low // ALIGNED * ALIGNED:
         TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
         lane = tl.arange(0, HEAD_PAD)
         position = begin + tl.arange(0, BLOCK)
@@ -70,60 +72,78 @@ def _gather(
         values = tl.load(
             pool + start + at[:, None] + lane[None, :], mask=held[:, None] & in_head, other=0.0
         )
-        to = plane.to(tl.int64) * tokens_max + place + position
-        inside = (position < tokens_max - place)[:, None] & in_head
-        tl.store(scratch + to[:, None] * HEAD_DIM + lane[None, :], values, mask=inside)
+        to = plane.to(tl.int64) * tokens + at_scratch + tl.arange(0, BLOCK)
+        tl.store(scratch + to[:, None] * HEAD_DIM + lane[None, :], values, mask=in_head)
 
 
-def place_rows(lengths: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """int32[3, n]: (place in the scratch, tokens, position of the first query token) of each row.
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """The rows of a step that are gathered, g of them, on the device; all packed but page_table.
 
-    lengths: int32[n], tokens of a row with the step's own; starts: int32[n].
+    page_table: int32[g, W], of these rows alone; places, owners: of `place_rows`; tiles:
+    int32[4, T] of prefill_attention.cut_tiles, rows as places numbers them.
     """
-    spans = -(-lengths.astype(np.int64) // ALIGN) * ALIGN
-    places = np.cumsum(spans) - spans
-    return np.stack((places, lengths, starts)).astype(np.int32)
+
+    page_table: torch.Tensor
+    places: torch.Tensor
+    owners: torch.Tensor
+    tiles: torch.Tensor
 
 
-def placed_tokens(lengths: np.ndarray) -> int:
-    """Tokens of scratch that `place_rows` needs."""
-    return int((-(-lengths.astype(np.int64) // ALIGN) * ALIGN).sum())
+def choose_rows(
+    query_lens: np.ndarray, starts: np.ndarray, room: int, query_tokens_min: int = QUERY_TOKENS_MIN
+) -> np.ndarray:
+    """bool[n]: the rows to gather: those with query tokens enough, in order, while there is room.
+
+    query_lens, starts: int32[n]; room: positions of the scratch, a multiple of ALIGN.
+    """
+    spans = _spans(starts.astype(np.int64) + query_lens)
+    wanted = (query_lens >= query_tokens_min) & (spans <= room)
+    return wanted & (np.cumsum(np.where(wanted, spans, 0)) <= room)
+
+
+def place_rows(lengths: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(places int32[3, n], owners int32[B]).
+
+    places: (place in the scratch, tokens, position of the first query token) of each row; owners:
+    the row of each ALIGN positions of the scratch that are in use. lengths: int32[n], tokens of a
+    row with the step's own, 1 at least; starts: int32[n].
+    """
+    spans = _spans(lengths.astype(np.int64))
+    places = np.stack((np.cumsum(spans) - spans, lengths, starts)).astype(np.int32)
+    return places, np.repeat(np.arange(lengths.size, dtype=np.int32), spans // ALIGN)
+
+
+def _spans(lengths: np.ndarray) -> np.ndarray:
+    return -(-lengths // ALIGN) * ALIGN
 
 
 def gather_kv(
-    pool: torch.Tensor,
-    layer: int,
-    page_table: torch.Tensor,
-    places: torch.Tensor,
-    scratch: torch.Tensor,
-    length_max: int,
-    *,
-    window: int = 0,
+    pool: torch.Tensor, layer: int, rows: Gathered, scratch: torch.Tensor, *, window: int = 0
 ) -> None:
     """Bring the K and V of a layer to scratch, on the current stream.
 
-    pool: as DecodeAttention.run has it; page_table: int32[n, W], of these rows alone; places:
-    int32[3, n] of `place_rows`, packed; scratch: [2, kv_heads, tokens, head_dim], packed, of the
-    pool's type; length_max: of the longest row at least; window: positions before
-    `starts` - window + 1 become zeros or stay as they are; 0 for none.
+    pool: as DecodeAttention.run has it; scratch: [2, kv_heads, tokens, head_dim], packed, of the
+    pool's type, with room for all that `rows.owners` names; window: positions before start -
+    window + 1 become zeros or stay as they are, for no tile covers them; 0 for none.
     """
-    _, kv_heads, tokens_max, head_dim = scratch.shape
-    rows, page_tokens = places.shape[1], pool.shape[3]
-    _gather[(2 * kv_heads, -(-length_max // ALIGN) * (ALIGN // _BLOCK), rows)](
+    _, kv_heads, tokens, head_dim = scratch.shape
+    _gather[(2 * kv_heads, rows.owners.numel() * (ALIGN // _BLOCK))](
         pool,
-        page_table,
-        places,
+        rows.page_table,
+        rows.places,
+        rows.owners,
         scratch,
-        rows,
+        rows.places.shape[1],
         layer,
-        page_table.stride(0),
-        tokens_max,
+        rows.page_table.stride(0),
+        tokens,
         window,
         WINDOWED=window > 0,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         HEAD_PAD=padded_head(head_dim),
-        PAGE_TOKENS=page_tokens,
+        PAGE_TOKENS=pool.shape[3],
         PAGE_STRIDE=pool.stride(0),
         ALIGNED=ALIGN,
         BLOCK=_BLOCK,
