@@ -60,7 +60,7 @@ def test_gathered_prefill_is_multiplied_by_warp_groups_from_bulk_copies(builds) 
     found = [build for build in builds if "_attend_warps" in build["name"]]
     assert len(found) >= 4
     for build in found:
-        assert build["bulk_copies"] == 2 and build["warp_group_products"] >= 48, build
+        assert build["bulk_copies"] >= 2 and build["warp_group_products"] >= 48, build
 
 
 def test_no_integer_makes_another_kernel_after_ready(builds) -> None:
