@@ -10,7 +10,8 @@ them; the factor goes into the exponent.
 
 Nothing waits for ever: a tile has a query token at least, hence a block; the copying warp and both
 groups walk the blocks high - 1 .. low one by one, whatever a group's rows see of them, and wait
-only for each other's word on the stage of that block.
+only for each other's word on the stage of that block. A block's number in the program (`base` and
+what came since) gives its stage and the parity of its turn, the same to all three.
 
 On an H200 (triton 3.6, 32/8 heads of 128): 601 TFLOP/s at 4 x 8,192 causal tokens, 568 with the
 gather; prefill_attention has 385, FlashInfer's fa3 511 (tools/gpu/tune_prefill.py). Called by
@@ -20,6 +21,7 @@ ops.attention_triton. Does not run in Triton's interpreter, nor on other GPUs (w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from triton.experimental import gluon
@@ -40,13 +42,57 @@ from holdfast.ops.kernels.paged_kv import LOG2_E, padded_head
 
 
 @gluon.jit
-def _produce(
-    kv, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty, keys_at, values_at, low, high,
+def _work(
+    tiles, tiles_len, number, window,
+    WINDOWED: gl.constexpr, HEADS: gl.constexpr, PARTS: gl.constexpr, BLOCK: gl.constexpr,
+    TILES_FIRST: gl.constexpr,
+):  # fmt: skip
+    """A program's `number`th piece of work: (row, first_head, first_token, tokens, first_position,
+    low, whole, whole_end, high). Blocks low .. high - 1 are seen by some query token, whole ..
+    whole_end - 1 by all."""
+    if TILES_FIRST:
+        tile = number % tiles_len
+        first_head = number // tiles_len * HEADS
+    else:
+        tile = number // PARTS
+        first_head = number % PARTS * HEADS
+    row = gl.load(tiles + tile)
+    first_token = gl.load(tiles + tiles_len + tile)
+    tokens = gl.load(tiles + 2 * tiles_len + tile)
+    first_position = gl.load(tiles + 3 * tiles_len + tile)
+    high = (first_position + tokens + BLOCK - 1) // BLOCK
+    whole_end = (first_position + 1) // BLOCK
+    low = 0
+    whole = 0
+    if WINDOWED:
+        # From `low` on the first query token sees, from `whole` on all of them do.
+        low = gl.maximum(first_position - window + 1, 0) // BLOCK
+        whole = (gl.maximum(first_position + tokens - window, 0) + BLOCK - 1) // BLOCK
+        whole_end = gl.maximum(whole_end, gl.minimum(whole, high))
+    return row, first_head, first_token, tokens, first_position, low, whole, whole_end, high
+
+
+@gluon.jit
+def _turn(programs, round_number):
+    """The number of a program's work in a round: there and back, so that who had the longest of
+    one round has the shortest of the next."""
+    program = gl.program_id(0)
+    mine = program
+    if round_number % 2 == 1:
+        mine = programs - 1 - program
+    return round_number * programs + mine
+
+
+@gluon.jit
+def _copy(
+    kv, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty, keys_at, values_at, base, low, high,
     BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Have the tiles of blocks high - 1 .. low copied, each once its stage is empty."""
-    for number in range(0, high - low):
-        at = (high - 1 - number) * BLOCK
+    """Have the tiles of blocks high - 1 .. low copied, each once its stage is empty. base: blocks
+    that this program copied before."""
+    for count in range(0, high - low):
+        at = (high - 1 - count) * BLOCK
+        number = base + count
         stage = number % STAGES
         free = (number // STAGES & 1) ^ 1
         mbarrier.wait(k_empty.index(stage), free)
@@ -59,6 +105,41 @@ def _produce(
         tma.async_copy_global_to_shared(
             kv, [values_at + at, 0], v_ready.index(stage), v_tiles.index(stage)
         )
+
+
+@gluon.jit
+def _produce(
+    kv, tiles, places, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty,
+    tiles_len, tokens_max, window,
+    WINDOWED: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, TILES_FIRST: gl.constexpr,
+    PERSISTENT: gl.constexpr,
+):  # fmt: skip
+    PARTS: gl.constexpr = KV_HEADS * GROUP // HEADS
+    if PERSISTENT:
+        programs = gl.num_programs(0)
+        base = 0
+        for turn in range(0, (tiles_len * PARTS + programs - 1) // programs):
+            number = _turn(programs, turn)
+            if number < tiles_len * PARTS:
+                row, first_head, _, _, _, low, _, _, high = _work(
+                    tiles, tiles_len, number, window, WINDOWED, HEADS, PARTS, BLOCK, TILES_FIRST
+                )
+                keys_at = first_head // GROUP * tokens_max + gl.load(places + row)
+                _copy(
+                    kv, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty, keys_at,
+                    keys_at + KV_HEADS * tokens_max, base, low, high, BLOCK, STAGES,
+                )  # fmt: skip
+                base += high - low
+    else:
+        row, first_head, _, _, _, low, _, _, high = _work(
+            tiles, tiles_len, gl.program_id(0), window, WINDOWED, HEADS, PARTS, BLOCK, TILES_FIRST
+        )
+        keys_at = first_head // GROUP * tokens_max + gl.load(places + row)
+        _copy(
+            kv, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty, keys_at,
+            keys_at + KV_HEADS * tokens_max, 0, low, high, BLOCK, STAGES,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -85,13 +166,14 @@ def _hidden(scores, last, block, back, BLOCK: gl.constexpr, layout: gl.constexpr
 @gluon.jit
 def _walk(
     queries, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty, p, total, maximum, weight, last,
-    high, begin, stop, back, factor,
+    base, high, begin, stop, back, factor,
     MASKED: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, scores_layout: gl.constexpr,
     p_layout: gl.constexpr,
 ):  # fmt: skip
-    """Blocks begin, begin - 1 .. stop, of which `high` - 1 was the first of all."""
+    """Blocks begin, begin - 1 .. stop of a tile whose first block was `high` - 1 and, of the
+    program's, number `base`."""
     for block in range(begin, stop - 1, -1):
-        number = high - 1 - block
+        number = base + high - 1 - block
         stage = number % STAGES
         before = (number - 1) % STAGES
         mbarrier.wait(k_ready.index(stage), number // STAGES & 1)
@@ -115,12 +197,13 @@ def _walk(
 
 
 @gluon.jit
-def _consume(
+def _attend(
     q, out, q_tiles, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty,
-    first_head, first_token, tokens, first_position, low, whole, whole_end, high, window, factor,
+    first_head, first_token, tokens, first_position, base, low, whole, whole_end, high, window,
+    factor,
     PART: gl.constexpr, WINDOWED: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
     HEAD_PAD: gl.constexpr, Q_STRIDE: gl.constexpr, OUT_STRIDE: gl.constexpr, BLOCK: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
     """Query rows PART * 64 .. of the tile."""
     LANES: gl.constexpr = HEAD_PAD // 8 if HEAD_PAD < 256 else 32
@@ -149,42 +232,86 @@ def _consume(
     weight = gl.zeros([64], gl.float32, scores_row)
     total = gl.zeros([64, HEAD_PAD], gl.float32, total_layout)
 
-    mbarrier.wait(k_ready.index(0), 0)
+    stage = base % STAGES
+    mbarrier.wait(k_ready.index(stage), base // STAGES & 1)
     blank = gl.zeros([64, BLOCK], gl.float32, scores_layout)
     scores = warpgroup_mma(
-        queries, k_tiles.index(0).permute((1, 0)), blank, use_acc=False, is_async=True
+        queries, k_tiles.index(stage).permute((1, 0)), blank, use_acc=False, is_async=True
     )
     scores = warpgroup_mma_wait(0, deps=(scores,))
-    mbarrier.arrive(k_empty.index(0), count=1)
+    mbarrier.arrive(k_empty.index(stage), count=1)
     scores = _hidden(scores, last, high - 1, back, BLOCK, scores_layout)
     wide, _, maximum, weight = _softmax(scores, maximum, weight, factor, True)
     p = gl.convert_layout(wide.to(k_tiles.dtype), p_layout)
     p, total, maximum, weight = _walk(
         queries, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty, p, total, maximum, weight,
-        last, high, high - 2, whole_end, back, factor, True, BLOCK, STAGES, scores_layout,
+        last, base, high, high - 2, whole_end, back, factor, True, BLOCK, STAGES, scores_layout,
         p_layout,
     )  # fmt: skip
     p, total, maximum, weight = _walk(
         queries, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty, p, total, maximum, weight,
-        last, high, gl.minimum(whole_end, high - 1) - 1, whole, back, factor, False, BLOCK,
+        last, base, high, gl.minimum(whole_end, high - 1) - 1, whole, back, factor, False, BLOCK,
         STAGES, scores_layout, p_layout,
     )  # fmt: skip
     if WINDOWED:
         p, total, maximum, weight = _walk(
             queries, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty, p, total, maximum,
-            weight, last, high, gl.minimum(whole, high - 1) - 1, low, back, factor, True, BLOCK,
-            STAGES, scores_layout, p_layout,
+            weight, last, base, high, gl.minimum(whole, high - 1) - 1, low, back, factor, True,
+            BLOCK, STAGES, scores_layout, p_layout,
         )  # fmt: skip
-    number = high - 1 - low
+    number = base + high - 1 - low
     mbarrier.wait(v_ready.index(number % STAGES), number // STAGES & 1)
     summed = warpgroup_mma(p, v_tiles.index(number % STAGES), total, is_async=True)
     total, p = warpgroup_mma_wait(0, deps=(summed, p))
+    if PERSISTENT:
+        mbarrier.arrive(v_empty.index(number % STAGES), count=1)
 
     weight = gl.convert_layout(weight, gl.SliceLayout(1, total_layout))
     total = total / gl.where(weight == 0.0, 1.0, weight)[:, None]
     result = gl.convert_layout(total.to(out.dtype.element_ty), packed)
     at = at_token[:, None] * OUT_STRIDE + head[:, None] + lane[None, :]
     gl.store(out + at, result, mask=inside)
+
+
+@gluon.jit
+def _consume(
+    q, out, tiles, q_tiles, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty,
+    tiles_len, window, factor,
+    PART: gl.constexpr, WINDOWED: gl.constexpr, HEADS: gl.constexpr, PARTS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, HEAD_PAD: gl.constexpr, Q_STRIDE: gl.constexpr,
+    OUT_STRIDE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    TILES_FIRST: gl.constexpr, PERSISTENT: gl.constexpr,
+):  # fmt: skip
+    """Query rows PART * 64 .. of each tile of the program."""
+    if PERSISTENT:
+        programs = gl.num_programs(0)
+        base = 0
+        for turn in range(0, (tiles_len * PARTS + programs - 1) // programs):
+            number = _turn(programs, turn)
+            if number < tiles_len * PARTS:
+                _, first_head, first_token, tokens, first_position, low, whole, whole_end, high = (
+                    _work(
+                        tiles, tiles_len, number, window, WINDOWED, HEADS, PARTS, BLOCK,
+                        TILES_FIRST,
+                    )
+                )  # fmt: skip
+                _attend(
+                    q, out, q_tiles, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty,
+                    first_head, first_token, tokens, first_position, base, low, whole, whole_end,
+                    high, window, factor, PART, WINDOWED, HEADS, HEAD_DIM, HEAD_PAD, Q_STRIDE,
+                    OUT_STRIDE, BLOCK, STAGES, PERSISTENT,
+                )  # fmt: skip
+                base += high - low
+    else:
+        _, first_head, first_token, tokens, first_position, low, whole, whole_end, high = _work(
+            tiles, tiles_len, gl.program_id(0), window, WINDOWED, HEADS, PARTS, BLOCK, TILES_FIRST
+        )
+        _attend(
+            q, out, q_tiles, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty,
+            first_head, first_token, tokens, first_position, 0, low, whole, whole_end, high,
+            window, factor, PART, WINDOWED, HEADS, HEAD_DIM, HEAD_PAD, Q_STRIDE, OUT_STRIDE,
+            BLOCK, STAGES, PERSISTENT,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["tiles_len", "tokens_max", "window"])
@@ -209,33 +336,13 @@ def _attend_warps(
     BLOCK: gl.constexpr,
     STAGES: gl.constexpr,
     TILES_FIRST: gl.constexpr,
+    PERSISTENT: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
-    """One tile and HEADS query heads. kv: the scratch as [2 * kv_heads * tokens_max, head_dim];
-    tiles: int32[4, tiles_len] of `cut_tiles`; places: of `place_rows`, of which the first row."""
-    if TILES_FIRST:
-        tile = gl.program_id(0)
-        part_of_heads = gl.program_id(1)
-    else:
-        part_of_heads = gl.program_id(0)
-        tile = gl.program_id(1)
-    first_head = part_of_heads * HEADS
-    row = gl.load(tiles + tile)
-    first_token = gl.load(tiles + tiles_len + tile)
-    tokens = gl.load(tiles + 2 * tiles_len + tile)
-    first_position = gl.load(tiles + 3 * tiles_len + tile)
-    keys_at = first_head // GROUP * tokens_max + gl.load(places + row)
-    values_at = keys_at + KV_HEADS * tokens_max
-    high = (first_position + tokens + BLOCK - 1) // BLOCK
-    whole_end = (first_position + 1) // BLOCK
-    low = 0
-    whole = 0
-    if WINDOWED:
-        # From `low` on the first query token sees, from `whole` on all of them do.
-        low = gl.maximum(first_position - window + 1, 0) // BLOCK
-        whole = (gl.maximum(first_position + tokens - window, 0) + BLOCK - 1) // BLOCK
-        whole_end = gl.maximum(whole_end, gl.minimum(whole, high))
-
+    """One tile and HEADS query heads, or one after another. kv: the scratch as [2 * kv_heads *
+    tokens_max, head_dim]; tiles: int32[4, tiles_len] of `cut_tiles`; places: of `place_rows`, of
+    which the first row."""
+    PARTS: gl.constexpr = KV_HEADS * GROUP // HEADS
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
         [64, HEAD_PAD], q.dtype.element_ty
     )
@@ -257,26 +364,25 @@ def _attend_warps(
             (
                 _consume,
                 (
-                    q, out, q_tiles, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty,
-                    first_head, first_token, tokens, first_position, low, whole, whole_end, high,
-                    window, factor, 0, WINDOWED, HEADS, HEAD_DIM, HEAD_PAD, Q_STRIDE, OUT_STRIDE,
-                    BLOCK, STAGES,
+                    q, out, tiles, q_tiles, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty,
+                    tiles_len, window, factor, 0, WINDOWED, HEADS, PARTS, HEAD_DIM, HEAD_PAD,
+                    Q_STRIDE, OUT_STRIDE, BLOCK, STAGES, TILES_FIRST, PERSISTENT,
                 ),
             ),
             (
                 _consume,
                 (
-                    q, out, q_tiles, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty,
-                    first_head, first_token, tokens, first_position, low, whole, whole_end, high,
-                    window, factor, 1, WINDOWED, HEADS, HEAD_DIM, HEAD_PAD, Q_STRIDE, OUT_STRIDE,
-                    BLOCK, STAGES,
+                    q, out, tiles, q_tiles, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty,
+                    tiles_len, window, factor, 1, WINDOWED, HEADS, PARTS, HEAD_DIM, HEAD_PAD,
+                    Q_STRIDE, OUT_STRIDE, BLOCK, STAGES, TILES_FIRST, PERSISTENT,
                 ),
             ),
             (
                 _produce,
                 (
-                    kv, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty, keys_at, values_at,
-                    low, high, BLOCK, STAGES,
+                    kv, tiles, places, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty,
+                    tiles_len, tokens_max, window, WINDOWED, KV_HEADS, GROUP, HEADS, BLOCK,
+                    STAGES, TILES_FIRST, PERSISTENT,
                 ),
             ),
         ],
@@ -289,13 +395,15 @@ def _attend_warps(
 class WarpConfig:
     """block: positions of a tile of K and V, a divisor of gather_config.ALIGN; stages: tiles of
     each that shared memory holds; heads: query heads of a tile, a divisor of the group, or 0 for
-    all of it; tiles_first: tiles are the inner dimension of the grid, else heads; registers: of a
-    thread that multiplies."""
+    all of it; tiles_first: tiles are the inner dimension of the grid, else heads; persistent: a
+    program an SM, which walks tiles, with the next one's K and V on their way while the last one
+    ends, instead of a program a tile; registers: of a thread that multiplies."""
 
     block: int = 128
     stages: int = 2
     heads: int = 0
     tiles_first: bool = True
+    persistent: bool = False
     registers: int = 240
 
 
@@ -361,8 +469,11 @@ class WarpPrefill:
     ) -> None:
         """`run` without the gather."""
         config = self._window_config if window else self._config
-        count, parts = rows.tiles.shape[1], self.heads // self._heads
-        _attend_warps[(count, parts) if config.tiles_first else (parts, count)](
+        count = rows.tiles.shape[1]
+        programs = count * (self.heads // self._heads)
+        if config.persistent:
+            programs = min(programs, _sm_count(q.device))
+        _attend_warps[(programs,)](
             q,
             self._tiles_of[config.block],
             rows.tiles,
@@ -383,11 +494,17 @@ class WarpPrefill:
             BLOCK=config.block,
             STAGES=config.stages,
             TILES_FIRST=config.tiles_first,
+            PERSISTENT=config.persistent,
             REGISTERS=config.registers,
             num_warps=4,
             # Of the whole program before its groups share them anew: 3 x 128 threads.
             maxnreg=168,
         )
+
+
+@cache
+def _sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _descriptor(scratch: torch.Tensor, block: int) -> TensorDescriptor:
