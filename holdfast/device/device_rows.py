@@ -27,7 +27,7 @@ from holdfast.device.frame import Frames
 from holdfast.errors import require
 from holdfast.ops.attention import AttentionBatch
 from holdfast.ops.kernels import rows as kernels
-from holdfast.ops.pinned import await_event
+from holdfast.ops.pinned import DeviceEvent, await_event
 from holdfast.wire.plan import StepPlan
 from holdfast.wire.rows import RowTable
 
@@ -122,7 +122,7 @@ class DeviceRows:
             torch.zeros(4 * limits.rows_max, dtype=torch.int32, pin_memory=cuda)
             for _ in range(FETCHES)
         ]
-        self.fetched = [torch.cuda.Event() if cuda else None for _ in range(FETCHES)]
+        self.fetched = [DeviceEvent(self.device) if cuda else None for _ in range(FETCHES)]
         self._fetches = 0
         self._untaken = 0
         self._programs = min(limits.rows_max, _PROGRAMS)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from holdfast.ops import kernels
-from holdfast.ops.pinned import await_event
+from holdfast.ops.pinned import DeviceEvent, Event, await_event
 
 SEED = 0x9AE1_6A3B_2F90_404F
 GOLDEN = 0x9E37_79B9_7F4A_7C15
@@ -31,9 +31,7 @@ _ONLY = np.zeros(1, np.int64)
 class PendingSums:
     """Sums on their way to the host. sums: int64[k], bits of what was added up, host."""
 
-    def __init__(
-        self, sums: torch.Tensor, constant: np.uint64, event: torch.cuda.Event | None = None
-    ) -> None:
+    def __init__(self, sums: torch.Tensor, constant: np.uint64, event: Event | None = None) -> None:
         self._sums = sums
         self._constant = constant
         self._event = event
@@ -93,7 +91,7 @@ class PageSums:
             sums = torch.cat(self._of_device(pool, index))
         found = torch.empty(pages.size, dtype=torch.int64, pin_memory=True)
         found.copy_(sums, non_blocking=True)
-        event = torch.cuda.Event()
+        event = DeviceEvent(pool.device)
         event.record()
         return PendingSums(found, self._constant, event)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,10 +22,17 @@ BIG = Shape(group=4, kv_heads=2, head_dim=128, page_tokens=16)
 TOLERANCE = 1e-2
 
 
-def made(shape: Shape, *, context_max: int = 4096, query_tokens: int = 1, itemsize: int = 2):
-    """TritonAttention, imported where there is triton."""
+def made(
+    shape: Shape, *, context_max: int = 4096, query_tokens: int = 1, itemsize: int = 2, config=None
+):
+    """TritonAttention, imported where there is triton. config: of the kernel, or the engine's."""
     from holdfast.ops.attention_triton import TritonAttention
 
+    make_gathered = None
+    if config is not None:
+        from holdfast.ops.kernels.warp_prefill import WarpPrefill
+
+        make_gathered = partial(WarpPrefill, config=config)
     return TritonAttention(
         DEVICE,
         rows_max=64,
@@ -32,6 +40,7 @@ def made(shape: Shape, *, context_max: int = 4096, query_tokens: int = 1, itemsi
         context_max=context_max,
         itemsize=itemsize,
         gather_query_tokens=query_tokens,
+        make_gathered=make_gathered,
         **shape.made_for(),
     )
 
@@ -163,6 +172,25 @@ def layers() -> None:
         judge("layers", again.cpu().float(), step.reference(), step.lens)
 
 
+def persistent() -> None:
+    """Programs that walk several tiles: more of them than the GPU has SMs, of any number of blocks
+    each, odd and even, so that stages and parities go round."""
+    from holdfast.ops.kernels.warp_prefill import WarpConfig
+
+    for config in (
+        WarpConfig(persistent=True),
+        WarpConfig(block=64, stages=4, heads=1, tiles_first=False, persistent=True),
+    ):
+        hold(BIG, [2], [0], config=config)
+        hold(BIG, [700, 300, 1, 129, 1000, 64], [0, 333, 9, 1, 500, 0], config=config)
+        hold(BIG, EDGES * 3, [number * 17 for number in range(len(EDGES) * 3)], config=config)
+        step = Step(BIG, [900, 700, 64], [0, 400, 1000], dtype=torch.bfloat16)
+        expected = step.windowed(100)
+        step.forget([0, 301, 901], column_page=0)
+        out, _ = attended(step, made(BIG, config=config), 100)
+        judge("persistent, window 100", out, expected, step.lens)
+
+
 def large_pool() -> None:
     """Pages beyond 2**32 elements of a pool of NaN (10 GB)."""
     shape, layers_ = Shape(group=4, kv_heads=8, head_dim=128, page_tokens=16), 2
@@ -199,7 +227,7 @@ def nothing_compiles() -> None:
 ALL = {
     check.__name__: check
     for check in (
-        edges, chunks, groups, windows, many_rows, no_room, half, layers, large_pool,
+        edges, chunks, groups, windows, many_rows, no_room, half, layers, persistent, large_pool,
         nothing_compiles,
     )
 }  # fmt: skip

@@ -47,10 +47,10 @@ _BUFFERS = re.compile(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x"
 
 @dataclass(frozen=True)
 class Build:
-    """What one launch compiled to. name: "label: kernel"; spill_bytes: stack of a thread; buffers:
-    tiles of shared memory that its pipeline turns through, 0 without a pipeline; tensor_products,
-    of them warp_group_products, and bulk_copies: instructions; specialised: integers of which some values would compile another
-    kernel."""
+    """What one launch compiled to. name: "label: kernel"; spill_bytes: stack of a thread;
+    buffers: tiles of shared memory that its pipeline turns through, 0 without a pipeline;
+    tensor_products, of these of warp groups, and bulk_copies: instructions; specialised: integers
+    of which some values would compile another kernel."""
 
     name: str
     registers: int

@@ -111,10 +111,10 @@ def space(kinds: Sequence[str]) -> list:
     if "paged" in kinds:
         found.append(PrefillConfig())
     if "warp" in kinds:
-        for (block, stages), heads, tiles_first in itertools.product(
-            ((128, 2), (64, 3), (64, 4), (64, 2)), (0, 1), (True, False)
+        for (block, stages), heads, tiles_first, persistent in itertools.product(
+            ((128, 2), (64, 4)), (0, 1), (True, False), (False, True)
         ):
-            found.append(WarpConfig(block, stages, heads, tiles_first))
+            found.append(WarpConfig(block, stages, heads, tiles_first, persistent))
     return found
 
 

@@ -41,7 +41,6 @@ from holdfast.ops.kernels.paged_kv import (
 
 # Fewer rows than 16 no product takes; more than 64 of 256 lanes do not fit the registers.
 _ROWS_MIN, _ROWS_MAX = 16, 64
-_JOIN_ELEMENTS = tl.constexpr(4096)
 
 
 @triton.jit
@@ -82,31 +81,27 @@ def _joined(
     ROWS: tl.constexpr,
     HEAD_PAD: tl.constexpr,
 ):
-    """float32[ROWS, HEAD_PAD]: the parts 0 .. filled, weighed by their log-sum-exp."""
-    # Parts that are read at once: as many as the loop over blocks has registers for.
-    TILE: tl.constexpr = max(1, _JOIN_ELEMENTS // (ROWS * HEAD_PAD))
+    """float32[ROWS, HEAD_PAD]: the parts 0 .. filled, weighed by their log-sum-exp.
+
+    One part after another, in the layout of the loop before: a tile of several parts at once had
+    that loop converted to another layout, at twice the time on an H200.
+    """
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS, HEAD_PAD], tl.float32)
-    for start in range(0, filled, TILE):
-        split = start + tl.arange(0, TILE)
-        held = (split < filled)[:, None] & live[None, :]
-        place = split[:, None] * PARTS + base[None, :]
+    for split in range(0, filled):
+        place = base + split * PARTS
         # Past L1, which knows nothing of what other programs stored.
-        lse = tl.load(partial_lse + place, mask=held, other=float("-inf"), cache_modifier=".cg")
-        values = tl.load(
-            partial + place[:, :, None] * HEAD_DIM + lane[None, None, :],
-            mask=held[:, :, None] & inside[None, :, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        higher = tl.maximum(highest, tl.max(lse, 0))
+        lse = tl.load(partial_lse + place, mask=live, other=float("-inf"), cache_modifier=".cg")
+        at = partial + place[:, None] * HEAD_DIM + lane[None, :]
+        values = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(highest, lse)
         # -inf less -inf is NaN: what has seen nothing counts from 0.
         origin = tl.where(higher == float("-inf"), 0.0, higher)
-        share = tl.exp2(lse - origin[None, :])
+        share = tl.exp2(lse - origin)
         shrink = tl.exp2(highest - origin)
-        weight = weight * shrink + tl.sum(share, 0)
-        total = total * shrink[:, None] + tl.sum(share[:, :, None] * values, 0)
+        weight = weight * shrink + share
+        total = total * shrink[:, None] + share[:, None] * values
         highest = higher
     return total / tl.where(weight == 0.0, 1.0, weight)[:, None]
 

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from holdfast.ops.kernels.gather_config import ALIGN, QUERY_TOKENS_MIN
+from holdfast.ops.kernels.launch import launch
 from holdfast.ops.kernels.paged_kv import padded_head, pages_of
 
 # Fields of a row in the scratch, the rows of `place_rows`' places.
@@ -128,7 +129,9 @@ def gather_kv(
     window + 1 become zeros or stay as they are, for no tile covers them; 0 for none.
     """
     _, kv_heads, tokens, head_dim = scratch.shape
-    _gather[(2 * kv_heads, rows.owners.numel() * (ALIGN // _BLOCK))](
+    launch(
+        _gather,
+        (2 * kv_heads, rows.owners.numel() * (ALIGN // _BLOCK)),
         pool,
         rows.page_table,
         rows.places,

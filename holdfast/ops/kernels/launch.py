@@ -7,7 +7,7 @@ multiple of 16 bytes (integers of this package specialise nothing and fit 32 bit
 each kind is kept, and later launches go to it straight away.
 
 Only for kernels whose constants come behind all other arguments. Whatever is out of the ordinary
-(the interpreter, other devices, a profiler's hooks, descriptors, wide integers) goes Triton's way.
+(the interpreter, other devices, a profiler's hooks, wide integers) goes Triton's way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     constants: the kernel's constexprs and launch options, by name; none of them in args.
     """
     device = args[0].device
-    if INTERPRETED or device.type != "cuda" or triton.knobs.runtime.launch_enter_hook is not None:
+    if INTERPRETED or device.type != "cuda" or _hooked():
         kernel[grid](*args, **constants)
         return
     kinds = tuple([_kind(one) for one in args])
@@ -61,6 +61,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     )
 
 
+def _hooked() -> bool:
+    """Whether a profiler wants to hear of launches."""
+    runtime = triton.knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
 def _specialises(kernel: Any, args: tuple[Any, ...]) -> bool:
     """Whether some integer's value makes another binary."""
     return any(
@@ -75,4 +81,9 @@ def _kind(value: Any) -> Any:
         return value.dtype, value.data_ptr() & 15
     if isinstance(value, int):
         return int if -_INT32_MAX <= value <= _INT32_MAX else None
-    return float if isinstance(value, float) else None
+    if isinstance(value, float):
+        return float
+    if hasattr(value, "block_shape"):
+        # A descriptor for the bulk copy engine; Gluon's has a layout of shared memory besides.
+        return value.base.dtype, tuple(value.block_shape), getattr(value, "layout", None)
+    return None

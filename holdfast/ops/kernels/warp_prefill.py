@@ -1,16 +1,7 @@
-"""Causal attention over gathered K and V by warp groups with parts of their own (Hopper, Gluon).
+"""Causal attention over gathered K and V by warp groups and bulk copies: prefill on Hopper.
 
-A program has a tile of `prefill_attention.cut_tiles`: the query tokens of one row and HEADS query
-heads of one kv head. One warp has the tiles of K and V copied (TMA) from the scratch of
-ops.kernels.gather_kv; two warp groups of 64 query rows each multiply. A group has the next block's
-scores computed while it sums the last block's values, and works on its softmax while the other
-group multiplies: the scheme of FlashAttention-3 (Shah et al., 2024). Blocks are walked from the
-last to the first, so that those of the causal edge come first. Scores stay as the product gives
-them; the factor goes into the exponent.
-
-Nothing waits for ever: a tile has a query token at least, hence a block; the copying warp and both
-groups walk the blocks high - 1 .. low one by one, whatever a group's rows see of them, and wait
-only for each other's word on the stage of that block.
+Owns the descriptor of the scratch of ops.kernels.gather_kv and the choice of a configuration; the
+kernel, and why it waits for nothing for ever, is ops.kernels.warp_attend.
 
 On an H200 (triton 3.6, 32/8 heads of 128): 601 TFLOP/s at 4 x 8,192 causal tokens, 568 with the
 gather; prefill_attention has 385, FlashInfer's fa3 511 (tools/gpu/tune_prefill.py). Called by
@@ -20,282 +11,33 @@ ops.attention_triton. Does not run in Triton's interpreter, nor on other GPUs (w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from holdfast.errors import require
 from holdfast.ops.kernels.gather_config import ALIGN, TILE_ROWS, fits
 from holdfast.ops.kernels.gather_kv import Gathered, gather_kv
+from holdfast.ops.kernels.launch import launch
 from holdfast.ops.kernels.paged_kv import LOG2_E, padded_head
-
-
-@gluon.jit
-def _produce(
-    kv, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty, keys_at, values_at, low, high,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Have the tiles of blocks high - 1 .. low copied, each once its stage is empty."""
-    for number in range(0, high - low):
-        at = (high - 1 - number) * BLOCK
-        stage = number % STAGES
-        free = (number // STAGES & 1) ^ 1
-        mbarrier.wait(k_empty.index(stage), free)
-        mbarrier.expect(k_ready.index(stage), kv.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            kv, [keys_at + at, 0], k_ready.index(stage), k_tiles.index(stage)
-        )
-        mbarrier.wait(v_empty.index(stage), free)
-        mbarrier.expect(v_ready.index(stage), kv.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            kv, [values_at + at, 0], v_ready.index(stage), v_tiles.index(stage)
-        )
-
-
-@gluon.jit
-def _softmax(scores, maximum, weight, factor, MASKED: gl.constexpr):
-    """(p, shrink, maximum, weight) after a block, as paged_kv.softmax_step has them; scores and
-    maximum are before `factor`, which brings them to base 2."""
-    higher = gl.maximum(maximum, gl.max(scores, 1))
-    base = higher * factor
-    if MASKED:
-        # -inf less -inf is NaN: what has seen nothing counts from 0.
-        base = gl.where(higher == float("-inf"), 0.0, base)
-    p = gl.exp2(scores * factor - base[:, None])
-    shrink = gl.exp2(maximum * factor - base)
-    return p, shrink, higher, weight * shrink + gl.sum(p, 1)
-
-
-@gluon.jit
-def _hidden(scores, last, block, back, BLOCK: gl.constexpr, layout: gl.constexpr):
-    position = block * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
-    distance = last[:, None] - position[None, :]
-    return gl.where((distance >= 0) & (distance < back), scores, float("-inf"))
-
-
-@gluon.jit
-def _walk(
-    queries, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty, p, total, maximum, weight, last,
-    high, begin, stop, back, factor,
-    MASKED: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, scores_layout: gl.constexpr,
-    p_layout: gl.constexpr,
-):  # fmt: skip
-    """Blocks begin, begin - 1 .. stop, of which `high` - 1 was the first of all."""
-    for block in range(begin, stop - 1, -1):
-        number = high - 1 - block
-        stage = number % STAGES
-        before = (number - 1) % STAGES
-        mbarrier.wait(k_ready.index(stage), number // STAGES & 1)
-        blank = gl.zeros([64, BLOCK], gl.float32, scores_layout)
-        scores = warpgroup_mma(
-            queries, k_tiles.index(stage).permute((1, 0)), blank, use_acc=False, is_async=True
-        )
-        mbarrier.wait(v_ready.index(before), (number - 1) // STAGES & 1)
-        summed = warpgroup_mma(p, v_tiles.index(before), total, is_async=True)
-        scores = warpgroup_mma_wait(1, deps=(scores,))
-        mbarrier.arrive(k_empty.index(stage), count=1)
-        if MASKED:
-            scores = _hidden(scores, last, block, back, BLOCK, scores_layout)
-        wide, shrink, maximum, weight = _softmax(scores, maximum, weight, factor, MASKED)
-        total, p = warpgroup_mma_wait(0, deps=(summed, p))
-        mbarrier.arrive(v_empty.index(before), count=1)
-        kept = gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout))
-        total = total * kept[:, None]
-        p = gl.convert_layout(wide.to(k_tiles.dtype), p_layout)
-    return p, total, maximum, weight
-
-
-@gluon.jit
-def _consume(
-    q, out, q_tiles, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty,
-    first_head, first_token, tokens, first_position, low, whole, whole_end, high, window, factor,
-    PART: gl.constexpr, WINDOWED: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
-    HEAD_PAD: gl.constexpr, Q_STRIDE: gl.constexpr, OUT_STRIDE: gl.constexpr, BLOCK: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """Query rows PART * 64 .. of the tile."""
-    LANES: gl.constexpr = HEAD_PAD // 8 if HEAD_PAD < 256 else 32
-    packed: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
-    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    total_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_PAD, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, total_layout, 2)
-    scores_row: gl.constexpr = gl.SliceLayout(1, scores_layout)
-
-    part = PART * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, packed))
-    lane = gl.arange(0, HEAD_PAD, layout=gl.SliceLayout(0, packed))
-    token = part // HEADS
-    inside = (token < tokens)[:, None] & (lane < HEAD_DIM)[None, :]
-    at_token = first_token.to(gl.int64) + token
-    head = (first_head + part % HEADS) * HEAD_DIM
-    queries = q_tiles.index(PART)
-    at = at_token[:, None] * Q_STRIDE + head[:, None] + lane[None, :]
-    queries.store(gl.load(q + at, mask=inside, other=0.0))
-    fence_async_shared()
-
-    last = first_position + (PART * 64 + gl.arange(0, 64, layout=scores_row)) // HEADS
-    back = 0x7FFFFFFF
-    if WINDOWED:
-        back = window
-    maximum = gl.full([64], float("-inf"), gl.float32, scores_row)
-    weight = gl.zeros([64], gl.float32, scores_row)
-    total = gl.zeros([64, HEAD_PAD], gl.float32, total_layout)
-
-    mbarrier.wait(k_ready.index(0), 0)
-    blank = gl.zeros([64, BLOCK], gl.float32, scores_layout)
-    scores = warpgroup_mma(
-        queries, k_tiles.index(0).permute((1, 0)), blank, use_acc=False, is_async=True
-    )
-    scores = warpgroup_mma_wait(0, deps=(scores,))
-    mbarrier.arrive(k_empty.index(0), count=1)
-    scores = _hidden(scores, last, high - 1, back, BLOCK, scores_layout)
-    wide, _, maximum, weight = _softmax(scores, maximum, weight, factor, True)
-    p = gl.convert_layout(wide.to(k_tiles.dtype), p_layout)
-    p, total, maximum, weight = _walk(
-        queries, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty, p, total, maximum, weight,
-        last, high, high - 2, whole_end, back, factor, True, BLOCK, STAGES, scores_layout,
-        p_layout,
-    )  # fmt: skip
-    p, total, maximum, weight = _walk(
-        queries, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty, p, total, maximum, weight,
-        last, high, gl.minimum(whole_end, high - 1) - 1, whole, back, factor, False, BLOCK,
-        STAGES, scores_layout, p_layout,
-    )  # fmt: skip
-    if WINDOWED:
-        p, total, maximum, weight = _walk(
-            queries, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty, p, total, maximum,
-            weight, last, high, gl.minimum(whole, high - 1) - 1, low, back, factor, True, BLOCK,
-            STAGES, scores_layout, p_layout,
-        )  # fmt: skip
-    number = high - 1 - low
-    mbarrier.wait(v_ready.index(number % STAGES), number // STAGES & 1)
-    summed = warpgroup_mma(p, v_tiles.index(number % STAGES), total, is_async=True)
-    total, p = warpgroup_mma_wait(0, deps=(summed, p))
-
-    weight = gl.convert_layout(weight, gl.SliceLayout(1, total_layout))
-    total = total / gl.where(weight == 0.0, 1.0, weight)[:, None]
-    result = gl.convert_layout(total.to(out.dtype.element_ty), packed)
-    at = at_token[:, None] * OUT_STRIDE + head[:, None] + lane[None, :]
-    gl.store(out + at, result, mask=inside)
-
-
-@gluon.jit(do_not_specialize=["tiles_len", "tokens_max", "window"])
-def _attend_warps(
-    q,
-    kv,
-    tiles,
-    places,
-    out,
-    tiles_len,
-    tokens_max,
-    window,
-    factor,
-    WINDOWED: gl.constexpr,
-    KV_HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
-    HEADS: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    HEAD_PAD: gl.constexpr,
-    Q_STRIDE: gl.constexpr,
-    OUT_STRIDE: gl.constexpr,
-    BLOCK: gl.constexpr,
-    STAGES: gl.constexpr,
-    TILES_FIRST: gl.constexpr,
-    REGISTERS: gl.constexpr,
-):
-    """One tile and HEADS query heads. kv: the scratch as [2 * kv_heads * tokens_max, head_dim];
-    tiles: int32[4, tiles_len] of `cut_tiles`; places: of `place_rows`, of which the first row."""
-    if TILES_FIRST:
-        tile = gl.program_id(0)
-        part_of_heads = gl.program_id(1)
-    else:
-        part_of_heads = gl.program_id(0)
-        tile = gl.program_id(1)
-    first_head = part_of_heads * HEADS
-    row = gl.load(tiles + tile)
-    first_token = gl.load(tiles + tiles_len + tile)
-    tokens = gl.load(tiles + 2 * tiles_len + tile)
-    first_position = gl.load(tiles + 3 * tiles_len + tile)
-    keys_at = first_head // GROUP * tokens_max + gl.load(places + row)
-    values_at = keys_at + KV_HEADS * tokens_max
-    high = (first_position + tokens + BLOCK - 1) // BLOCK
-    whole_end = (first_position + 1) // BLOCK
-    low = 0
-    whole = 0
-    if WINDOWED:
-        # From `low` on the first query token sees, from `whole` on all of them do.
-        low = gl.maximum(first_position - window + 1, 0) // BLOCK
-        whole = (gl.maximum(first_position + tokens - window, 0) + BLOCK - 1) // BLOCK
-        whole_end = gl.maximum(whole_end, gl.minimum(whole, high))
-
-    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
-        [64, HEAD_PAD], q.dtype.element_ty
-    )
-    q_tiles = gl.allocate_shared_memory(q.dtype.element_ty, [2, 64, HEAD_PAD], q_layout)
-    k_tiles = gl.allocate_shared_memory(kv.dtype, [STAGES, BLOCK, HEAD_PAD], kv.layout)
-    v_tiles = gl.allocate_shared_memory(kv.dtype, [STAGES, BLOCK, HEAD_PAD], kv.layout)
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(stage), count=1)
-        mbarrier.init(v_ready.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_empty.index(stage), count=2)
-    fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                _consume,
-                (
-                    q, out, q_tiles, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty,
-                    first_head, first_token, tokens, first_position, low, whole, whole_end, high,
-                    window, factor, 0, WINDOWED, HEADS, HEAD_DIM, HEAD_PAD, Q_STRIDE, OUT_STRIDE,
-                    BLOCK, STAGES,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    q, out, q_tiles, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty,
-                    first_head, first_token, tokens, first_position, low, whole, whole_end, high,
-                    window, factor, 1, WINDOWED, HEADS, HEAD_DIM, HEAD_PAD, Q_STRIDE, OUT_STRIDE,
-                    BLOCK, STAGES,
-                ),
-            ),
-            (
-                _produce,
-                (
-                    kv, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty, keys_at, values_at,
-                    low, high, BLOCK, STAGES,
-                ),
-            ),
-        ],
-        [4, 1],
-        [REGISTERS, 24],
-    )  # fmt: skip
+from holdfast.ops.kernels.warp_attend import attend_warps
 
 
 @dataclass(frozen=True, slots=True)
 class WarpConfig:
     """block: positions of a tile of K and V, a divisor of gather_config.ALIGN; stages: tiles of
     each that shared memory holds; heads: query heads of a tile, a divisor of the group, or 0 for
-    all of it; tiles_first: tiles are the inner dimension of the grid, else heads; registers: of a
-    thread that multiplies."""
+    all of it; tiles_first: tiles are the inner dimension of the grid, else heads; persistent: a
+    program an SM, which walks tiles, with the next one's K and V on their way while the last one
+    ends, instead of a program a tile; registers: of a thread that multiplies."""
 
     block: int = 128
     stages: int = 2
     heads: int = 0
     tiles_first: bool = True
+    persistent: bool = False
     registers: int = 240
 
 
@@ -361,8 +103,13 @@ class WarpPrefill:
     ) -> None:
         """`run` without the gather."""
         config = self._window_config if window else self._config
-        count, parts = rows.tiles.shape[1], self.heads // self._heads
-        _attend_warps[(count, parts) if config.tiles_first else (parts, count)](
+        count = rows.tiles.shape[1]
+        programs = count * (self.heads // self._heads)
+        if config.persistent:
+            programs = min(programs, _sm_count(q.device))
+        launch(
+            attend_warps,
+            (programs,),
             q,
             self._tiles_of[config.block],
             rows.tiles,
@@ -383,11 +130,17 @@ class WarpPrefill:
             BLOCK=config.block,
             STAGES=config.stages,
             TILES_FIRST=config.tiles_first,
+            PERSISTENT=config.persistent,
             REGISTERS=config.registers,
             num_warps=4,
             # Of the whole program before its groups share them anew: 3 x 128 threads.
             maxnreg=168,
         )
+
+
+@cache
+def _sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _descriptor(scratch: torch.Tensor, block: int) -> TensorDescriptor:
