@@ -7,8 +7,8 @@ their numbers: the same input gives the same bits, whoever that is.
 
 The grid is (kv heads, splits, rows) and depends on the bucket alone, so that a captured graph is
 right for every length: a row's context is cut into equal parts of whole blocks, as many as the
-bucket wants or as keep a part below the bucket's longest, and never more than *splits*. A program
-behind the end of its row leaves at once; a row of one part has nothing to add up.
+bucket wants, none shorter or longer than the bucket's bounds, and never more than *splits*. A
+program behind the end of its row leaves at once; a row of one part has nothing to add up.
 
 Cost. A token of a kv head is 2 * head_dim elements, read once: 32/8 heads of 128 in bfloat16 are
 4 KiB a token and layer, 128 rows of 2,048 tokens 1.07 GB, 253 us at the H200's 4.24 TB/s. A tile
@@ -50,6 +50,7 @@ def _cut(
     columns,
     splits,
     parts,
+    blocks_min,
     blocks_max,
     Q_LEN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -63,8 +64,8 @@ def _cut(
     low = tl.where(window > 0, tl.maximum(end - Q_LEN - window + 1, 0), 0)
     first = low // BLOCK * BLOCK
     all_blocks = tl.cdiv(end - first, BLOCK)
-    blocks = tl.minimum(tl.cdiv(all_blocks, parts), blocks_max)
-    return end, first, tl.maximum(tl.maximum(blocks, tl.cdiv(all_blocks, splits)), 1)
+    blocks = tl.minimum(tl.maximum(tl.cdiv(all_blocks, parts), blocks_min), blocks_max)
+    return end, first, tl.maximum(blocks, tl.cdiv(all_blocks, splits))
 
 
 @triton.jit
@@ -108,7 +109,8 @@ def _joined(
 
 # Neither integers nor the alignment of index arrays make another kernel: nothing compiles later,
 # and the buckets of an engine, whose splits differ, share their kernels.
-_CUT_INPUTS = ["lengths", "first_tokens", "columns", "window", "splits", "parts", "blocks_max"]
+_CUT_INPUTS = ["lengths", "first_tokens", "columns", "window", "splits", "parts"]
+_CUT_INPUTS += ["blocks_min", "blocks_max"]
 
 
 @triton.jit(do_not_specialize=[*_CUT_INPUTS, "page_table", "layer", "table_stride"])
@@ -128,6 +130,7 @@ def _attend_split(
     window,
     splits,
     parts,
+    blocks_min,
     blocks_max,
     factor,
     SPLIT: tl.constexpr,
@@ -159,7 +162,7 @@ def _attend_split(
 
     length = tl.load(lengths + row)
     end, first, blocks = _cut(
-        length, window, columns, splits, parts, blocks_max, Q_LEN, BLOCK, PAGE_TOKENS
+        length, window, columns, splits, parts, blocks_min, blocks_max, Q_LEN, BLOCK, PAGE_TOKENS
     )
     begin = first + split * blocks * BLOCK
     stop = tl.minimum(end, begin + blocks * BLOCK)
@@ -364,6 +367,7 @@ class DecodeAttention:
             window,
             config.splits,
             config.parts,
+            config.blocks_min,
             config.blocks_max,
             self._scale * LOG2_E,
             SPLIT=config.splits > 1,

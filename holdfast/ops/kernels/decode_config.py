@@ -18,6 +18,9 @@ _PROGRAMS_PER_SM = 3
 # program alone on its SM reads about 80 GB/s: 1,024 tokens of a kv head of 128 in 7 us. Programs
 # that find nothing to do cost about 1 us a thousand.
 _PART_TOKENS = 1024
+# A part is read back by the program that adds up, one after another: half a microsecond each, in
+# which a program reads some hundred tokens.
+_PART_TOKENS_MIN = 256
 _PROGRAMS_MAX = 4096
 
 
@@ -25,13 +28,15 @@ _PROGRAMS_MAX = 4096
 class DecodeConfig:
     """How a bucket is computed. block: positions of a tile, a power of two >= 16; splits: parts a
     row's context is cut into at most, which is a dimension of the grid; parts: how many it is cut
-    into as a rule; blocks_max: more, where a part would have more blocks than these."""
+    into as a rule; blocks_min, blocks_max: fewer or more, where a part would have fewer or more
+    blocks than these."""
 
     block: int
     splits: int
     warps: int = 4
     stages: int = 3
     parts: int = 1
+    blocks_min: int = 1
     blocks_max: int = 1
 
 
@@ -49,13 +54,14 @@ def choose_config(
         block, stages, parts = _block(head_dim, itemsize, _MANY_TILE_BYTES[itemsize]), 4, 1
     else:
         block, stages = _block(head_dim, itemsize, _TILE_BYTES[itemsize]), 3
-        parts = sm_count // pairs if 8 * pairs <= sm_count else round(at_once / pairs)
+        parts = sm_count // pairs if 8 * pairs <= sm_count else at_once // pairs
     most = -(-context_max // block)
     return DecodeConfig(
         block=block,
         splits=min(max(parts, _splits_for_length(context_max, pairs)), most),
         stages=stages,
         parts=min(parts, most),
+        blocks_min=-(-_PART_TOKENS_MIN // block),
         blocks_max=-(-_PART_TOKENS // block),
     )
 
@@ -66,7 +72,7 @@ def splits_max(
     """`choose_config` on no GPU of at most so many SMs gives more splits: what a workspace may be
     as large as before the GPU is known."""
     pairs = rows * kv_heads
-    splits = max(round(_PROGRAMS_PER_SM * sm_count / pairs), _splits_for_length(context_max, pairs))
+    splits = max(_PROGRAMS_PER_SM * sm_count // pairs, _splits_for_length(context_max, pairs))
     least = _block(head_dim, itemsize, _MANY_TILE_BYTES[itemsize])
     return min(max(1, splits), -(-context_max // least))
 
