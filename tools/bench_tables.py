@@ -111,7 +111,7 @@ def _table(rows: Sequence[Row]) -> str:
             "ratio": "" if row["ratio"] is None else f"{row['ratio']:.2f}",
             "floor": "" if row["floor"] is None else report.short(row["floor"]),
             "not safe": ", ".join(row["options"].get(SAFETY_OFF, ())),
-            "commit": f"`{row['commit']}`",
+            "commit": f"`{row['commit'][:10]}`",
             "date": str(row["date"])[:10],
         }
         lines.append("| " + " | ".join(cells[name] for name in columns) + " |")
