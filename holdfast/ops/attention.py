@@ -142,6 +142,10 @@ class StaticBatch:
         return self.slots.numel()
 
 
+# Views that a Scratch keeps: of a few steps' shapes.
+_VIEWS_MAX = 64
+
+
 class Scratch:
     """Buffers that grow to the largest step and are then reused: fresh memory costs page faults.
 
@@ -151,6 +155,8 @@ class Scratch:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        # Of the shapes asked for last: a layer asks for the same ones as the layer before.
+        self._views: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -159,12 +165,20 @@ class Scratch:
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Uninitialised packed tensor of `shape`."""
+        view = self._views.get((name, shape, dtype))
+        if view is not None:
+            return view
         elements = math.prod(shape)
         buffer = self._buffers.get((name, dtype))
         if buffer is None or buffer.numel() < elements:
             buffer = torch.empty(elements, dtype=dtype, device=self._device)
             self._buffers[name, dtype] = buffer
-        return buffer[:elements].view(shape)
+            self._views.clear()
+        elif len(self._views) >= _VIEWS_MAX:
+            self._views.clear()
+        view = buffer[:elements].view(shape)
+        self._views[name, shape, dtype] = view
+        return view
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ import triton.language as tl
 from holdfast.errors import require
 from holdfast.ops.kernels.decode_config import DecodeConfig, choose_config
 from holdfast.ops.kernels.dependent import launch_dependents, launch_options, wait_for_previous
-from holdfast.ops.kernels.launch import launch
+from holdfast.ops.kernels.launch import ceil_div, launch, power_of_two
 from holdfast.ops.kernels.paged_kv import (
     LOG2_E,
     computes_wide,
@@ -314,8 +314,8 @@ class DecodeAttention:
     def _tiles(self, query_len: int) -> tuple[int, int]:
         """(query rows of a program, programs) of a kv head's query heads and tokens."""
         wanted = self.heads // self.kv_heads * query_len
-        packed = min(_ROWS_MAX, max(_ROWS_MIN, triton.next_power_of_2(wanted)))
-        return packed, triton.cdiv(wanted, packed)
+        packed = min(_ROWS_MAX, max(_ROWS_MIN, power_of_two(wanted)))
+        return packed, ceil_div(wanted, packed)
 
     def config(self, rows: int) -> DecodeConfig:
         """What a bucket of so many rows is computed with."""

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from holdfast.ops.kernels.dependent import launch_dependents, launch_options, wait_for_previous
-from holdfast.ops.kernels.launch import launch
+from holdfast.ops.kernels.launch import ceil_div, launch
 
 # Elements of a program: 8 a lane, which is one load of 16 bytes of bfloat16.
 _BLOCK = 1024
@@ -41,7 +41,7 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     assert gate_up.is_contiguous() and out.is_contiguous()
     launch(
         _silu_mul,
-        (rows, triton.cdiv(width, _BLOCK)),
+        (rows, ceil_div(width, _BLOCK)),
         gate_up,
         out,
         WIDTH=width,

@@ -25,6 +25,16 @@ _INT32_MAX = (1 << 31) - 1
 _kept: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
+def ceil_div(number: int, divisor: int) -> int:
+    """triton.cdiv for the host: Triton's own takes 10 us, as it may be asked by a kernel too."""
+    return -(-number // divisor)
+
+
+def power_of_two(number: int) -> int:
+    """The least that is `number` or more, for number >= 1: triton.next_power_of_2, likewise."""
+    return 1 << (number - 1).bit_length()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """kernel[grid](*args, **constants) on torch's current stream.
 
@@ -34,7 +44,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if INTERPRETED or device.type != "cuda" or _hooked():
         kernel[grid](*args, **constants)
         return
-    kinds = tuple([_kind(one) for one in args])
+    # In line, for it is a third of a launch: tensors by type and alignment, the rest by class.
+    kinds = tuple(
+        [
+            (one.dtype, one.data_ptr() & 15) if one.__class__ is torch.Tensor else _kind(one)
+            for one in args
+        ]
+    )
     key = (kernel, device.index, tuple(constants.values()), kinds)
     found = _kept.get(key)
     if found is None:
@@ -44,21 +60,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
             _kept[key] = compiled, behind
         return
     compiled, behind = found
-    x, y, z = (*grid, 1, 1)[:3]
     stream = torch._C._cuda_getCurrentRawStream(device.index)
-    compiled.run(
-        x,
-        y,
-        z,
-        stream,
-        compiled.function,
-        compiled.packed_metadata,
-        None,
-        None,
-        None,
-        *args,
-        *behind,
-    )
+    binary = compiled.function, compiled.packed_metadata
+    # Behind them: what Triton tells a profiler, and its hooks.
+    compiled.run(*(*grid, 1, 1)[:3], stream, *binary, None, None, None, *args, *behind)
 
 
 def _hooked() -> bool:
@@ -77,12 +82,12 @@ def _specialises(kernel: Any, args: tuple[Any, ...]) -> bool:
 
 def _kind(value: Any) -> Any:
     """What of an argument Triton compiles for; None for what is not known here."""
+    if value.__class__ is int:
+        return int if -_INT32_MAX <= value <= _INT32_MAX else None
+    if value.__class__ is float:
+        return float
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() & 15
-    if isinstance(value, int):
-        return int if -_INT32_MAX <= value <= _INT32_MAX else None
-    if isinstance(value, float):
-        return float
     if hasattr(value, "block_shape"):
         # A descriptor for the bulk copy engine; Gluon's has a layout of shared memory besides.
         return value.base.dtype, tuple(value.block_shape), getattr(value, "layout", None)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from holdfast.ops.kernels.dependent import launch_dependents, launch_options, wait_for_previous
-from holdfast.ops.kernels.launch import launch
+from holdfast.ops.kernels.launch import launch, power_of_two
 
 HIDDEN_MAX = 16_384
 # Elements of a row that a warp holds at most before another warp helps: 16 a lane.
@@ -70,7 +70,7 @@ def add_rms_norm(
     assert hidden <= HIDDEN_MAX, f"a row of {hidden} elements"
     assert x.is_contiguous() and out.is_contiguous() and out.shape == x.shape, (x, out)
     assert delta is None or (delta.shape == x.shape and delta.is_contiguous()), delta
-    block = triton.next_power_of_2(hidden)
+    block = power_of_two(hidden)
     launch(
         _add_rms_norm,
         (rows,),

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from holdfast.errors import require
 from holdfast.ops.contracts import INT32_MAX, require_launchable
+from holdfast.ops.kernels.launch import power_of_two
 
 LOG2_E = 1.4426950408889634
 # Triton's interpreter computes with bfloat16's bits, silently wrong: everything is widened there.
@@ -63,7 +64,7 @@ def softmax_step(scores, values, maximum, weight, total, WIDE: tl.constexpr):
 
 def padded_head(head_dim: int) -> int:
     """Lanes a head is computed in: the power of two that holds it, 16 at least."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, power_of_two(head_dim))
 
 
 def computes_wide(q: torch.Tensor, pool: torch.Tensor) -> bool:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from holdfast.errors import require
-from holdfast.ops.kernels.launch import launch
+from holdfast.ops.kernels.launch import launch, power_of_two
 from holdfast.ops.kernels.paged_kv import (
     LOG2_E,
     computes_wide,
@@ -240,7 +240,7 @@ class PrefillAttention:
         self.config = config if config is not None else choose_config(head_dim, itemsize)
         self._group = heads // kv_heads
         # A group of more heads than a program has rows is one token of more rows.
-        self._rows = max(self.config.rows, triton.next_power_of_2(self._group))
+        self._rows = max(self.config.rows, power_of_two(self._group))
         self._scale = head_dim**-0.5
 
     @property

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from holdfast.ops.kernels.dependent import launch_dependents, launch_options, wait_for_previous
-from holdfast.ops.kernels.launch import launch
+from holdfast.ops.kernels.launch import ceil_div, launch, power_of_two
 
 # Pairs of dimensions of a program, over its heads: 8 a lane with 4 warps.
 _PAIRS = 1024
@@ -143,11 +143,11 @@ def rotate_append(
     assert 0 <= layer < layers and positions.numel() == slots.numel() <= qkv.shape[0], layer
     assert qkv.is_contiguous() and pool.is_contiguous() and table.is_contiguous()
     assert (q_norm is None) == (k_norm is None)
-    half_block = triton.next_power_of_2(head_dim // 2)
+    half_block = power_of_two(head_dim // 2)
     heads_block = heads_of_program(half_block)
     launch(
         _rotate_append,
-        (slots.numel(), triton.cdiv(heads + 2 * kv_heads, heads_block)),
+        (slots.numel(), ceil_div(heads + 2 * kv_heads, heads_block)),
         qkv,
         qkv if q_norm is None else q_norm,
         qkv if k_norm is None else k_norm,
