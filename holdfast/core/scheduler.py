@@ -220,6 +220,8 @@ class Scheduler:
                 needy = np.sort(needy[keep[: self.ledger.available()]])
                 rows = rows[~np.isin(rows, stalled)]
             self._give_pages(parts, needy)
+        # Longest first: a device begins rows in this order, and what it ends with should be short.
+        rows = rows[np.argsort(-run.planned[rows], kind="stable")]
         query_lens = self._ones[: rows.size]
         if self.drafts is not None and rows.size:
             depths = self._draft_depths(parts, rows)
