@@ -15,6 +15,8 @@ ROWS = [1, 63, 64, 65, 127, 128, 129, 200, 255, 256]
 # Neither n nor k is a multiple of a tile; the last split is shorter than the others.
 N, K = 1000, 1112
 WARPS = [
+    MatmulConfig(256, 192, 64, groups=3, stages=3),
+    MatmulConfig(256, 192, 32, splits=3, groups=3, stages=7),
     MatmulConfig(64, 64, 64, groups=1, stages=8),
     MatmulConfig(64, 128, 128, splits=2, groups=2, stages=3),
     MatmulConfig(128, 128, 64, groups=2, stages=3),
@@ -90,7 +92,7 @@ def test_tiles_of_rows_are_computed_and_no_other_row(config, rows):
 
 
 @hopper
-@pytest.mark.parametrize("config", [WARPS[3], WARPS[4], WARPS[6], PLAIN[1]], ids=str)
+@pytest.mark.parametrize("config", [WARPS[1], WARPS[5], WARPS[6], WARPS[8], PLAIN[1]], ids=str)
 def test_a_graph_of_norms_and_products_gives_the_eager_bits(config):
     """Each kernel begins before the one ahead of it ends, and reads what that one wrote."""
     from holdfast.ops.kernels.norm import add_rms_norm

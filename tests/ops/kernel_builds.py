@@ -205,6 +205,9 @@ BUILDS: dict[str, Callable[[], None]] = {
     "8B down of 200 rows, warps": product(
         4096, 12_288, 200, cut=MatmulConfig(256, 128, 64, 4, groups=2)
     ),
+    "8B down of 256 rows, three warp groups, warps": product(
+        4096, 12_288, 256, cut=MatmulConfig(256, 192, 64, 6, stages=3, groups=3)
+    ),
     "8B output of 128 rows, warps": product(
         4096, 4096, 128, cut=MatmulConfig(128, 192, 64, 6, stages=5, groups=3)
     ),

@@ -113,6 +113,8 @@ def test_products_of_more_rows_and_other_weights_are_left_to_cublas(module):
     assert small.config(1024, 2048, 8) is None
     large = module.SmallMatmul("cpu", [(1024, 1024)], 4096, sm_count=132)
     assert large.config(1024, 1024, 65) is None
+    for rows in (65, 128, 256, 4096):
+        assert matmul_config.choose_config(4096, 4096, rows, 132) is None
 
 
 def test_a_workspace_holds_the_parts_of_every_tile_of_rows():

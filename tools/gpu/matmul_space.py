@@ -80,9 +80,13 @@ def many_rows(n: int, k: int, rows: int, *, bulk: bool) -> list[MatmulConfig]:
 def warp_groups(n: int, k: int, rows: int) -> list[MatmulConfig]:
     found = []
     for tall, groups, block_k, splits in itertools.product(
-        (64, 128, 256), (1, 2, 3), (64, 128), range(1, 9)
+        (64, 128, 256), (1, 2, 3), (32, 64, 128), range(1, 9)
     ):
-        if (tall == 256 and (groups == 3 or rows <= 128)) or tall * groups < 128:
+        if (
+            (tall == 256 and rows <= 128)
+            or (block_k == 32 and tall * groups < 768)
+            or tall * groups < 128
+        ):
             continue
         if not _sensible(n, k, 64 * groups, block_k, splits):
             continue

@@ -23,9 +23,8 @@ class MatmulConfig:
     tiles come by TMA, k is a multiple of 8; kept: weights stay in L2, for several tiles of rows.
 
     groups: warp groups, 1 to 3, of 64 rows of the weight each, of ops.kernels.warp_matmul, which
-    then computes it: block_n is 64 * groups, k a multiple of 8, stages also those of x; rows <= 128
-    with three groups, whose registers hold no more; warps and the kernel's own fields are not used.
-    0 is small_matmul's own kernel.
+    then computes it: block_n is 64 * groups, k a multiple of 8; warps and the other kernel's fields
+    are not used. 0 is small_matmul's own kernel.
     """
 
     rows: int
@@ -38,6 +37,12 @@ class MatmulConfig:
     bulk: bool = False
     kept: bool = False
     groups: int = 0
+
+    @property
+    def halves(self) -> int:
+        """Of rows, each a product of its own: one of 256 does not go with the registers of three
+        groups, and spills where parts are added."""
+        return 2 if self.groups and self.rows == 256 else 1
 
 
 def layer_products(
@@ -60,7 +65,7 @@ def choose_config(n: int, k: int, rows: int, sm_count: int) -> MatmulConfig | No
     product wants about a program an SM, with 96 KiB or more of weights under way in each.
     """
     megabytes = 2 * n * k / (1 << 20)
-    if megabytes > 512:
+    if megabytes > 512 or rows > ROWS_MAX:
         return None
     tiles = -(-n // 64)
     if rows <= 32:

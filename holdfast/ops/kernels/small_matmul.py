@@ -281,11 +281,12 @@ class SmallMatmul:
     ) -> torch.Tensor:
         """`run` by ops.kernels.warp_matmul, on Hopper, of 2-byte floats."""
         at_launch, multiplying = REGISTERS[config.groups]
+        tall = config.rows // config.halves
         launch(
             multiply_warps,
             grid,
             out,
-            describe(x, [config.rows, config.block_k]),
+            describe(x, [tall, config.block_k]),
             describe(weight, [64, config.block_k]),
             weight if bias is None else bias,
             self._partial,
@@ -293,7 +294,8 @@ class SmallMatmul:
             x.shape[0],
             N=weight.shape[0],
             K=weight.shape[1],
-            ROWS=config.rows,
+            ROWS=tall,
+            HALVES=config.halves,
             BLOCK_K=config.block_k,
             GROUPS=config.groups,
             SPLITS=config.splits,

@@ -46,12 +46,24 @@ def _copy_weights(
 
 
 @gluon.jit
+def _copy_x(
+    x, x_held, ready, stage, first_row, k,
+    ROWS: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    for half in gl.static_range(HALVES):
+        tma.async_copy_global_to_shared(
+            x, [first_row + half * ROWS, k], ready.index(stage), x_held.index(half * STAGES + stage)
+        )
+
+
+@gluon.jit
 def _produce(
     x, weight, x_held, held, ready, empty, first_row, n, begin, blocks,
-    BLOCK_K: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, DEPENDENT: gl.constexpr,
+    ROWS: gl.constexpr, HALVES: gl.constexpr, BLOCK_K: gl.constexpr, GROUPS: gl.constexpr,
+    STAGES: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Have blocks 0 .. blocks - 1 copied, from column `begin` on."""
-    BYTES: gl.constexpr = x.block_type.nbytes + GROUPS * weight.block_type.nbytes
+    BYTES: gl.constexpr = HALVES * x.block_type.nbytes + GROUPS * weight.block_type.nbytes
     ahead = gl.minimum(blocks, STAGES)
     for block in range(0, ahead):
         mbarrier.expect(ready.index(block), BYTES)
@@ -59,15 +71,14 @@ def _produce(
     if DEPENDENT:
         gdc_wait()
     for block in range(0, ahead):
-        tma.async_copy_global_to_shared(
-            x, [first_row, begin + block * BLOCK_K], ready.index(block), x_held.index(block)
-        )
+        k = begin + block * BLOCK_K
+        _copy_x(x, x_held, ready, block, first_row, k, ROWS, HALVES, STAGES)
     for block in range(STAGES, blocks):
         stage = block % STAGES
         k = begin + block * BLOCK_K
         mbarrier.wait(empty.index(stage), (block // STAGES & 1) ^ 1)
         mbarrier.expect(ready.index(stage), BYTES)
-        tma.async_copy_global_to_shared(x, [first_row, k], ready.index(stage), x_held.index(stage))
+        _copy_x(x, x_held, ready, stage, first_row, k, ROWS, HALVES, STAGES)
         _copy_weights(weight, held, ready, stage, n, k, GROUPS, STAGES)
     if DEPENDENT:
         gdc_launch_dependents()
@@ -77,47 +88,71 @@ def _produce(
 def _consume(
     bias, out, partial, arrivals, x_held, held, ready, empty, rows, first_row, n, place, split,
     blocks,
-    N: gl.constexpr, ROWS: gl.constexpr, SPLITS: gl.constexpr, STAGES: gl.constexpr,
-    BIASED: gl.constexpr, DEPENDENT: gl.constexpr, GROUP: gl.constexpr,
+    N: gl.constexpr, ROWS: gl.constexpr, HALVES: gl.constexpr, SPLITS: gl.constexpr,
+    STAGES: gl.constexpr, BIASED: gl.constexpr, DEPENDENT: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Rows n + 64 * GROUP .. of the weight, times the tile's rows of x. place: of group 0's result
     in the workspace."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     total = gl.zeros([64, ROWS], gl.float32, layout)
+    other = gl.zeros([64, ROWS], gl.float32, layout)
     for block in range(0, blocks):
         stage = block % STAGES
         mbarrier.wait(ready.index(stage), block // STAGES & 1)
-        total = warpgroup_mma(
-            held.index(GROUP * STAGES + stage),
-            x_held.index(stage).permute((1, 0)),
-            total,
-            is_async=True,
-        )
-        total = warpgroup_mma_wait(1, deps=(total,))
+        mine = held.index(GROUP * STAGES + stage)
+        x_tile = x_held.index(stage).permute((1, 0))
+        total = warpgroup_mma(mine, x_tile, total, is_async=True)
+        if HALVES == 2:
+            x_tile = x_held.index(STAGES + stage).permute((1, 0))
+            other = warpgroup_mma(mine, x_tile, other, is_async=True)
+            total, other = warpgroup_mma_wait(2, deps=(total, other))
+        else:
+            total = warpgroup_mma_wait(1, deps=(total,))
+        # The block before is done with, this one is not.
         mbarrier.arrive(empty.index((block + STAGES - 1) % STAGES), count=1, pred=block > 0)
-    total = warpgroup_mma_wait(0, deps=(total,))
+    if HALVES == 2:
+        total, other = warpgroup_mma_wait(0, deps=(total, other))
+    else:
+        total = warpgroup_mma_wait(0, deps=(total,))
 
     if DEPENDENT:
         gdc_wait()
     first = n + GROUP * 64
+    last = True
     if SPLITS > 1:
+        PART: gl.constexpr = HALVES * ROWS * 64
         m = gl.arange(0, ROWS, layout=gl.SliceLayout(0, layout))
         lane = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
         at = m[None, :] * 64 + lane[:, None]
-        mine = (place + GROUP).to(gl.int64) * SPLITS
-        gl.store(partial + (mine + split) * (ROWS * 64) + at, total)
+        parts = partial + (place + GROUP).to(gl.int64) * (SPLITS * PART)
+        gl.store(parts + split * PART + at, total)
+        if HALVES == 2:
+            gl.store(parts + split * PART + ROWS * 64 + at, other)
         # Every thread's part is there before this group says so.
         _barrier()
-        if gl.atomic_add(arrivals + place + GROUP, 1, sem="acq_rel") == SPLITS - 1:
-            total = gl.zeros([64, ROWS], gl.float32, layout)
-            for part in range(0, SPLITS):
-                # Past L1, which knows nothing of what other programs stored.
-                there = partial + (mine + part) * (ROWS * 64) + at
-                total += gl.load(there, cache_modifier=".cg")
-            gl.store(arrivals + place + GROUP, 0)
-            _store(total, bias, out, rows, first_row, first, N, ROWS, BIASED, layout)
-    else:
+        last = gl.atomic_add(arrivals + place + GROUP, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        if SPLITS > 1:
+            total = _added(parts + at, SPLITS, PART, ROWS, layout)
         _store(total, bias, out, rows, first_row, first, N, ROWS, BIASED, layout)
+        if HALVES == 2:
+            if SPLITS > 1:
+                other = _added(parts + ROWS * 64 + at, SPLITS, PART, ROWS, layout)
+            _store(other, bias, out, rows, first_row + ROWS, first, N, ROWS, BIASED, layout)
+        if SPLITS > 1:
+            gl.store(arrivals + place + GROUP, 0)
+
+
+@gluon.jit
+def _added(
+    parts, SPLITS: gl.constexpr, PART: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr
+):  # fmt: skip
+    """The splits' parts, in the order of their numbers. parts: pointers to those of the first."""
+    total = gl.zeros([64, ROWS], gl.float32, layout)
+    for part in range(0, SPLITS):
+        # Past L1, which knows nothing of what other programs stored.
+        total += gl.load(parts + part * PART, cache_modifier=".cg")
+    return total
 
 
 @gluon.jit
@@ -149,6 +184,7 @@ def multiply_warps(
     N: gl.constexpr,
     K: gl.constexpr,
     ROWS: gl.constexpr,
+    HALVES: gl.constexpr,
     BLOCK_K: gl.constexpr,
     GROUPS: gl.constexpr,
     SPLITS: gl.constexpr,
@@ -157,9 +193,11 @@ def multiply_warps(
     REGISTERS: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):
-    """A tile of ROWS rows of x and 64 * GROUPS rows of the weight, over one split of K. x, weight:
-    descriptors of tiles [ROWS, BLOCK_K] and [64, BLOCK_K]; what lies outside of either reads 0.
-    partial: [tiles, GROUPS, tiles of rows, SPLITS, ROWS, 64], in each group's own order."""
+    """A tile of HALVES * ROWS rows of x and 64 * GROUPS rows of the weight, over one split of K.
+
+    HALVES: 1 or 2 products a block and group. x, weight: descriptors of tiles [ROWS, BLOCK_K] and
+    [64, BLOCK_K]; what lies outside of either reads 0. partial: [tiles, tiles of rows, GROUPS,
+    SPLITS, HALVES, ROWS, 64]."""
     row_tile = gl.program_id(0)
     tile = gl.program_id(1)
     split = gl.program_id(2)
@@ -167,11 +205,11 @@ def multiply_warps(
     PART: gl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
     blocks = gl.maximum(gl.minimum(BLOCKS - split * PART, PART), 0)
     begin = split * PART * BLOCK_K
-    first_row = row_tile * ROWS
+    first_row = row_tile * (HALVES * ROWS)
     n = tile * (64 * GROUPS)
     place = (tile * gl.num_programs(0) + row_tile) * GROUPS
 
-    x_held = gl.allocate_shared_memory(x.dtype, [STAGES, ROWS, BLOCK_K], x.layout)
+    x_held = gl.allocate_shared_memory(x.dtype, [HALVES * STAGES, ROWS, BLOCK_K], x.layout)
     held = gl.allocate_shared_memory(weight.dtype, [GROUPS * STAGES, 64, BLOCK_K], weight.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -186,14 +224,15 @@ def multiply_warps(
                     _consume,
                     (
                         bias, out, partial, arrivals, x_held, held, ready, empty, rows, first_row,
-                        n, place, split, blocks, N, ROWS, SPLITS, STAGES, BIASED, DEPENDENT, 0,
+                        n, place, split, blocks, N, ROWS, HALVES, SPLITS, STAGES, BIASED,
+                        DEPENDENT, 0,
                     ),
                 ),
                 (
                     _produce,
                     (
-                        x, weight, x_held, held, ready, empty, first_row, n, begin, blocks, BLOCK_K,
-                        GROUPS, STAGES, DEPENDENT,
+                        x, weight, x_held, held, ready, empty, first_row, n, begin, blocks, ROWS,
+                        HALVES, BLOCK_K, GROUPS, STAGES, DEPENDENT,
                     ),
                 ),
             ],
@@ -207,21 +246,23 @@ def multiply_warps(
                     _consume,
                     (
                         bias, out, partial, arrivals, x_held, held, ready, empty, rows, first_row,
-                        n, place, split, blocks, N, ROWS, SPLITS, STAGES, BIASED, DEPENDENT, 0,
+                        n, place, split, blocks, N, ROWS, HALVES, SPLITS, STAGES, BIASED,
+                        DEPENDENT, 0,
                     ),
                 ),
                 (
                     _consume,
                     (
                         bias, out, partial, arrivals, x_held, held, ready, empty, rows, first_row,
-                        n, place, split, blocks, N, ROWS, SPLITS, STAGES, BIASED, DEPENDENT, 1,
+                        n, place, split, blocks, N, ROWS, HALVES, SPLITS, STAGES, BIASED,
+                        DEPENDENT, 1,
                     ),
                 ),
                 (
                     _produce,
                     (
-                        x, weight, x_held, held, ready, empty, first_row, n, begin, blocks, BLOCK_K,
-                        GROUPS, STAGES, DEPENDENT,
+                        x, weight, x_held, held, ready, empty, first_row, n, begin, blocks, ROWS,
+                        HALVES, BLOCK_K, GROUPS, STAGES, DEPENDENT,
                     ),
                 ),
             ],
@@ -235,28 +276,31 @@ def multiply_warps(
                     _consume,
                     (
                         bias, out, partial, arrivals, x_held, held, ready, empty, rows, first_row,
-                        n, place, split, blocks, N, ROWS, SPLITS, STAGES, BIASED, DEPENDENT, 0,
+                        n, place, split, blocks, N, ROWS, HALVES, SPLITS, STAGES, BIASED,
+                        DEPENDENT, 0,
                     ),
                 ),
                 (
                     _consume,
                     (
                         bias, out, partial, arrivals, x_held, held, ready, empty, rows, first_row,
-                        n, place, split, blocks, N, ROWS, SPLITS, STAGES, BIASED, DEPENDENT, 1,
+                        n, place, split, blocks, N, ROWS, HALVES, SPLITS, STAGES, BIASED,
+                        DEPENDENT, 1,
                     ),
                 ),
                 (
                     _consume,
                     (
                         bias, out, partial, arrivals, x_held, held, ready, empty, rows, first_row,
-                        n, place, split, blocks, N, ROWS, SPLITS, STAGES, BIASED, DEPENDENT, 2,
+                        n, place, split, blocks, N, ROWS, HALVES, SPLITS, STAGES, BIASED,
+                        DEPENDENT, 2,
                     ),
                 ),
                 (
                     _produce,
                     (
-                        x, weight, x_held, held, ready, empty, first_row, n, begin, blocks, BLOCK_K,
-                        GROUPS, STAGES, DEPENDENT,
+                        x, weight, x_held, held, ready, empty, first_row, n, begin, blocks, ROWS,
+                        HALVES, BLOCK_K, GROUPS, STAGES, DEPENDENT,
                     ),
                 ),
             ],
