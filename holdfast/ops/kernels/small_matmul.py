@@ -232,6 +232,7 @@ class SmallMatmul:
         assert weight.shape == (n, k) and out.shape == (rows, n), (x.shape, weight.shape, out.shape)
         assert x.is_contiguous() and weight.is_contiguous() and out.is_contiguous()
         assert k % 8 == 0 or not (config.bulk or config.groups), (k, config)
+        assert weight.element_size() == 2 or not config.groups, (weight.dtype, config)
         grid = (triton.cdiv(rows, config.rows), triton.cdiv(n, config.block_n), config.splits)
         if config.groups:
             return self._run_warps(x, weight, bias, out, config, grid)
