@@ -4,11 +4,13 @@
         [--keep N] [--seed N] [--json FILE] [--next]
 
 --next is the run that decides about more than 64 rows: 8B and 0.6B, 128 and 256 rows, 40 a cell, in
-160 s and the start. Each product of a model's layer, at each number of rows: configurations of matmul_space.py,
-compiled side by side on all cores, checked against a float32 product, then timed as a graph of
-pairs, the norm and the product behind it as in a layer, over weights of many layers, so that
-nothing comes from L2. The best of each are printed and written to FILE: what
-ops.kernels.matmul_config is made from.
+160 s and the start; tests/gpu/test_gpu_products.py before it.
+
+Each product of a model's layer, at each number of rows: configurations of matmul_space.py, compiled
+side by side on all cores, checked against a float32 product, then timed as a graph of pairs, the
+norm and the product behind it as in a layer, over weights of many layers, so that nothing comes
+from L2. The best of each are printed and written to FILE: what ops.kernels.matmul_config is made
+from.
 """
 
 from __future__ import annotations
