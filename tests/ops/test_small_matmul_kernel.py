@@ -18,6 +18,23 @@ def module():
     return small_matmul
 
 
+@pytest.fixture
+def splits_last(monkeypatch):
+    """The interpreter walks a grid's last dimension first, so that all splits of a tile follow each
+    other; with this, all tiles' first splits come first, as they may on a GPU."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    plain = builder.set_grid_idx
+
+    def turned(x: int, y: int, z: int) -> None:
+        width, height, depth = builder.grid_dim
+        number = (x * height + y) * depth + z
+        plain(number % width, number // width % height, number // (width * height))
+
+    monkeypatch.setattr(builder, "set_grid_idx", turned)
+
+
 def product(module, n: int, k: int, count: int, *, bias: bool = False, times: int = 1, **config):
     """(what the kernel gave, in float64 what it should) of random numbers; the output and the
     workspace are NaN before it."""
@@ -52,6 +69,29 @@ def test_rows_of_every_tile_are_computed_and_no_other_is_written(module, rows):
     tall = 16 if rows <= 16 else 32 if rows <= 32 else 64
     found, expected = product(module, 64, 64, rows, rows=tall, splits=2)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [65, 127, 128, 129, 200, 256])
+@pytest.mark.parametrize("tall", [64, 128])
+@pytest.mark.parametrize(
+    "how",
+    [{"splits": 2}, {"swapped": True, "kept": True}, {"bulk": True, "splits": 3}],
+    ids=["split", "swapped", "bulk"],
+)
+def test_rows_of_several_tiles_are_computed_and_each_tile_adds_its_own_parts(
+    module, splits_last, how, tall, rows
+):
+    # The last tiles of both sides, and the last block of K, are not whole.
+    found, expected = product(module, 100, 104, rows, rows=tall, block_n=64, times=2, **how)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_tiles_by_the_bulk_copy_engine_give_the_same_bits(module, swapped):
+    how = {"rows": 128, "block_n": 64, "splits": 2, "swapped": swapped, "bias": True}
+    plain, _ = product(module, 70, 96, 130, **how)
+    bulk, _ = product(module, 70, 96, 130, bulk=True, **how)
+    assert torch.equal(plain, bulk)
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -90,3 +130,15 @@ def test_products_of_more_rows_and_other_weights_are_left_to_cublas(module):
     assert small.config(1024, 2048, 8) is None
     large = module.SmallMatmul("cpu", [(1024, 1024)], 4096, sm_count=132)
     assert large.config(1024, 1024, 65) is None
+    for rows in (65, 128, 256, 4096):
+        assert matmul_config.choose_config(4096, 4096, rows, 132) is None
+
+
+def test_a_workspace_holds_the_parts_of_every_tile_of_rows():
+    plain = matmul_config.MatmulConfig(64, 64, 64, splits=3)
+    warps = matmul_config.MatmulConfig(128, 192, 64, splits=4, groups=3)
+    unsplit = matmul_config.MatmulConfig(64, 64, 64)
+    # 100 rows of a weight are two tiles of 64, or one of 192; 129 rows of x three of 64 or two.
+    assert matmul_config.workspace({(100, 64): [plain] * 129}) == (3 * 128 * 192, 2 * 3)
+    assert matmul_config.workspace({(100, 64): [warps] * 129}) == (4 * 192 * 256, 2 * 3)
+    assert matmul_config.workspace({(100, 64): [unsplit] * 129}) == (1, 1)

@@ -1,13 +1,16 @@
 """Products of few rows: every way to cut them, beside cuBLAS and the floor of their bytes.
 
     PYTHONPATH=. python3 tools/gpu/tune_matmul.py [--budget S] [--models 8B 0.6B] [--rows 1 8 64]
-        [--keep N] [--seed N] [--json FILE]
+        [--keep N] [--seed N] [--json FILE] [--next]
 
-Each product of a model's layer, at each number of rows: configurations drawn from the space below,
-compiled side by side on all cores, checked against a float32 product, then timed as a graph of
-pairs, the norm and the product behind it as in a layer, over weights of many layers, so that
-nothing comes from L2. The best of each are printed and written to FILE: what
-ops.kernels.matmul_config is made from.
+--next is the run that decides about more than 64 rows: 8B and 0.6B, 128 and 256 rows, 40 a cell, in
+160 s and the start; tests/gpu/test_gpu_products.py before it.
+
+Each product of a model's layer, at each number of rows: configurations of matmul_space.py, compiled
+side by side on all cores, checked against a float32 product, then timed as a graph of pairs, the
+norm and the product behind it as in a layer, over weights of many layers, so that nothing comes
+from L2. The best of each are printed and written to FILE: what ops.kernels.matmul_config is made
+from.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import matmul_space
 import torch
 import triton
 
@@ -51,28 +55,7 @@ SHAPES = {
         "head": (151_936, 1024),
     },
 }
-SHARED_MAX = 220 << 10
 REPEATS = 5
-
-
-def space(n: int, k: int, rows: int) -> list[MatmulConfig]:
-    tall = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
-    found = []
-    for block_n, block_k, splits, warps, stages, swapped in itertools.product(
-        (16, 32, 64, 128), (64, 128, 256), (1, 2, 3, 4, 6, 8), (4, 8), (3, 4, 6, 8), (False, True)
-    ):
-        shared = (block_n + tall) * block_k * 2 * stages
-        programs = -(-n // block_n) * splits
-        if shared > SHARED_MAX or shared < 32 << 10 or k < block_k * splits * 2:
-            continue
-        if (swapped and block_n < 64) or (not swapped and tall < 64 and block_n > 64):
-            continue
-        if (warps == 8 and block_n * tall < 2048) or programs < 96:
-            continue
-        if splits > 1 and programs > 800:
-            continue
-        found.append(MatmulConfig(tall, block_n, block_k, splits, warps, stages, swapped))
-    return found
 
 
 class Case:
@@ -87,9 +70,12 @@ class Case:
         self.stream = torch.randn((rows, k), device="cuda", dtype=BF16)
         self.scale = torch.ones(k, device="cuda", dtype=BF16)
         self.out = torch.zeros((rows, n), device="cuda", dtype=BF16)
-        # A workspace for any of them.
-        most = MatmulConfig(64, 16, 64, 8)
-        self.small = SmallMatmul("cuda", [(n, k)], rows, config_of=lambda *_: most)
+        # A workspace for any of them: their tiles are larger than 16 by 16, and hang over the edges
+        # by less than half of all rows and a hundred of n. Wide products are not split.
+        most = MatmulConfig(16, 16, 64, 8 if n < 1 << 15 else 1)
+        room = [(n + 256, k)]
+        self.small = SmallMatmul("cuda", room, 2 * rows + 64, config_of=lambda *_: most)
+        self.expected: torch.Tensor | None = None
         self.wide = torch.zeros((rows, n), device="cuda", dtype=BF16)
 
     def normed(self) -> None:
@@ -106,12 +92,14 @@ class Case:
     def right(self, config: MatmulConfig) -> float:
         """Relative error by norm, against float32."""
         self.normed()
-        expected = self.x.float() @ self.weights[0].float().t()
+        if self.expected is None:
+            self.expected = self.x.float() @ self.weights[0].float().t()
         worst = 0.0
         for _ in range(2):
             self.out.fill_(7.0)
             self.pair(config, 0)
-            worst = max(worst, float((self.out.float() - expected).norm() / expected.norm()))
+            apart = (self.out.float() - self.expected).norm() / self.expected.norm()
+            worst = max(worst, float(apart))
         return worst
 
     def us(self, launch) -> float:
@@ -154,6 +142,29 @@ def compile_one(job: tuple) -> tuple:
         return job, repr(error)[:200]
 
 
+def compile_all(jobs: list[tuple], budget_s: float) -> set:
+    """The jobs that ran, in so many seconds; the others are told of."""
+    compiled: set = set()
+    refused: dict = {}
+    if not jobs:
+        return compiled
+    with ProcessPoolExecutor(15, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(compile_one, job) for job in jobs]
+        try:
+            for future in as_completed(futures, timeout=max(1.0, budget_s)):
+                job, why = future.result()
+                if why is None:
+                    compiled.add(job)
+                else:
+                    refused[why[:60]] = refused.get(why[:60], 0) + 1
+        except Exception as error:
+            print("compiling ended:", repr(error)[:200], flush=True)
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+    print(f"compiled {len(compiled)} of {len(jobs)}; {refused}", flush=True)
+    return compiled
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget", type=float, default=120.0)
@@ -163,7 +174,11 @@ def main() -> None:
     parser.add_argument("--keep", type=int, default=24, help="configurations of a cell")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path(os.environ.get("OUT", ".")) / "mm.json")
+    parser.add_argument("--next", action="store_true", help="8B and 0.6B at 128 and 256 rows")
     asked = parser.parse_args()
+    if asked.next:
+        asked.models, asked.rows = ["8B", "0.6B"], [128, 256]
+        asked.keep, asked.budget = 40, 160.0
     end_s = time.monotonic() + asked.budget
     random.seed(asked.seed)
     cells, jobs = [], []
@@ -171,33 +186,25 @@ def main() -> None:
         for name, (n, k) in SHAPES[model].items():
             if asked.shapes and name not in asked.shapes:
                 continue
-            configs = space(n, k, rows)
-            some = random.sample(configs, min(asked.keep, len(configs)))
+            some = matmul_space.choose(n, k, rows, asked.keep)
             if (chosen := choose_config(n, k, rows, 132)) is not None:
                 some.insert(0, chosen)
             cells.append((model, name, (n, k, rows), some))
             jobs += [(n, k, rows, config) for config in some]
-    compiled: set = set()
-    refused: dict = {}
-    with ProcessPoolExecutor(15, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(compile_one, job) for job in jobs]
-        try:
-            for future in as_completed(futures, timeout=asked.budget * 0.6):
-                job, why = future.result()
-                if why is None:
-                    compiled.add(job)
-                else:
-                    refused[why[:60]] = refused.get(why[:60], 0) + 1
-        except Exception as error:
-            print("compiling ended:", repr(error)[:200], flush=True)
-        for process in list(pool._processes.values()):
-            process.kill()
+    # Kernels apart: what one of them does to its processes is not the other's loss.
+    groups = [job for job in jobs if job[3].groups]
+    plain = [job for job in jobs if not job[3].groups]
+    compiled = compile_all(groups, asked.budget * 0.3)
+    compiled |= compile_all(plain, asked.budget * 0.7 - (asked.budget - end_s + time.monotonic()))
     left = end_s - time.monotonic()
-    print(f"{len(compiled)} of {len(jobs)} compiled, {left:.0f} s left; {refused}", flush=True)
+    print(f"{len(compiled)} of {len(jobs)} compiled, {left:.0f} s left", flush=True)
     rows_found = []
     for model, name, key, some in cells:
         tried = [config for config in some if (*key, config) in compiled]
-        rows_found.append({"model": model, "product": name} | measured(key, tried, end_s))
+        # Of the time that is left, each cell has its share.
+        now_s = time.monotonic()
+        cell_end_s = now_s + (end_s - now_s) / (len(cells) - len(rows_found))
+        rows_found.append({"model": model, "product": name} | measured(key, tried, cell_end_s))
         show(rows_found[-1])
         torch.cuda.empty_cache()
         versions = {"torch": torch.__version__, "triton": triton.__version__}
@@ -226,13 +233,18 @@ def measured(key: tuple[int, int, int], configs: list[MatmulConfig], end_s: floa
     }
 
 
+def named(config: dict) -> str:
+    kind = f"groups {config['groups']} rows {config['rows']}" if config["groups"] else ""
+    return " ".join([kind] + [one for one in ("swapped", "bulk", "kept") if config[one]])
+
+
 def show(row: dict) -> None:
     for config in row["tried"][:4]:
         print(
             f"{row['model']:5}{row['product']:8} m {row['rows']:3} cublas {row['cublas_us']:6.1f} "
             f"table {row['table_us']:6.1f} floor {row['floor_us']:6.1f} ours {config['us']:6.1f}  "
             f"n{config['block_n']} k{config['block_k']} s{config['splits']} w{config['warps']} "
-            f"st{config['stages']} {'swapped' if config['swapped'] else ''}",
+            f"st{config['stages']} {named(config)}",
             flush=True,
         )
 

@@ -9,14 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# Beyond, the operations of a product count as much as its bytes, and cuBLAS is as fast.
+# Up to here the table has been measured; cuBLAS has the others. The kernels themselves compute any
+# number of rows: tools/gpu/tune_matmul.py `--next` measures 128 and 256.
 ROWS_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
 class MatmulConfig:
-    """How a product is cut. rows: of x in a tile, 16, 32 or 64; block_n, block_k: of a tile of the
-    weight, powers of two; splits: parts of K; swapped: see `_multiply`, block_n >= 64 then."""
+    """How a product is cut. rows: of x in a tile, a power of two from 16 to 256; block_n, block_k:
+    of a tile of the weight, powers of two, but see groups; splits: parts of K.
+
+    Of ops.kernels.small_matmul's own kernel: swapped: see `_multiply`, block_n >= 64 then; bulk:
+    tiles come by TMA, k is a multiple of 8; kept: weights stay in L2, for several tiles of rows.
+
+    groups: warp groups, 1 to 3, of 64 rows of the weight each, of ops.kernels.warp_matmul, which
+    then computes it: block_n is 64 * groups, k a multiple of 8; warps and the other kernel's fields
+    are not used. 0 is small_matmul's own kernel.
+    """
 
     rows: int
     block_n: int
@@ -25,6 +34,15 @@ class MatmulConfig:
     warps: int = 4
     stages: int = 4
     swapped: bool = False
+    bulk: bool = False
+    kept: bool = False
+    groups: int = 0
+
+    @property
+    def halves(self) -> int:
+        """Of rows, each a product of its own: one of 256 does not go with the registers of three
+        groups, and spills where parts are added."""
+        return 2 if self.groups and self.rows == 256 else 1
 
 
 def layer_products(
@@ -47,7 +65,7 @@ def choose_config(n: int, k: int, rows: int, sm_count: int) -> MatmulConfig | No
     product wants about a program an SM, with 96 KiB or more of weights under way in each.
     """
     megabytes = 2 * n * k / (1 << 20)
-    if megabytes > 512:
+    if megabytes > 512 or rows > ROWS_MAX:
         return None
     tiles = -(-n // 64)
     if rows <= 32:
@@ -82,13 +100,16 @@ def workspace(
 ) -> tuple[int, int]:
     """(float32 of parts, int32 of tiles) that the largest of these products needs, at least one.
 
-    configs: of each weight (n, k), for each number of rows.
+    configs: of each weight (n, k), for 1, 2, 3 .. rows.
     """
-    split = [
-        (config.splits * config.rows * n, -(-n // config.block_n))
-        for (n, _), each in configs.items()
-        for config in each
-        if config is not None and config.splits > 1
-    ]
-    parts = max((parts for parts, _ in split), default=1)
-    return parts, max((tiles for _, tiles in split), default=1)
+    parts = arrivals = 1
+    for (n, _), each in configs.items():
+        for rows, config in enumerate(each, 1):
+            if config is None or config.splits == 1:
+                continue
+            tiles, row_tiles = -(-n // config.block_n), -(-rows // config.rows)
+            # Parts in whole tiles: warp_matmul's are.
+            part = tiles * config.block_n * row_tiles * config.rows
+            parts = max(parts, config.splits * part)
+            arrivals = max(arrivals, tiles * row_tiles * max(1, config.groups))
+    return parts, arrivals
