@@ -32,7 +32,7 @@ from holdfast.ops.kernels.dependent import (
     launch_options,
     wait_for_previous,
 )
-from holdfast.ops.kernels.launch import launch
+from holdfast.ops.kernels.launch import ceil_div, launch
 from holdfast.ops.kernels.matmul_config import ROWS_MAX, MatmulConfig, choose_config, workspace
 from holdfast.ops.kernels.warp_matmul import REGISTERS, describe, multiply_warps
 
@@ -233,7 +233,7 @@ class SmallMatmul:
         assert x.is_contiguous() and weight.is_contiguous() and out.is_contiguous()
         assert k % 8 == 0 or not (config.bulk or config.groups), (k, config)
         assert weight.element_size() == 2 or not config.groups, (weight.dtype, config)
-        grid = (triton.cdiv(rows, config.rows), triton.cdiv(n, config.block_n), config.splits)
+        grid = (ceil_div(rows, config.rows), ceil_div(n, config.block_n), config.splits)
         if config.groups:
             return self._run_warps(x, weight, bias, out, config, grid)
         x_tiles, weight_tiles = x, weight
