@@ -61,13 +61,15 @@ async def _scrubbed_page(stage: Stage) -> None:
 
 
 async def corrupt_weights(stage: Stage) -> None:
+    if stage.sabotage:
+        await _unseen_weights(stage)
+        return
     scrub = stage.case == "scrub"
     streams = await stage.open()
     await stage.have(streams)
-    await stage.provoke(do="corrupt-weights", kill=not (scrub or stage.sabotage))
+    await stage.provoke(do="corrupt-weights", kill=not scrub)
     stage.report.broken = f"signs of weights, {'beside' if scrub else 'after the end of'} a worker"
-    stage.report.planted = stage.sabotage
-    if scrub and not stage.sabotage:
+    if scrub:
         # What was emitted from them is gone; what is asked afterwards is promised.
         await stage.finish()
         what = "the scrub finds the weights"
@@ -75,13 +77,25 @@ async def corrupt_weights(stage: Stage) -> None:
         streams = await stage.open()
     await stage.finish()
     stage.judge(streams)
-    if stage.sabotage:
-        return
     if not scrub:
         stage.judge_clocks("worker 0", resume_s=COLD_WORKER_S)
     stage.expect_moved("process_restarts_total", 1 if scrub else 2, role="worker")
     stage.expect_moved("faults_total", kind="weights")
     await stage.judge_home()
+
+
+async def _unseen_weights(stage: Stage) -> None:
+    """The worker lives on and no scrub reads: what comes of wrong weights reaches the clients.
+
+    Asked when the order is done, since on a GPU that takes a second, which streams do not.
+    """
+    jobs = stage.jobs(stage.count)
+    await stage.prepare(jobs)
+    await stage.provoke(do="corrupt-weights", kill=False)
+    stage.report.broken = "signs of weights, and nobody looks"
+    stage.report.planted = True
+    await stage.finish(await stage.open(jobs, clean=False))
+    stage.judge()
 
 
 async def nan_row(stage: Stage) -> None:
@@ -162,7 +176,8 @@ DRILLS = (
         cases=("promotion", "scrub"),
         needs=SCRUBBED,
         ends=2,
-        sabotage="what is emitted before anybody looks at the weights is judged, too",
+        sabotage="nobody looks at the weights, and what comes of them is judged",
+        needs_sabotaged=Needs(),
         spoils=True,
     ),
     Drill(

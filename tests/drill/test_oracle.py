@@ -11,9 +11,14 @@ import pytest
 import torch
 
 import holdfast
+from holdfast.device.provoke import spoiled
 from holdfast.drill.job import Job, make_jobs
 from holdfast.drill.oracle import TAU_MIN, Explainer, Reference, tau_of
+from holdfast.model.decoder import Decoder
 from holdfast.model.spec import ModelSpec
+from holdfast.model.weights import WeightsLayout, load_weights
+from holdfast.ops.attention import AttentionBatch
+from holdfast.proc.provoker import flip_signs
 
 MODEL = Path(holdfast.__file__).parent / "assets" / "holdfast-tiny"
 TOKENS = 24
@@ -97,6 +102,62 @@ def test_bfloat16_is_explained_by_a_small_tau_and_wrong_tokens_are_not(
     wrong = list(answers[0])
     wrong[5] = (wrong[5] + 1) % 6144
     assert float(explainer.distances(jobs[0], wrong).max()) > tau
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("what", ["weights", "pages"])
+def test_what_sabotage_plants_leaves_hardly_a_token_within_any_tau(
+    jobs: list[Job], dtype: str, what: str
+) -> None:
+    """Weights whose signs were flipped, and the pages of a prompt that were spoiled, against a tau
+    ten times what rounding needs: a sabotage that looks like rounding proves nothing."""
+    spec = ModelSpec.load(MODEL)
+    right, other = Explainer(spec, dtype=dtype), Explainer(spec, dtype=dtype)
+    if what == "weights":
+        layout = WeightsLayout.of(spec, dtype)
+        slab = torch.zeros(spec.weights_bytes(dtype), dtype=torch.uint8)
+        load_weights(spec, slab, layout)
+        flipped = bytearray(slab.numpy().tobytes())
+        flip_signs(flipped)
+        wrong = layout.views(torch.frombuffer(flipped, dtype=torch.uint8))
+        other._decoder = Decoder(spec, wrong)
+    for job in jobs:
+        tokens = _greedy(other, job.prompt, spoil=what == "pages")
+        far = right.distances(replace(job, temperature=0.0), tokens) > 2.0
+        assert far.sum() >= 0.6 * (TOKENS - 1)
+
+
+def _greedy(explainer: Explainer, prompt: tuple[int, ...], *, spoil: bool) -> list[int]:
+    """TOKENS tokens, a step each; spoil: after the first one, the pages of the prompt."""
+    spec, decoder = explainer.spec, explainer._decoder
+    pages = -(-(len(prompt) + TOKENS) // 16)
+    shape = (pages + 1, spec.layers, 2, 16, spec.kv_heads, spec.head_dim)
+    pool = torch.zeros(shape, dtype=explainer._dtype)
+    found: list[int] = []
+    start, chunk = 0, list(prompt)
+    while len(found) < TOKENS:
+        attention = AttentionBatch.build(
+            query_lens=np.array([len(chunk)], np.int32),
+            starts=np.array([start], np.int32),
+            page_table=np.arange(1, pages + 1, dtype=np.int32)[None],
+            page_tokens=16,
+            device=pool.device,
+        )
+        positions = torch.arange(start, start + len(chunk))
+        hidden = decoder.forward(torch.tensor(chunk), positions, attention, pool)
+        if spoil and not found:
+            pool[1 : 1 + -(-len(prompt) // 16)] = spoiled(pool[1 : 1 + -(-len(prompt) // 16)])
+        start += len(chunk)
+        found.append(int(decoder.logits(hidden[-1:]).argmax()))
+        chunk = found[-1:]
+    return found
+
+
+def test_a_page_that_is_spoiled_again_and_again_stays_finite() -> None:
+    values = torch.randn(64, dtype=torch.bfloat16)
+    for _ in range(200):
+        values = spoiled(values)
+    assert values.isfinite().all()
 
 
 def test_a_stream_without_tokens_has_no_distances(explainer: Explainer, jobs: list[Job]) -> None:
