@@ -16,6 +16,8 @@ SCRUBBED = Needs(options=("--scrub", "0.1"))
 # Prompts of 7 to 9 pages each, for a pool of 120.
 CROWD = 20
 TENANTS = ("drill-tenant-one", "drill-tenant-two")
+# Whose fault-free runs of the same prompts are cached where neither of them finds anything.
+NOBODY = "drill-tenant-none"
 
 
 async def corrupt_page(stage: Stage) -> None:
@@ -130,13 +132,13 @@ async def tenant_isolation(stage: Stage) -> None:
     other = one if stage.sabotage else two
     stage.report.planted = stage.sabotage
     stage.report.broken = "a second API key asks what the first has cached, before and in a crowd"
-    # Of other prompts: what is run twice is cached.
-    await stage.prepare([replace(each, key=one) for each in stage.jobs(4, "clean")])
-    for at, job in enumerate(stage.jobs(2, "planted fact")):
+    planted = stage.jobs(2, "planted fact")
+    crowd = stage.jobs(max(CROWD, stage.count), "crowd", tokens=16)
+    await stage.prepare([replace(each, key=NOBODY) for each in (*planted, *crowd)])
+    for at, job in enumerate(planted):
         load = []
         if at:
             # Prompts of the first tenant crowd the pool; nobody's pages may become the second's.
-            crowd = stage.jobs(max(CROWD, stage.count), "crowd", tokens=16)
             load = await stage.open([replace(each, key=one) for each in crowd], clean=False)
             await stage.have(load[: len(load) // 2], 1)
         cached = await _asked_twice(stage, replace(job, key=one))
@@ -192,7 +194,7 @@ DRILLS = (
         play=tenant_isolation,
         caught="refused before launch",
         streams=16,
-        needs=Needs(kv_pages=120, rows=16, keys=TENANTS),
+        needs=Needs(kv_pages=120, rows=16, keys=(*TENANTS, NOBODY)),
         ends=0,
         sabotage="both ask with the same key",
         sabotage_kind="isolation",
