@@ -123,11 +123,10 @@ class DrillServer:
         return {name.removeprefix("holdfast_"): float(value) for name, _, value in pairs}
 
     def wait_warm(self, seconds: float) -> bool:
-        """Until every process is up and a standby is prepared."""
+        """Until every process is up, and a standby prepared where one is kept."""
         deadline_s = time.monotonic() + seconds
         while time.monotonic() < deadline_s:
-            found = self.status()
-            if found["ready"] and self.state("standby 0") in ("prepared", "none"):
+            if status.at_rest(self.status()):
                 return True
             time.sleep(_POLL_S)
         return False
