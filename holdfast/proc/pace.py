@@ -1,8 +1,9 @@
-"""Pace: a standby that prepares itself on a GPU rests as long as it has worked.
+"""Pace: a standby that prepares itself on a GPU rests far longer than it has worked.
 
 A GPU is shared by turns: while a standby computes its warm-up, a live stream's step takes twice as
-long. So between two pieces of that work it waits as long as the piece took, and live streams have
-the GPU to themselves at least half of the time; when it is needed it waits no more. On a CPU the
+long. What streams notice of it is the share of their steps that meet it, so between two pieces it
+waits many times as long as the piece took; when it is needed it waits no more. Pieces are small:
+rehearsals of two layers (model.decoder), and captures, which compute nothing. On a CPU the
 scheduler does better (proc.background). Pure: clock and waiting come from outside.
 """
 
@@ -11,9 +12,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-# A piece that took longer was mostly a compiler, which no stream notices; and seventy captures with
-# as many rests are 3.5 seconds more of a start at most, after which a second fault finds a standby.
-REST_MAX_S = 0.05
+# With rests as long as the pieces, which were whole models, p99 between tokens of an 8B model at 32
+# streams was x1.31 (H200). Most of a piece is its launches now, milliseconds of the host.
+RESTS = 20
+# Fifty pieces (18 shapes of warm-up, some captures a bucket) are 25 seconds more at most, after
+# which a second fault finds a standby. A hurry ends a rest at once.
+REST_MAX_S = 0.5
 
 
 class Pace:
@@ -31,5 +35,5 @@ class Pace:
     def __call__(self) -> None:
         if self.hurried:
             return
-        self.hurried = self._wait(min(self._clock() - self._began_s, REST_MAX_S))
+        self.hurried = self._wait(min(RESTS * (self._clock() - self._began_s), REST_MAX_S))
         self._began_s = self._clock()

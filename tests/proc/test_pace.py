@@ -1,4 +1,4 @@
-"""A standby on a GPU rests as long as it works, until it is needed."""
+"""A standby on a GPU rests far longer than it works, until it is needed."""
 
 from __future__ import annotations
 
@@ -35,15 +35,16 @@ class World:
         return self.hurry
 
 
-def test_each_rest_is_as_long_as_the_piece_before_it_and_bounded() -> None:
+def test_each_rest_is_many_times_the_piece_before_it_and_bounded() -> None:
     world = World()
     paced = Pace(world.wait, world.clock)
-    works = (0.004, 0.0, 0.03, 7.0, 0.01)
+    works = (0.004, 0.0, 0.02, 7.0, 0.01)
     for work in works:
         world.now_s += work
         paced()
-    assert world.rests == pytest.approx([0.004, 0.0, 0.03, REST_MAX_S, 0.01])
-    assert pace.REST_MAX_S <= 0.1, "what a promotion may wait for"
+    assert world.rests == pytest.approx([0.08, 0.0, 0.4, REST_MAX_S, 0.2])
+    assert sum(works[:3]) <= 0.05 * sum(world.rests[:3]), "the share of live steps that meet it"
+    assert 50 * pace.REST_MAX_S <= 60, "until a standby is prepared"
 
 
 def test_who_is_needed_rests_no_more() -> None:
@@ -52,7 +53,7 @@ def test_who_is_needed_rests_no_more() -> None:
     world.now_s += 0.02
     world.hurry = True
     paced()
-    assert paced.hurried and world.rests == pytest.approx([0.02])
+    assert paced.hurried and world.rests == pytest.approx([0.4])
     world.hurry = False
     for _ in range(3):
         world.now_s += 0.02
