@@ -10,6 +10,7 @@ moments of what happened since. It decides nothing about recovery. No torch.
         "standing": true: also to every worker that is promoted later
     {"do": "fault", "to": "next", ...}      to the next worker or standby that is started
     {"do": "corrupt-weights", "kill": true | false}
+    {"do": "hurry"}                         a standby that prepares itself rests no more
     {"do": "forget"}                        no order stands any more
 
 The answer has "at_s" of the monotonic clock, or "error".
@@ -83,6 +84,8 @@ class Provoker:
                     self._fault(dict(order))
                 case "corrupt-weights":
                     self._corrupt_weights(weights_fd, kill=order["kill"])
+                case "hurry":
+                    self._say(self._number("standby 0"), {"type": "hurry"})
                 case "forget":
                     self._standing.clear()
                     self._next = None

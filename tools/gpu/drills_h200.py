@@ -518,11 +518,11 @@ PARTS: dict[str, tuple[Callable[[Report, float], None], float]] = {
     "load": (load, 40),
     "faults": (faults, 90),
     "tests": (tests, 200),
-    "kill": (kill, 120),
+    "kill": (kill, 240),
     "drills": (drills, 290),
     "drills-sabotage": (lambda report, left_s: drills(report, left_s, "--sabotage"), 290),
     "soak": (soak, 560),
-    "large": (lambda report, left_s: large(report, left_s, MODEL[0]), 240),
+    "large": (lambda report, left_s: large(report, left_s, MODEL[0]), 480),
 }
 # Of --model.
 MODEL: list[Path] = []
