@@ -32,7 +32,7 @@ async def corrupt_page(stage: Stage) -> None:
     stage.report.broken = "a bit of a sealed page, and then the worker"
     await stage.fired("corrupt-page", since_s)
     await stage.finish()
-    await judge(stage, WARM_S, broke_itself(stage), notice_s=None)
+    await judge(stage, WARM_S, *broke_itself(stage), notice_s=None)
     stage.expect_moved("pages_verified_total")
     stage.expect_moved("pages_failed_total", found="promotion")
 
