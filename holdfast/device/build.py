@@ -50,6 +50,7 @@ def build_engine(
         return make_ops(kernels, spec, device, limits, memory.pool.element_size())
 
     decoder = Decoder(spec, weights, pieces())
+    options["rehearsal"] = decoder.rehearsal()
     if not graphs:
         return build_runner(limits, decoder, memory, graphs=None, **options)
     # Of their own: their scratch is baked in; steps of other shapes would make it grow and move.
@@ -68,6 +69,7 @@ def build_engine(
             "plain": draws,
         }
     replayed = Decoder(spec, weights, ops)
+    made["graphs_rehearsal"] = replayed.rehearsal()
     return build_runner(limits, decoder, memory, graphs=replayed, **made, **options)
 
 
@@ -77,13 +79,15 @@ def build_runner(
     memory: DeviceMemory,
     *,
     graphs: GraphDecoder | None,
+    graphs_rehearsal: GraphDecoder | None = None,
     attention: BucketAttention | None = None,
     draw: Draw | None = None,
     **options: Any,
 ) -> Runner:
     """A runner over a decoder, not warm yet; `options` are Runner's own.
 
-    graphs: None for none; else a decoder of their own over the same weights.
+    graphs: None for none; else a decoder of their own over the same weights, and
+    graphs_rehearsal what runs in its place before a capture (StepGraphs' `rehearsal`).
     attention, draw: of the graphs. With attention that reads the bucket on the device row state
     lies there too; without any it is the reference, planned on the host, which no GPU can capture.
     Without `draw` the general sampler runs behind each body.
@@ -114,5 +118,6 @@ def build_runner(
         capture=capture,
         attention=attention,
         draw=draw,
+        rehearsal=graphs_rehearsal,
     )
     return Runner(limits, decoder, memory, rows=rows, graphs=made, **options)

@@ -21,9 +21,12 @@ class Capture(Protocol):
 
     bakes: bool
 
-    def capture(self, work: Work) -> Work:
-        """Run the work once and record it; what is returned replays it. The work takes nothing and
-        returns nothing, allocates nothing that outlives it and never waits for the device."""
+    def capture(self, work: Work, rehearsal: Work | None = None) -> Work:
+        """Record the work; what is returned replays it. The work takes nothing and returns nothing,
+        allocates nothing that outlives it and never waits for the device.
+
+        rehearsal: runs once before, in place of the work, and launches every kernel of it."""
+        ...
 
 
 class Rerun:
@@ -31,8 +34,8 @@ class Rerun:
 
     bakes = False
 
-    def capture(self, work: Work) -> Work:
-        work()
+    def capture(self, work: Work, rehearsal: Work | None = None) -> Work:
+        (rehearsal or work)()
         return work
 
 
@@ -50,13 +53,13 @@ class CudaCapture:
         self._stream = torch.cuda.Stream(device=device)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, work: Work) -> Work:
+    def capture(self, work: Work, rehearsal: Work | None = None) -> Work:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             # Compiles, loads kernels and makes this stream's workspaces: none of it is captured.
-            work()
+            (rehearsal or work)()
             # torch.cuda.graph() also empties the allocator's cache each time; seventy times that
             # is seconds. Its own threads may go on: a standby captures beside its control channel.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

@@ -178,9 +178,11 @@ class StepGraphs:
         capture: Capture,
         attention: BucketAttention,
         draw: Draw | None,
+        rehearsal: GraphDecoder | None = None,
     ) -> None:
         """pool, weights: the memory that the decoder reads. draw: None where the general sampler
-        draws for all rows."""
+        draws for all rows. rehearsal: runs before a capture in the decoder's place, with its
+        scratch, and takes the same kernels; None: the decoder itself."""
         require(
             attention.on_device or not capture.bakes,
             f"{attention.name} attention plans on the host and cannot be captured",
@@ -188,6 +190,7 @@ class StepGraphs:
         self._limits = limits
         self._rows = rows
         self._decoder = decoder
+        self._rehearsal = decoder if rehearsal is None else rehearsal
         self._pool = pool
         self._weights = weights
         self._capture = capture
@@ -232,7 +235,10 @@ class StepGraphs:
         tails = self._draw is not None
         total, done = len(self.ladder) * (1 + tails), 0
         for rows in reversed(self.ladder):
-            self._bodies[rows] = self._capture.capture(functools.partial(self._body, rows))
+            self._bodies[rows] = self._capture.capture(
+                functools.partial(self._body, rows),
+                functools.partial(self._body, rows, self._rehearsal),
+            )
             rest()
             if tails:
                 self._tails[rows] = self._capture.capture(functools.partial(self._tail, rows))
@@ -279,11 +285,12 @@ class StepGraphs:
         room = self._limits.table_columns * self._limits.page_tokens
         return shape.query_len == 1 and not shape.prefill and shape.seen_max <= room
 
-    def _body(self, rows: int) -> None:
+    def _body(self, rows: int, decoder: GraphDecoder | None = None) -> None:
+        decoder = self._decoder if decoder is None else decoder
         self._rows.stage_bucket(rows)
         bucket = self._rows.bucket(rows)
         attention = self._attention.of(bucket, self._plan)
-        hidden = self._decoder.forward(bucket.tokens, bucket.positions, attention, self._pool)
+        hidden = decoder.forward(bucket.tokens, bucket.positions, attention, self._pool)
         if self._hidden is None:
             # The largest bucket comes first, and leaves room for all.
             self._hidden = torch.empty(

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from holdfast.device import provoke_graphs
 from holdfast.device.runner import Runner
@@ -46,6 +47,8 @@ _WRITER_S = 3.0
 _UNFENCED_S = 60.0
 _UNFENCED_PAUSE_S = 0.005
 _PROT_NONE = 0
+# A planted page: factor, and bound of what comes of it.
+_PLANT_GAIN, _PLANT_MAX = 8.0, 1e4
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -241,7 +244,14 @@ def _corrupt(runner: Runner, page: int) -> None:
 
 def _plant(runner: Runner, pages: list[int]) -> None:
     """Whole pages of other content, before anybody has summed them."""
-    runner.memory.pool[pages] = -runner.memory.pool[pages]
+    runner.memory.pool[pages] = spoiled(runner.memory.pool[pages])
+
+
+def spoiled(values: torch.Tensor) -> torch.Tensor:
+    """Keys and values that no token of a row behind them survives: the wrong way round, and so loud
+    that attention looks at nothing else. Finite, however often it is done. (Signs alone left 0 to 6
+    of 47 tokens wrong, since a model goes on from what it has just said; these leave all 47.)"""
+    return (values * -_PLANT_GAIN).clamp(-_PLANT_MAX, _PLANT_MAX)
 
 
 def _poison(runner: Runner, slot: tuple[int, int]) -> None:

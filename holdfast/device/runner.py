@@ -123,14 +123,18 @@ class Runner:
         rows: Rows | None = None,
         graphs: StepGraphs | None = None,
         plain: PlainDraws | None = None,
+        rehearsal: DecoderLike | None = None,
     ) -> None:
         """threads: of torch's operations in this process; None leaves them as they are. rows:
         HostRows where none is given. graphs: over the same rows and memory, captured by
-        `warm_up`. plain: draws in eager steps none of whose rows needs the general sampler."""
+        `warm_up`. plain: draws in eager steps none of whose rows needs the general sampler.
+        rehearsal: computes `warm_up` in the decoder's place, with its scratch and its kernels in
+        less time; None: the decoder itself."""
         if threads is not None:
             torch.set_num_threads(threads)
         self.limits = limits
         self.decoder = decoder
+        self._rehearsal = decoder if rehearsal is None else rehearsal
         self.memory = memory
         self.stats = RunnerStats()
         self.epoch = epoch
@@ -252,6 +256,7 @@ class Runner:
         self, captured: Callable[[int, int], None] | None, rest: Callable[[], None]
     ) -> None:
         self.rows.warm_up()
+        rest()
         on_gpu = self.memory.pool.device.type != "cpu"
         for query_lens in warm_up.step_shapes(self.limits, on_gpu=on_gpu):
             tokens = int(query_lens.sum())
@@ -265,16 +270,17 @@ class Runner:
             )
             ids = torch.zeros(tokens, dtype=torch.int64, device=self.memory.pool.device)
             positions = torch.arange(tokens, device=self.memory.pool.device)
-            hidden = self.decoder.forward(ids, positions, attention, self.memory.pool)
+            hidden = self._rehearsal.forward(ids, positions, attention, self.memory.pool)
             ends = torch.from_numpy(np.cumsum(query_lens, dtype=np.int64) - 1)
             last = hidden[ends.to(self.memory.pool.device)]
-            self.decoder.logits(last)
+            self._rehearsal.logits(last)
             last.isfinite().all(dim=-1)
             rest()
         if on_gpu:
             self._warm_up_sampler()
             rest()
         self.memory.warm_up_sums()
+        rest()
         if self._graphs is not None:
             self._graphs.capture(captured, rest)
         self.memory.zero_pages(np.zeros(1, np.int64))

@@ -23,8 +23,8 @@ class Drill:
     cases: variants, each with a report of its own; a case is `kind` or `kind/phase`.
     caught: how the provocation must be met (report.CAUGHT). sabotage: what is broken besides, in
     words; sabotage_kind: the kind of failure that must see it. ends: ends of the worker a case
-    costs, since restarts of a server are paced. spoils: under sabotage the server is not fit for
-    another drill.
+    costs, since restarts of a server are paced. needs_sabotaged: of the server under sabotage,
+    where that is another. spoils: under sabotage the server is not fit for another drill.
     """
 
     name: str
@@ -36,5 +36,6 @@ class Drill:
     cases: tuple[str, ...] = ("",)
     sabotage: str = "a wrong page, planted before it is sealed"
     sabotage_kind: str = "tokens"
+    needs_sabotaged: Needs | None = None
     ends: int = 1
     spoils: bool = False

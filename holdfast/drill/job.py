@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # fmt: off
@@ -31,6 +31,10 @@ class Job:
     temperature: float = 0.0
     seed: int = 0
     key: str | None = None
+
+    def without_key(self) -> Job:
+        """What decides the answer."""
+        return replace(self, key=None)
 
     def body(self, model: str) -> dict[str, Any]:
         """Of POST /v1/completions; the answer names its tokens by id."""

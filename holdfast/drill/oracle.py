@@ -3,8 +3,8 @@
 `Reference` runs the same jobs in this process, undisturbed, and compares token by token: on the CPU
 reference equality is exact. `Explainer` computes one clean teacher-forced pass over prompt and
 emitted tokens, and says of each token how far it lies below the maximum after its keyed noise: on a
-GPU in bf16 near-ties flip, and a right token is one that lies within a small distance. It has a
-decoder and a pool of its own and shares nothing with the server but the files of the model.
+GPU in bf16 near-ties flip, and a right token is one that lies within what rounding explains. It has
+decoders and a pool of its own and shares nothing with the server but the files of the model.
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ from holdfast.wire.draw import gumbel
 
 if TYPE_CHECKING:
     from holdfast.llm import LLM
+    from holdfast.model.decoder import Decoder
     from holdfast.model.spec import ModelSpec
 
 # A token that is not the maximum of the clean pass may be right by rounding alone. In float32 on
 # one machine the passes are bit-equal and this is not used up; it is the least tau there is.
 TAU_MIN = 1e-4
-# A faulted run sees other batch shapes than a fault-free one: its largest distance may be larger.
+# What is judged is more tokens than what tau is taken from, in other batches: its largest error may
+# be larger. (Largest spread of the bundled model in bfloat16: 0.27 of 192 tokens, 0.31 of 2,304.)
 TAU_FACTOR = 2.0
+# Tokens between which a rounding may decide: the highest of a position. A tie of more is rarer than
+# all that is measured here.
+_CONTENDERS = 4
 # Rows of the teacher-forced pass computed at once.
 _CHUNK_TOKENS = 512
 _PAGE_TOKENS = 16
@@ -45,7 +50,7 @@ class Reference:
         from holdfast.api.schema import SamplingParams
         from holdfast.llm import LLM
 
-        keys = [_without_key(job) for job in jobs]
+        keys = [job.without_key() for job in jobs]
         missing = list(dict.fromkeys(key for key in keys if key not in self._known))
         if missing:
             if self._llm is None:
@@ -70,14 +75,11 @@ class Reference:
             self._llm.close()
 
 
-def _without_key(job: Job) -> Job:
-    return Job(job.prompt, job.max_tokens, job.temperature, job.seed)
-
-
 class Explainer:
-    """One clean pass a stream, by the model's own decoder.
+    """One clean pass a stream, by the model's own decoder, in float32.
 
-    dtype: of weights, activations and the pool, as the server has them.
+    dtype: of weights, activations and the pool, as the server has them. The pass has the same
+    weights in float32, so that the roundings of the server are all that its tokens may show.
     """
 
     def __init__(self, spec: ModelSpec, *, device: str = "cpu", dtype: str = "float32") -> None:
@@ -92,22 +94,47 @@ class Explainer:
         self.spec = spec
         self._device = torch.device(device)
         self._dtype = DTYPES[dtype]
-        self._decoder = Decoder(spec, layout.views(slab.to(self._device)))
+        views = layout.views(slab.to(self._device))
+        self._rounding = Decoder(spec, views)
+        self._exact = self._rounding
+        if self._dtype != torch.float32:
+            self._exact = Decoder(spec, {name: view.float() for name, view in views.items()})
 
     def distances(self, job: Job, tokens: Sequence[int]) -> np.ndarray:
         """float32[len(tokens)]: how far each lies below the maximum, noise included; 0 is it.
 
         In units of logits divided by the temperature, or of logits where it is 0.
         """
-        logits = self._logits([*job.prompt, *tokens], len(tokens))
+        scores = self._scores(self._exact, job, tokens)
+        chosen = scores[np.arange(len(tokens)), list(tokens)]
+        return scores.max(axis=1) - chosen
+
+    def spreads(self, job: Job, tokens: Sequence[int]) -> np.ndarray:
+        """float32[len(tokens)]: how far rounding to the server's dtype moves the contenders of a
+        position against each other, in the units of `distances`; 0 in float32.
+
+        If a pass is off by delta_j for token j, what it draws lies at most max delta - min delta
+        below the maximum. That holds for every token; `distances` of a right run sees it only where
+        two are nearly as likely, one in two hundred.
+        """
+        if self._rounding is self._exact:
+            return np.zeros(len(tokens), np.float32)
+        exact = self._scores(self._exact, job, tokens)
+        moved = self._scores(self._rounding, job, tokens) - exact
+        highest = np.argpartition(exact, -_CONTENDERS, axis=1)[:, -_CONTENDERS:]
+        moved = np.take_along_axis(moved, highest, axis=1)
+        return moved.max(axis=1) - moved.min(axis=1)
+
+    def _scores(self, decoder: Decoder, job: Job, tokens: Sequence[int]) -> np.ndarray:
+        """float32[len(tokens), vocab] that each token was the highest of, or should have been."""
+        logits = self._logits(decoder, [*job.prompt, *tokens], len(tokens))
         if job.temperature:
             logits = logits / np.float32(job.temperature)
             for at in range(len(tokens)):
                 logits[at] += gumbel(job.seed, len(job.prompt) + at, logits.shape[1])
-        chosen = logits[np.arange(len(tokens)), list(tokens)]
-        return logits.max(axis=1) - chosen
+        return logits
 
-    def _logits(self, history: Sequence[int], count: int) -> np.ndarray:
+    def _logits(self, decoder: Decoder, history: Sequence[int], count: int) -> np.ndarray:
         """float32[count, vocab] that the last `count` tokens were drawn from."""
         import torch
 
@@ -119,7 +146,8 @@ class Explainer:
         pages = -(-inputs.size // _PAGE_TOKENS)
         # Page 0 is the trash page, here as everywhere.
         shape = (pages + 1, spec.layers, 2, _PAGE_TOKENS, spec.kv_heads, spec.head_dim)
-        pool = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        dtype = torch.float32 if decoder is self._exact else self._dtype
+        pool = torch.zeros(shape, dtype=dtype, device=self._device)
         table = np.arange(1, pages + 1, dtype=np.int32)[None]
         first, found = len(history) - 1 - count, []
         for start in range(0, inputs.size, _CHUNK_TOKENS):
@@ -133,14 +161,15 @@ class Explainer:
             )
             positions = torch.arange(start, start + part.size, device=self._device)
             ids = torch.from_numpy(part).to(self._device)
-            hidden = self._decoder.forward(ids, positions, attention, pool)
+            hidden = decoder.forward(ids, positions, attention, pool)
             wanted = hidden[max(0, first - start) :]
             if wanted.shape[0]:
-                found.append(self._decoder.logits(wanted).float().cpu().numpy())
+                found.append(decoder.logits(wanted).float().cpu().numpy())
         return np.concatenate(found)
 
 
-def tau_of(distances: Iterable[np.ndarray]) -> float:
-    """The distance within which a token counts as right, from fault-free runs of the same job."""
-    largest = max((float(each.max()) for each in distances if each.size), default=0.0)
+def tau_of(errors: Iterable[np.ndarray]) -> float:
+    """The distance within which a token counts as right, from distances and spreads of fault-free
+    runs of the same jobs."""
+    largest = max((float(each.max()) for each in errors if each.size), default=0.0)
     return max(TAU_MIN, TAU_FACTOR * largest)

@@ -16,6 +16,8 @@ SCRUBBED = Needs(options=("--scrub", "0.1"))
 # Prompts of 7 to 9 pages each, for a pool of 120.
 CROWD = 20
 TENANTS = ("drill-tenant-one", "drill-tenant-two")
+# Whose fault-free runs of the same prompts are cached where neither of them finds anything.
+NOBODY = "drill-tenant-none"
 
 
 async def corrupt_page(stage: Stage) -> None:
@@ -30,7 +32,7 @@ async def corrupt_page(stage: Stage) -> None:
     stage.report.broken = "a bit of a sealed page, and then the worker"
     await stage.fired("corrupt-page", since_s)
     await stage.finish()
-    await judge(stage, WARM_S, broke_itself(stage), notice_s=None)
+    await judge(stage, WARM_S, *broke_itself(stage), notice_s=None)
     stage.expect_moved("pages_verified_total")
     stage.expect_moved("pages_failed_total", found="promotion")
 
@@ -61,13 +63,15 @@ async def _scrubbed_page(stage: Stage) -> None:
 
 
 async def corrupt_weights(stage: Stage) -> None:
+    if stage.sabotage:
+        await _unseen_weights(stage)
+        return
     scrub = stage.case == "scrub"
     streams = await stage.open()
     await stage.have(streams)
-    await stage.provoke(do="corrupt-weights", kill=not (scrub or stage.sabotage))
+    await stage.provoke(do="corrupt-weights", kill=not scrub)
     stage.report.broken = f"signs of weights, {'beside' if scrub else 'after the end of'} a worker"
-    stage.report.planted = stage.sabotage
-    if scrub and not stage.sabotage:
+    if scrub:
         # What was emitted from them is gone; what is asked afterwards is promised.
         await stage.finish()
         what = "the scrub finds the weights"
@@ -75,13 +79,25 @@ async def corrupt_weights(stage: Stage) -> None:
         streams = await stage.open()
     await stage.finish()
     stage.judge(streams)
-    if stage.sabotage:
-        return
     if not scrub:
         stage.judge_clocks("worker 0", resume_s=COLD_WORKER_S)
     stage.expect_moved("process_restarts_total", 1 if scrub else 2, role="worker")
     stage.expect_moved("faults_total", kind="weights")
     await stage.judge_home()
+
+
+async def _unseen_weights(stage: Stage) -> None:
+    """The worker lives on and no scrub reads: what comes of wrong weights reaches the clients.
+
+    Asked when the order is done, since on a GPU that takes a second, which streams do not.
+    """
+    jobs = stage.jobs(stage.count)
+    await stage.prepare(jobs)
+    await stage.provoke(do="corrupt-weights", kill=False)
+    stage.report.broken = "signs of weights, and nobody looks"
+    stage.report.planted = True
+    await stage.finish(await stage.open(jobs, clean=False))
+    stage.judge()
 
 
 async def nan_row(stage: Stage) -> None:
@@ -116,13 +132,13 @@ async def tenant_isolation(stage: Stage) -> None:
     other = one if stage.sabotage else two
     stage.report.planted = stage.sabotage
     stage.report.broken = "a second API key asks what the first has cached, before and in a crowd"
-    # Of other prompts: what is run twice is cached.
-    await stage.prepare([replace(each, key=one) for each in stage.jobs(4, "clean")])
-    for at, job in enumerate(stage.jobs(2, "planted fact")):
+    planted = stage.jobs(2, "planted fact")
+    crowd = stage.jobs(max(CROWD, stage.count), "crowd", tokens=16)
+    await stage.prepare([replace(each, key=NOBODY) for each in (*planted, *crowd)])
+    for at, job in enumerate(planted):
         load = []
         if at:
             # Prompts of the first tenant crowd the pool; nobody's pages may become the second's.
-            crowd = stage.jobs(max(CROWD, stage.count), "crowd", tokens=16)
             load = await stage.open([replace(each, key=one) for each in crowd], clean=False)
             await stage.have(load[: len(load) // 2], 1)
         cached = await _asked_twice(stage, replace(job, key=one))
@@ -162,7 +178,8 @@ DRILLS = (
         cases=("promotion", "scrub"),
         needs=SCRUBBED,
         ends=2,
-        sabotage="what is emitted before anybody looks at the weights is judged, too",
+        sabotage="nobody looks at the weights, and what comes of them is judged",
+        needs_sabotaged=Needs(),
         spoils=True,
     ),
     Drill(
@@ -177,7 +194,7 @@ DRILLS = (
         play=tenant_isolation,
         caught="refused before launch",
         streams=16,
-        needs=Needs(kv_pages=120, rows=16, keys=TENANTS),
+        needs=Needs(kv_pages=120, rows=16, keys=(*TENANTS, NOBODY)),
         ends=0,
         sabotage="both ask with the same key",
         sabotage_kind="isolation",

@@ -50,6 +50,8 @@ class Report:
     tokens_equal: int = 0
     tokens_explained: int = 0
     tau: float | None = None
+    farthest: float | None = None
+    """Of all judged tokens: how far the worst lies below the maximum (docs/equality.md)."""
     noticed_s: float | None = None
     fenced_s: float | None = None
     resumed_s: float | None = None

@@ -96,7 +96,7 @@ class Runner:
         report.sabotage_kind = drill.sabotage_kind
         started_s = time.monotonic()
         try:
-            server = self._fit(drill)
+            server = self._fit(drill, sabotage)
             started_s = time.monotonic()
             count = streams or drill.streams
             stage = Stage(server, report, self._judges, count, device=self._plan.device)
@@ -111,9 +111,11 @@ class Runner:
         report.seconds = time.monotonic() - started_s
         return report
 
-    def _fit(self, drill: Drill) -> DrillServer:
+    def _fit(self, drill: Drill, sabotage: bool) -> DrillServer:
         """A server that is up, warm and not worn by the drills before."""
         server, needs = self._server, drill.needs
+        if sabotage and drill.needs_sabotaged is not None:
+            needs = drill.needs_sabotaged
         if self._plan.graphs:
             needs = replace(needs, graphs=True)
         worn = server is not None and (

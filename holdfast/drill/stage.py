@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from holdfast.api.text import Tokenizer
 from holdfast.core.metrics import METRICS
 from holdfast.drill.client import Stream
@@ -27,6 +29,8 @@ from holdfast.errors import OperatorError
 # Until every stream has begun, a provocation has fired, a process is up: far above what it takes.
 WAIT_S = 60.0
 WARM_S = 150.0
+# Fault-free streams that are asked one after another.
+ALONE = 4
 # Tokens that every stream has before something breaks: it is in the middle of its answer.
 BEGUN = 4
 _POLL_S = 0.01
@@ -62,7 +66,10 @@ class Stage:
         self.sabotage = report.sabotage
         self.broken_s: float | None = None
         self._streams: list[Stream] = []
+        # Of fault-free runs: the first answer to each job, and every one; jobs without their keys.
         self._clean: dict[Job, list[int]] = {}
+        self._clean_runs: set[tuple[Job, tuple[int, ...]]] = set()
+        self._distances: dict[tuple[Job, tuple[int, ...]], np.ndarray] = {}
         self._started_s = time.monotonic()
         self._before = server.metrics()
 
@@ -105,11 +112,14 @@ class Stage:
 
     async def prepare(self, jobs: Sequence[Job]) -> None:
         """Where tokens are explained: the same jobs on the same server before anything is broken,
-        which tau is taken from. Raises OperatorError when one of them does not end well."""
+        which tau is taken from. In all that the drill's own streams will meet, since roundings
+        differ with the batch and with what is cached: together, in a crowd as large as the drill's,
+        and some alone. Raises OperatorError when one of them does not end well."""
         if self.judges.explainer is None:
             return
-        # As many as have rows: nothing of it may be refused, and logits differ with the batch.
-        room = asyncio.Semaphore(self.server.needs.rows)
+        # Nothing of it may be refused.
+        rows = self.server.needs.rows
+        room = asyncio.Semaphore(rows)
 
         async def run(job: Job) -> None:
             async with room:
@@ -118,10 +128,18 @@ class Stage:
                 await stream.finish()
             if not stream.whole:
                 raise OperatorError(f"a fault-free stream ended {stream.ended!r}: {stream.error}")
-            self._clean[job] = stream.tokens
+            plain = job.without_key()
+            self._clean.setdefault(plain, stream.tokens)
+            self._clean_runs.add((plain, tuple(stream.tokens)))
 
-        missing = [job for job in dict.fromkeys(jobs) if job not in self._clean]
+        missing = [job for job in dict.fromkeys(jobs) if job.without_key() not in self._clean]
         await asyncio.gather(*(run(job) for job in missing))
+        width = min(rows, self.count)
+        if missing and width > len(missing):
+            crowd = itertools.islice(itertools.cycle(missing), width)
+            await asyncio.gather(*(run(job) for job in crowd))
+        for job in missing[:ALONE]:
+            await run(job)
 
     async def until(self, what: str, check: Callable[[], Any], seconds: float = WAIT_S) -> bool:
         """Look again and again; False, and a failure, at the deadline."""
@@ -203,30 +221,43 @@ class Stage:
             pairs = zip(stream.tokens, right, strict=False)
             wrong = [at for at, (ours, theirs) in enumerate(pairs) if ours != theirs]
             equal = min(count, len(right)) - len(wrong)
+            farthest = 0.0
             if explainer is not None:
-                far = explainer.distances(stream.job, stream.tokens) > tau
-                wrong = far.nonzero()[0].tolist()
+                distances = self._distances_of(stream.job.without_key(), tuple(stream.tokens))
+                farthest = float(distances.max(initial=0.0))
+                report.farthest = max(report.farthest or 0.0, farthest)
+                wrong = (distances > tau).nonzero()[0].tolist()
             report.tokens += count
             report.tokens_equal += equal
             report.tokens_explained += count - len(wrong)
             if wrong:
-                self.fail(
-                    "tokens", f"{len(wrong)} of {count} tokens wrong, the first at {wrong[0]}"
-                )
+                text = f"{len(wrong)} of {count} tokens wrong, the first at {wrong[0]}"
+                if explainer is not None:
+                    text += f", up to {farthest:.3f} below the maximum; tau is {tau:.3f}"
+                self.fail("tokens", text)
 
     def _tau(self) -> float:
         """Of all fault-free runs of this case. None is needed where equality is exact."""
         explainer = self.judges.explainer
         if explainer is None:
             return 0.0
-        self.report.tau = tau_of(explainer.distances(*pair) for pair in self._clean.items())
+        errors = [self._distances_of(*run) for run in self._clean_runs]
+        errors += [explainer.spreads(*pair) for pair in self._clean.items()]
+        self.report.tau = tau_of(errors)
         return self.report.tau
+
+    def _distances_of(self, job: Job, tokens: tuple[int, ...]) -> np.ndarray:
+        """The explainer's; a storm has few answers and many that ask for them."""
+        assert self.judges.explainer is not None
+        if (job, tokens) not in self._distances:
+            self._distances[job, tokens] = self.judges.explainer.distances(job, tokens)
+        return self._distances[job, tokens]
 
     def _expected(self, streams: list[Stream]) -> list[list[int]]:
         """The tokens of each; none where there was no fault-free run of its own."""
         if self.judges.explainer is None:
             return self.judges.reference.tokens(stream.job for stream in streams)
-        return [self._clean.get(stream.job, []) for stream in streams]
+        return [self._clean.get(stream.job.without_key(), []) for stream in streams]
 
     def judge_clocks(
         self, role: str, *, resume_s: float, notice_s: float | None = NOTICE_S

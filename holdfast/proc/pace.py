@@ -1,35 +1,29 @@
-"""Pace: a standby that prepares itself on a GPU rests as long as it has worked.
+"""Pace: a standby that prepares itself on a GPU rests far longer than it works.
 
 A GPU is shared by turns: while a standby computes its warm-up, a live stream's step takes twice as
-long. So between two pieces of that work it waits as long as the piece took, and live streams have
-the GPU to themselves at least half of the time; when it is needed it waits no more. On a CPU the
-scheduler does better (proc.background). Pure: clock and waiting come from outside.
+long. What streams notice of it is the share of their steps that meet it, so after each piece of
+work it waits a second; when it is needed it waits no more. Pieces are small: rehearsals of two
+layers (model.decoder), and captures, which compute nothing. On a CPU the scheduler does better
+(proc.background). Pure: waiting comes from outside.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
-# A piece that took longer was mostly a compiler, which no stream notices; and seventy captures with
-# as many rests are 3.5 seconds more of a start at most, after which a second fault finds a standby.
-REST_MAX_S = 0.05
+# A context of its own and its first cuBLAS calls cannot be paced: 0.4 s in which a live step takes
+# up to 1.6 times as long (docs/gpu-faults.md). Some 33 pieces with as many rests make that 1 % of
+# the time until a standby is prepared; one that is needed before hurries.
+REST_S = 1.0
 
 
 class Pace:
     """Called when a piece of work is over, on the GPU too."""
 
-    def __init__(
-        self, wait: Callable[[float], bool], clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, wait: Callable[[float], bool]) -> None:
         """wait(seconds): whether there is a hurry, as soon as there is; else after so long."""
         self._wait = wait
-        self._clock = clock
-        self._began_s = clock()
         self.hurried = False
 
     def __call__(self) -> None:
-        if self.hurried:
-            return
-        self.hurried = self._wait(min(self._clock() - self._began_s, REST_MAX_S))
-        self._began_s = self._clock()
+        self.hurried = self.hurried or self._wait(REST_S)

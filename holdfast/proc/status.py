@@ -138,6 +138,15 @@ def ask(pid: int, request: dict[str, Any]) -> dict[str, Any] | None:
             return None
 
 
+def at_rest(found: dict[str, Any]) -> bool:
+    """Of a status: every process is up, and the next worker prepared where one is kept. A cold
+    standby has no process until a worker is lost, and `none` not even a place."""
+    if not found["ready"]:
+        return False
+    states = [p["state"] for p in found["processes"] if p["title"].startswith("holdfast standby")]
+    return found["standby"] != "warm" or states == ["prepared"]
+
+
 def read_all() -> list[dict[str, Any]]:
     """The status of every server of this user (root: of all) in this network namespace, by pid."""
     pids = set()

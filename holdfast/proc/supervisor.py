@@ -157,6 +157,7 @@ class Supervisor:
             "model": self.options.served_name,
             "phase": str(lifecycle.phase),
             "ready": lifecycle.all_ready,
+            "standby": str(lifecycle.policy.standby),
             "epoch": lifecycle.epoch,
             "uptime_s": round(now_s - self._started_s, 3),
             "rss_bytes": status.memory_bytes(os.getpid()),

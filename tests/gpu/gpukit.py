@@ -90,8 +90,10 @@ class Server:
         return next(p for p in self.status()["processes"] if p["title"].startswith(title))
 
     def wait_standby(self) -> None:
+        """Until the next kill finds what `--standby` promises; one that is cold is never waited
+        for, since it has no process."""
         end_s = time.monotonic() + DEADLINE_S
-        while self.process("holdfast standby")["state"] != "prepared":
+        while not status.at_rest(self.status()):
             assert time.monotonic() < end_s, f"no standby: {self.log()[-3000:]}"
             time.sleep(0.05)
 

@@ -1,4 +1,4 @@
-"""A standby on a GPU rests as long as it works, until it is needed."""
+"""A standby on a GPU rests far longer than it works, until it is needed."""
 
 from __future__ import annotations
 
@@ -10,54 +10,53 @@ from typing import Any
 
 import pytest
 
+from holdfast.config import Limits
+from holdfast.device.warm_up import step_shapes
 from holdfast.errors import LinkClosed, LinkError
-from holdfast.proc import pace
 from holdfast.proc.child import Boot
 from holdfast.proc.control import Control
-from holdfast.proc.pace import REST_MAX_S, Pace
+from holdfast.proc.pace import Pace
 from holdfast.proc.worker import Stopped, make_pace, wait_for_hurry
+from holdfast.wire.envelope import buckets
+
+# A context and the first cuBLAS calls (docs/gpu-faults.md).
+UNPACED_S = 0.4
 
 
-class World:
-    """A clock that work and rests move; `hurry` is whether the next rest is broken off."""
+class Rests:
+    """hurry: whether the next rest is broken off."""
 
     def __init__(self) -> None:
-        self.now_s = 100.0
-        self.rests: list[float] = []
+        self.taken: list[float] = []
         self.hurry = False
 
-    def clock(self) -> float:
-        return self.now_s
-
     def wait(self, seconds: float) -> bool:
-        self.rests.append(seconds)
-        self.now_s += 0 if self.hurry else seconds
+        self.taken.append(seconds)
         return self.hurry
 
 
-def test_each_rest_is_as_long_as_the_piece_before_it_and_bounded() -> None:
-    world = World()
-    paced = Pace(world.wait, world.clock)
-    works = (0.004, 0.0, 0.03, 7.0, 0.01)
-    for work in works:
-        world.now_s += work
+def test_what_cannot_be_paced_is_one_percent_of_the_time_that_the_pieces_take() -> None:
+    """33 pieces: of 64 rows. A minute is what a standby may take."""
+    rests = Rests()
+    paced = Pace(rests.wait)
+    limits = Limits(vocab_size=8, context_tokens=8192, prefill_tokens=8192, pages=8)
+    shapes, captures = step_shapes(limits, on_gpu=True), 2 * len(buckets(limits.rows_max))
+    for _ in range(3 + len(shapes) + captures):
         paced()
-    assert world.rests == pytest.approx([0.004, 0.0, 0.03, REST_MAX_S, 0.01])
-    assert pace.REST_MAX_S <= 0.1, "what a promotion may wait for"
+    assert UNPACED_S / (UNPACED_S + sum(rests.taken)) < 0.0125
+    assert sum(rests.taken) < 60
 
 
 def test_who_is_needed_rests_no_more() -> None:
-    world = World()
-    paced = Pace(world.wait, world.clock)
-    world.now_s += 0.02
-    world.hurry = True
+    rests = Rests()
+    paced = Pace(rests.wait)
+    rests.hurry = True
     paced()
-    assert paced.hurried and world.rests == pytest.approx([0.02])
-    world.hurry = False
+    assert paced.hurried and len(rests.taken) == 1
+    rests.hurry = False
     for _ in range(3):
-        world.now_s += 0.02
         paced()
-    assert len(world.rests) == 1
+    assert len(rests.taken) == 1
 
 
 @pytest.fixture

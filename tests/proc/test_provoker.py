@@ -44,6 +44,15 @@ def test_with_drills_a_role_is_killed_and_the_moments_are_kept(serve: Serve) -> 
     assert sorted(m["at_s"] for m in moments) == [m["at_s"] for m in moments]
 
 
+def test_a_standby_is_told_to_hurry_as_when_it_is_needed(serve: Serve) -> None:
+    server = serve(drills=True, standby="warm").wait_ready()
+    assert "no process is" in provoke(serve(drills=True).wait_ready(), {"do": "hurry"})["error"]
+    until("a standby", lambda: server.pids().get("holdfast standby 0"))
+    assert "at_s" in provoke(server, {"do": "hurry"})
+    until("its word", lambda: server.messages("standby", "hurry"))
+    until("rest", lambda: status.at_rest(server.status()))
+
+
 @pytest.mark.parametrize(
     ("order", "why"),
     [

@@ -14,6 +14,8 @@ from conftest import WAIT_S, Server, gone, until
 from test_failover import assert_every_stream_is_whole, ended, start, streaming
 from test_http_failover import MODEL, stream, url
 
+from holdfast.proc.status import at_rest
+
 Serve = Callable[..., Server]
 WORKER, STANDBY, CORE = "holdfast worker 0", "holdfast standby 0", "holdfast core"
 # Of the warm target on two cores, from SIGKILL to the next token, with the bundled model.
@@ -45,6 +47,23 @@ def test_a_standby_takes_the_place_of_a_killed_worker_and_the_next_one_is_starte
     assert prepared(server) not in (worker, standby)
     with open(f"/proc/{standby}/cmdline", "rb") as file:
         assert file.read().strip(b"\0") == WORKER.encode()
+
+
+@pytest.mark.parametrize("kind", ["warm", "cold", "none"])
+def test_a_server_is_at_rest_when_the_next_kill_finds_what_its_standby_promises(
+    serve: Serve, kind: str
+) -> None:
+    """A cold standby never waits and `none` has no place: neither is waited for."""
+    server = serve(standby=kind).wait_ready()
+    for epoch in (2, 3):
+        until("rest", lambda: at_rest(server.status()))
+        states = {p["title"]: p["state"] for p in server.status()["processes"]}
+        assert states.get(STANDBY) == {"warm": "prepared", "cold": "gone", "none": None}[kind]
+        os.kill(server.pids()[WORKER], signal.SIGKILL)
+        until(
+            "the next epoch",
+            lambda epoch=epoch: server.messages("core", "worker", epoch=epoch, fds=1),
+        )
 
 
 @pytest.mark.parametrize("role", [WORKER, CORE, "both"])

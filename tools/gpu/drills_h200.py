@@ -395,12 +395,16 @@ def soak(report: Report, left_s: float) -> None:
 
 
 def large(report: Report, left_s: float, model: Path) -> None:
-    """Issue 5's figures: resumed within 0.3 s with a warm standby and 6 s with a cold one."""
-    for standby, most_ms in (("warm", 300.0), ("cold", 6000.0)):
-        _large(report, model, standby, most_ms)
+    """Issue 5's figures: resumed within 0.3 s with a warm standby and 6 s with a cold one. Without
+    any there is no promise."""
+    for standby, most_ms in (("warm", 300.0), ("cold", 6000.0), ("none", None)):
+        try:
+            _large(report, model, standby, most_ms)
+        except Exception as error:  # As of parts: the others have their run.
+            report.add("large", f"broke, {standby}", repr(error)[:2000], False)
 
 
-def _large(report: Report, model: Path, standby: str, most_ms: float) -> None:
+def _large(report: Report, model: Path, standby: str, most_ms: float | None) -> None:
     from gpukit import Server, until_streaming
 
     # Ids, since a folder with nothing but a config.json has no tokenizer.
@@ -425,7 +429,7 @@ def _large(report: Report, model: Path, standby: str, most_ms: float) -> None:
             runs[-1] |= {"lost": lost, "equal": equal}
         metrics = server.metrics()
     resumed = [run["all_resumed_ms"] for run in runs]
-    ok = all(ms is not None and ms <= most_ms for ms in resumed)
+    ok = all(ms is not None and (most_ms is None or ms <= most_ms) for ms in resumed)
     shown = ", ".join("never" if ms is None else f"{ms:.0f}" for ms in resumed)
     report.add("large", f"kill to a token in every stream, {standby}", f"{shown} ms", ok, runs=runs)
     fenced = ", ".join(f"{run['fenced_ms']:.0f}" for run in runs)
@@ -514,11 +518,11 @@ PARTS: dict[str, tuple[Callable[[Report, float], None], float]] = {
     "load": (load, 40),
     "faults": (faults, 90),
     "tests": (tests, 200),
-    "kill": (kill, 120),
+    "kill": (kill, 240),
     "drills": (drills, 290),
     "drills-sabotage": (lambda report, left_s: drills(report, left_s, "--sabotage"), 290),
     "soak": (soak, 560),
-    "large": (lambda report, left_s: large(report, left_s, MODEL[0]), 240),
+    "large": (lambda report, left_s: large(report, left_s, MODEL[0]), 480),
 }
 # Of --model.
 MODEL: list[Path] = []
