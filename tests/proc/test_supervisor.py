@@ -39,6 +39,8 @@ def test_every_process_gets_its_descriptors_and_is_titled(serve: Serve) -> None:
 def test_a_dead_worker_is_fenced_and_replaced_over_weights_that_are_held(serve: Serve) -> None:
     server = serve().wait_ready()
     before = server.pids()
+    # It notes its promotion a moment after it has it; killed before that, it never would.
+    until("noted", lambda: server.messages("worker", "promote"))
     os.kill(before["holdfast worker 0"], signal.SIGKILL)
     until("new worker at the core", lambda: server.messages("core", "worker", epoch=2, fds=1))
     assert server.messages("core", "worker_lost", epoch=1)
