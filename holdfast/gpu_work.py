@@ -31,7 +31,7 @@ _PIECES_BYTES = 256 * MIB
 # cuBLAS keeps a workspace a stream: 32 MiB on Hopper. The first stream's is part of a context.
 _CUBLAS_BYTES = 32 * MIB
 # A node of an instantiated graph, its kernel's arguments included, and nodes a layer (four
-# launches, four products of up to two kernels, attention in two). An estimate until it is measured.
+# launches, four products of up to two kernels, attention). An estimate until it is measured.
 _NODE_BYTES, _LAYER_NODES = 16 << 10, 16
 # More than the GPUs of today have (H200 132, B200 148, RTX PRO 6000 188): more SMs, more splits.
 _SM_COUNT = 192

@@ -1,12 +1,12 @@
 """The scheduler: what the next step does, and which pages it may write.
 
 Continuous batching, one plan at a time. In a plan: first every row that needs one token computed
-(decode), as far as pages go; then chunks of prompts that are under way, oldest first; then new
-admissions. The token budget of a step is `limits.prefill_tokens`; decode rows come out of it first
-and are never left out for a prompt (their floor), and a prompt under way gets at least one page's
-worth of what is left (its floor), so neither starves the other. Beside decode rows prompts get
-`limits.mixed_prefill_tokens` at most: a step takes as long as its chunk, and every row that decodes
-waits for it.
+(decode, the longest first), as far as pages go; then chunks of prompts that are under way, oldest
+first; then new admissions. The token budget of a step is `limits.prefill_tokens`; decode rows come
+out of it first and are never left out for a prompt (their floor), and a prompt under way gets at
+least one page's worth of what is left (its floor), so neither starves the other. Beside decode rows
+prompts get `limits.mixed_prefill_tokens` at most: a step takes as long as its chunk, and every row
+that decodes waits for it.
 
 When pages run short: cached pages are evicted (kv.ledger); rows that would need a page are left out
 of the step while pages of ended requests are on their way back; then the youngest row of the lowest

@@ -39,6 +39,8 @@ PAGE_BYTES = 16 * 36 * 2 * 8 * 128 * 2
 FENCED_MS, FENCED_MS_ELSE = {"address": 400}, 800
 FAULTS = ("address", "instruction", "trap", "misaligned", "assert", "dma")
 STREAMS, TOKENS = 32, 400
+# A paced standby of an 8B model takes about 40 s.
+WARM_S_MAX = 120.0
 ALONE = ("worker-kill", "gpu-fault:address/decode", "gpu-fault:assert/decode", "hang:spin")
 BESIDE = {
     "faults": (
@@ -217,7 +219,7 @@ def verify(report: Report, left_s: float) -> None:
 
 def kill(report: Report, left_s: float) -> None:
     """SIGKILL the worker under 32 streams, thrice; all clocks from outside the server."""
-    from gpukit import Server, until_streaming
+    from gpukit import Server
 
     prompts = [f"Page {n} of the manual says that " * (1 + n % 5) for n in range(STREAMS)]
     for dtype in ("float32", "bfloat16"):
@@ -227,24 +229,31 @@ def kill(report: Report, left_s: float) -> None:
             report.add("kill", f"start to ready, {dtype}", f"{server.ready_s:.1f} s")
             clean = server.answer(prompts, TOKENS)
             itl = [b - a for s in clean for a, b in zip(s.at_s, s.at_s[1:], strict=False)]
-            server.wait_standby()
-            runs = []
-            for _ in range(3 if dtype == "float32" else 1):
-                streams, threads = server.stream(prompts, TOKENS)
-                until_streaming(streams, 20)
-                runs.append(_one_kill(server.process("holdfast worker")["pid"], streams))
-                for thread in threads:
-                    thread.join(60)
-                lost = sum(bool(s.error) or s.finish != "length" for s in streams)
-                equal = sum(a.text == b.text for a, b in zip(streams, clean, strict=True))
-                runs[-1] |= {"lost": lost, "equal": equal}
-                server.wait_standby()
+            runs = _kills(server, prompts, clean, 3 if dtype == "float32" else 1)
             metrics = server.metrics()
         _kill_rows(report, dtype, runs, itl)
         compiled = [x for x in metrics.splitlines() if x.startswith("holdfast_compiles_after")]
         report.add(
             "kill", f"compiles after ready, {dtype}", " ".join(compiled), compiled[-1][-3:] == "0.0"
         )
+
+
+def _kills(server: Any, prompts: list, clean: list, count: int) -> list[dict[str, Any]]:
+    """What clients saw of so many kills of the worker, each with its standby at rest before it."""
+    from gpukit import until_streaming
+
+    runs = []
+    for _ in range(count):
+        server.wait_standby()
+        streams, threads = server.stream(prompts, TOKENS)
+        until_streaming(streams, 20)
+        runs.append(_one_kill(server.process("holdfast worker")["pid"], streams))
+        for thread in threads:
+            thread.join(60)
+        lost = sum(bool(s.error) or s.finish != "length" for s in streams)
+        equal = sum(a.text == b.text for a, b in zip(streams, clean, strict=True))
+        runs[-1] |= {"lost": lost, "equal": equal}
+    return runs
 
 
 def _one_kill(pid: int, streams: list) -> dict[str, Any]:
@@ -405,7 +414,7 @@ def large(report: Report, left_s: float, model: Path) -> None:
 
 
 def _large(report: Report, model: Path, standby: str, most_ms: float | None) -> None:
-    from gpukit import Server, until_streaming
+    from gpukit import Server
 
     # Ids, since a folder with nothing but a config.json has no tokenizer.
     prompts = [[11 + at, 7, 5] * (20 + at % 9) for at in range(STREAMS)]
@@ -416,17 +425,7 @@ def _large(report: Report, model: Path, standby: str, most_ms: float | None) -> 
         if standby == "warm":
             _beside_standby(report, server, prompts)
         clean = server.answer(prompts, TOKENS)
-        runs = []
-        for _ in range(3):
-            server.wait_standby()
-            streams, threads = server.stream(prompts, TOKENS)
-            until_streaming(streams, 20)
-            runs.append(_one_kill(server.process("holdfast worker")["pid"], streams))
-            for thread in threads:
-                thread.join(60)
-            lost = sum(bool(s.error) or s.finish != "length" for s in streams)
-            equal = sum(a.text == b.text for a, b in zip(streams, clean, strict=True))
-            runs[-1] |= {"lost": lost, "equal": equal}
+        runs = _kills(server, prompts, clean, 3)
         metrics = server.metrics()
     resumed = [run["all_resumed_ms"] for run in runs]
     ok = all(ms is not None and (most_ms is None or ms <= most_ms) for ms in resumed)
@@ -447,7 +446,11 @@ def _large(report: Report, model: Path, standby: str, most_ms: float | None) -> 
 def _beside_standby(report: Report, server: Any, prompts: list) -> None:
     """Inter-token latency of 32 streams while a standby warms, and when it has."""
     warming, still = [], []
+    end_s = time.monotonic() + WARM_S_MAX
     while server.process("holdfast standby")["state"] != "prepared":
+        if time.monotonic() > end_s:
+            report.add("large", "standby", f"not prepared after {WARM_S_MAX:g} s", False)
+            return
         warming += _gaps_ms(server.answer(prompts, 100))
     memory = _gpu_memory_mib(server.process("holdfast standby")["pid"])
     for _ in range(6):

@@ -217,6 +217,7 @@ def multiply_warps(
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=GROUPS)
     fence_async_shared()
+    # Written out for each number of groups: constants out of a tuple are none to the compiler.
     if GROUPS == 1:
         gl.warp_specialize(
             [
