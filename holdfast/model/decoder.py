@@ -11,6 +11,7 @@ threads at once: a decoder's ops have one scratch.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import torch
 
@@ -20,6 +21,23 @@ from holdfast.ops.attention import AttentionBatch, StaticBatch
 
 # All layers of a model have the same shapes, biases and alignment (model.weights.WeightsLayout).
 _REHEARSED_LAYERS = 2
+
+
+@dataclass(slots=True)
+class Stream:
+    """What flows through a step of N rows, `padded_rows` of its tokens or more.
+
+    tokens: int64[t], t <= N; x: [N, hidden], the residual stream; attended: [N, heads * head_dim],
+    what the last attention left; hidden: [N, hidden], what the last segment leaves. qkv: [N, (heads
+    + 2 * kv_heads) * head_dim], what the last segment left for the next attention, None before the
+    first. Valid until its ops compute another step, but for a `hidden` that was given.
+    """
+
+    tokens: torch.Tensor
+    x: torch.Tensor
+    attended: torch.Tensor
+    hidden: torch.Tensor
+    qkv: torch.Tensor | None = None
 
 
 class Layer:
@@ -41,24 +59,21 @@ class Layer:
         self.down = weights[own + "down"]
         self.down_bias = weights.get(own + "down_bias")
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        delta: torch.Tensor | None,
-        step: Step,
-        pool: torch.Tensor,
-        ops: LayerOps,
-    ) -> torch.Tensor:
-        """Advance the stream x [rows, hidden]; the step's t tokens are its first t rows.
-
-        delta: what the layer before leaves to be added to x, None before the first. Returns what
-        this one leaves.
-        """
+    def before(self, x: torch.Tensor, delta: torch.Tensor | None, ops: LayerOps) -> torch.Tensor:
+        """q, k and v of the stream x [rows, hidden], to which `delta` is added first: what the
+        layer before left, None before the first."""
         normed = ops.add_norm(x, delta, self.input_norm)
-        qkv = ops.linear(normed, self.qkv, self.qkv_bias, "qkv")
-        attended = ops.attend(step, self.index, qkv, self.q_norm, self.k_norm, pool)
-        delta = ops.linear(attended, self.output, self.output_bias, "delta")
+        return ops.linear(normed, self.qkv, self.qkv_bias, "qkv")
 
+    def attend(
+        self, step: Step, qkv: torch.Tensor, pool: torch.Tensor, ops: LayerOps, out: torch.Tensor
+    ) -> None:
+        """Attention of the step's t tokens, the first t rows of qkv and of `out`."""
+        ops.attend(step, self.index, qkv, self.q_norm, self.k_norm, pool, out)
+
+    def after(self, x: torch.Tensor, attended: torch.Tensor, ops: LayerOps) -> torch.Tensor:
+        """Advance the stream by what attention left; returns what is to be added to it next."""
+        delta = ops.linear(attended, self.output, self.output_bias, "delta")
         normed = ops.add_norm(x, delta, self.mlp_norm)
         gate_up = ops.linear(normed, self.gate_up, self.gate_up_bias, "gate_up")
         return ops.linear(ops.gated(gate_up), self.down, self.down_bias, "delta")
@@ -77,6 +92,14 @@ class Decoder:
         self.head = weights.get("head", self.embed)
         self.layers = [Layer(index, weights) for index in range(spec.layers)]
         self.ops: LayerOps = ops or ReferenceOps(spec, self.embed.device)
+
+    def beside(self) -> Decoder:
+        """One over the same weights, tables and workspaces of attention, but with a scratch of its
+        own: steps of this one, which may make theirs grow and move, leave that where it is. The two
+        follow each other on one stream."""
+        other = copy.copy(self)
+        other.ops = self.ops.beside()
+        return other
 
     def rehearsal(self) -> Decoder:
         """One that takes every kernel this one takes, in a fraction of the time: the first layer,
@@ -104,21 +127,75 @@ class Decoder:
         tokens, positions: int64[t]; pool: [pages, layers, 2, page_tokens, kv_heads, head_dim].
         Returns the normed hidden states [t, hidden], a tensor of its own.
         """
-        step = self.ops.begin(positions, attention, pool, self.embed.dtype)
+        step = self.begin(positions, attention, pool)
         return self.compute(tokens, step, pool)
 
     @torch.inference_mode()
     def compute(self, tokens: torch.Tensor, step: Step, pool: torch.Tensor) -> torch.Tensor:
         """`forward` of a step that its ops worked out before: what a graph captures."""
-        count = tokens.numel()
-        shape = (step.rows, self.spec.hidden_size)
-        x = self.ops.scratch.take("x", shape, self.embed.dtype)
-        torch.index_select(self.embed, 0, tokens, out=x[:count])
-        x[count:].zero_()
+        hidden = torch.empty(
+            (step.rows, self.spec.hidden_size), dtype=self.embed.dtype, device=self.embed.device
+        )
+        stream = self.stream(tokens, step.rows, hidden)
+        for index in range(len(self.layers)):
+            self.segment(index, stream)
+            self.attend(index, stream, step, pool)
+        self.segment(len(self.layers), stream)
+        return hidden[: tokens.numel()]
+
+    def stream(
+        self, tokens: torch.Tensor, rows: int, hidden: torch.Tensor | None = None
+    ) -> Stream:
+        """A stream of so many rows in the scratch of its ops, and `hidden` there too unless given:
+        a smaller stream lies in front of a larger one, in the same memory."""
+        take, dtype = self.ops.scratch.take, self.embed.dtype
+        shape = (rows, self.spec.hidden_size)
+        return Stream(
+            tokens=tokens,
+            x=take("x", shape, dtype),
+            attended=take("attended", (rows, self.spec.heads * self.spec.head_dim), dtype),
+            hidden=take("hidden", shape, dtype) if hidden is None else hidden,
+        )
+
+    @property
+    def segments(self) -> int:
+        """Pieces that a step falls into between its attentions, the first and the last included."""
+        return len(self.layers) + 1
+
+    @torch.inference_mode()
+    def segment(self, index: int, stream: Stream) -> None:
+        """All that a step computes between attention of layer `index` - 1 and of `index`: before
+        the first it embeds, behind the last it norms. Of a step it knows the number of rows alone,
+        and reads and writes nothing but the stream, its ops' scratch and weights."""
+        ops, count = self.ops, stream.tokens.numel()
         delta = None
-        for layer in self.layers:
-            delta = layer.forward(x, delta, step, pool, self.ops)
-        return self.ops.add_norm(x, delta, self.norm, out=torch.empty_like(x))[:count]
+        if index == 0:
+            torch.index_select(self.embed, 0, stream.tokens, out=stream.x[:count])
+            stream.x[count:].zero_()
+        else:
+            delta = self.layers[index - 1].after(stream.x, stream.attended, ops)
+        if index < len(self.layers):
+            stream.qkv = self.layers[index].before(stream.x, delta, ops)
+        else:
+            ops.add_norm(stream.x, delta, self.norm, out=stream.hidden)
+
+    @torch.inference_mode()
+    def begin(
+        self,
+        positions: torch.Tensor,
+        attention: AttentionBatch | StaticBatch,
+        pool: torch.Tensor,
+        rows: int | None = None,
+    ) -> Step:
+        """Work out a step of t tokens at positions int64[t], in a stream of `rows` >= t; None for
+        what products want."""
+        return self.ops.begin(positions, attention, pool, self.embed.dtype, rows)
+
+    @torch.inference_mode()
+    def attend(self, index: int, stream: Stream, step: Step, pool: torch.Tensor) -> None:
+        """Attention of a layer, between its two segments: the one piece that knows the step."""
+        assert stream.qkv is not None, "attention before the first segment"
+        self.layers[index].attend(step, stream.qkv, pool, self.ops, stream.attended)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

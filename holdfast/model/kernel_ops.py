@@ -10,6 +10,7 @@ model.layer_ops.make_ops.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from holdfast.ops.kernels.small_matmul import SmallMatmul
 
 @dataclass(frozen=True, slots=True)
 class KernelStep:
-    """positions, slots: int64[t], device; plan: of the attention backend.
+    """positions, slots: int64[t], device; plan: of the attention backend; rows: of the stream.
 
     A graph's step is made of the buffers it was captured with, the same object for every replay.
     """
@@ -33,10 +34,7 @@ class KernelStep:
     positions: torch.Tensor
     slots: torch.Tensor
     plan: Any
-
-    @property
-    def rows(self) -> int:
-        return self.slots.numel()
+    rows: int
 
 
 class KernelOps:
@@ -66,6 +64,11 @@ class KernelOps:
         small = () if self._small is None else self._small.addresses
         return (self._table.data_ptr(), *small, *self.attention.addresses, *self.scratch.addresses)
 
+    def beside(self) -> KernelOps:
+        other = copy.copy(self)
+        other.scratch = Scratch(self._table.device)
+        return other
+
     def padded_rows(self, count: int) -> int:
         return count
 
@@ -75,11 +78,13 @@ class KernelOps:
         attention: AttentionBatch | StaticBatch,
         pool: torch.Tensor,
         dtype: torch.dtype,
+        rows: int | None = None,
     ) -> KernelStep:
         plan = self.attention.plan(
             attention, pool, self.spec.heads, self.spec.kv_heads, dtype, self.scratch
         )
-        return KernelStep(positions, attention.slots, plan)
+        own = attention.tokens
+        return KernelStep(positions, attention.slots, plan, own if rows is None else rows)
 
     def add_norm(
         self,
@@ -116,7 +121,10 @@ class KernelOps:
         q_norm: torch.Tensor | None,
         k_norm: torch.Tensor | None,
         pool: torch.Tensor,
-    ) -> torch.Tensor:
+        out: torch.Tensor,
+    ) -> None:
+        """Rows of padding stay as they are in `out`: all else works row by row, so nothing of them
+        reaches a row of the step, be they not finite."""
         rope.rotate_append(
             qkv,
             q_norm,
@@ -128,10 +136,7 @@ class KernelOps:
             pool,
             layer,
         )
-        width = self.spec.heads * self.spec.head_dim
-        attended = self.scratch.take("attended", (step.rows, width), qkv.dtype)
-        self.attention.attend(step.plan, pool, layer, qkv, out=attended)
-        return attended
+        self.attention.attend(step.plan, pool, layer, qkv, out=out)
 
     def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
         shape = (gate_up.shape[0], gate_up.shape[1] // 2)

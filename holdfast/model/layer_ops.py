@@ -12,6 +12,7 @@ norms then, as ever, a kernel does both at once.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -96,6 +97,10 @@ class LayerOps(Protocol):
         """Of every buffer of its own that a step's kernels are given."""
         ...
 
+    def beside(self) -> LayerOps:
+        """The same over the same tables and attention, with a scratch of its own."""
+        ...
+
     def padded_rows(self, count: int) -> int:
         """Rows that a product of `count` rows is computed with; those behind are zeros."""
         ...
@@ -106,9 +111,11 @@ class LayerOps(Protocol):
         attention: AttentionBatch | StaticBatch,
         pool: torch.Tensor,
         dtype: torch.dtype,
+        rows: int | None = None,
     ) -> Step:
-        """Work out a step of t tokens at positions int64[t], whose activations are of `dtype`. A
-        StaticBatch is for those whose attention is `on_device`."""
+        """Work out a step of t tokens at positions int64[t], whose activations are of `dtype`, in a
+        stream of `rows` (of `padded_rows`, t or more; None: padded_rows(t)). A StaticBatch is for
+        those whose attention is `on_device`."""
         ...
 
     def add_norm(
@@ -138,10 +145,12 @@ class LayerOps(Protocol):
         q_norm: torch.Tensor | None,
         k_norm: torch.Tensor | None,
         pool: torch.Tensor,
-    ) -> torch.Tensor:
-        """Norm (where given) and rotate q and k, store K and V, attend: [rows, heads * head_dim].
+        out: torch.Tensor,
+    ) -> None:
+        """Norm (where given) and rotate q and k, store K and V, attend.
 
-        qkv: [rows, (heads + 2 * kv_heads) * head_dim], overwritten. Rows of padding are zeros.
+        qkv: [rows, (heads + 2 * kv_heads) * head_dim], overwritten. out: [rows, heads * head_dim];
+        what its rows of padding hold afterwards is anybody's, zeros or what they held.
         """
         ...
 
@@ -173,6 +182,11 @@ class ReferenceOps:
     def addresses(self) -> tuple[int, ...]:
         return self.scratch.addresses
 
+    def beside(self) -> ReferenceOps:
+        other = copy.copy(self)
+        other.scratch = Scratch(self.frequencies.device)
+        return other
+
     def padded_rows(self, count: int) -> int:
         return padded_rows(count)
 
@@ -182,9 +196,10 @@ class ReferenceOps:
         attention: AttentionBatch,
         pool: torch.Tensor,
         dtype: torch.dtype,
+        rows: int | None = None,
     ) -> ReferenceStep:
         return ReferenceStep(
-            rows=padded_rows(attention.tokens),
+            rows=padded_rows(attention.tokens) if rows is None else rows,
             rotation=Rotation(positions, self.frequencies),
             attention=plan_attention(
                 attention, pool, self.spec.heads, self.spec.kv_heads, dtype, self.scratch
@@ -218,15 +233,13 @@ class ReferenceOps:
         q_norm: torch.Tensor | None,
         k_norm: torch.Tensor | None,
         pool: torch.Tensor,
-    ) -> torch.Tensor:
+        out: torch.Tensor,
+    ) -> None:
         plan = step.attention
         self._rotate(qkv, step.rotation, plan.tokens, q_norm, k_norm)
         append_kv(plan, pool, layer, qkv)
-        width = self.spec.heads * self.spec.head_dim
-        attended = self.scratch.take("attended", (step.rows, width), qkv.dtype)
-        attend(plan, pool, layer, qkv, out=attended[: plan.tokens])
-        attended[plan.tokens :].zero_()
-        return attended
+        attend(plan, pool, layer, qkv, out=out[: plan.tokens])
+        out[plan.tokens :].zero_()
 
     def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
         return gated(gate_up, self.scratch)

@@ -44,13 +44,13 @@ def memory(deep) -> DeviceMemory:
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_warm_up_rehearses_two_layers_and_a_step_has_them_all(deep, memory, monkeypatch, graphs):
     ran: list[int] = []
-    forward = Layer.forward
+    before = Layer.before
 
-    def told(layer: Layer, *step: Any) -> torch.Tensor:
+    def told(layer: Layer, *given: Any) -> torch.Tensor:
         ran.append(layer.index)
-        return forward(layer, *step)
+        return before(layer, *given)
 
-    monkeypatch.setattr(Layer, "forward", told)
+    monkeypatch.setattr(Layer, "before", told)
     views = WeightsLayout.of(deep, "float32").views(memory.weights)
     runner = build_engine(deep, LIMITS, views, memory, graphs=graphs)
     if graphs:
