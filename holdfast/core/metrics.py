@@ -60,7 +60,9 @@ FOUND_BY = ("promotion", "scrub", "store")
 TIER_FAILURES = ("failed", "bad_sum", "late")
 TIER_SKIPS = ("busy", "full", "disk_busy")
 ROLES = ("api", "core", "worker", "standby", "keeper")
-# Behind a replay: a kernel of the graph itself, or the general sampler.
+# What was replayed: a whole step of decode, or what a step with prompts computes between its
+# attentions; and what drew behind it: the kernel of plain draws, or the general sampler.
+STEPS = ("decode", "mixed")
 SAMPLERS = ("fast", "general")
 # wire.envelope.Refusal, which needs numpy and is not imported here; a test holds them together.
 EAGER = (
@@ -71,6 +73,7 @@ EAGER = (
     "bytes_moved",
     "not_captured",
     "too_many_rows",
+    "too_many_tokens",
     "pool_epoch",
     "weights_epoch",
     "address_moved",
@@ -173,7 +176,7 @@ METRICS: tuple[Declared, ...] = (
     _histogram("brain_seconds", "Time of the brain for a step", _STEP_BUCKETS),
     _counter("process_restarts_total", "Processes replaced after their end, by role", role=ROLES),
     _counter("compiles_after_ready_total", "Kernels compiled in a step; each one stalled it"),
-    _counter("graph_steps_total", "Decode steps replayed from a graph", sampler=SAMPLERS),
+    _counter("graph_steps_total", "Steps replayed from graphs", kind=STEPS, sampler=SAMPLERS),
     _counter("eager_steps_total", "Steps that no graph was admitted for, by reason", reason=EAGER),
     _gauge("processes_ready", "Processes that are up, by role; a standby: prepared", role=ROLES),
     _gauge("worker_epoch", "Number of the present worker, from 1"),

@@ -5,6 +5,7 @@ Decides what goes together on a device. Called by proc.worker and `LLM`; owns no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,11 +23,13 @@ from holdfast.device.graphs import (
 )
 from holdfast.device.memory import DeviceMemory
 from holdfast.device.runner import DecoderLike, Runner
+from holdfast.device.segments import SegmentDecoder, Segments
 from holdfast.errors import OptionError
 from holdfast.model.decoder import Decoder
 from holdfast.model.layer_ops import LayerOps, make_ops
 from holdfast.model.spec import ModelSpec
 from holdfast.ops.sampler import Sampler
+from holdfast.ops.segment_config import token_buckets
 
 
 def build_engine(
@@ -68,6 +71,20 @@ def build_engine(
             "draw": KernelDraw(draws),
             "plain": draws,
         }
+    ladder = token_buckets(
+        layers=spec.layers,
+        hidden=spec.hidden_size,
+        intermediate=spec.intermediate_size,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        prefill_tokens=limits.prefill_tokens,
+        rows_max=limits.rows_max,
+    )
+    if ladder:
+        # Attention between segments is launched eagerly: it is the eager decoder's, with what that
+        # stages and gathers in, and the scratch alone is baked in.
+        made["segments"] = decoder.beside(), ladder
     replayed = Decoder(spec, weights, ops)
     made["graphs_rehearsal"] = replayed.rehearsal()
     return build_runner(limits, decoder, memory, graphs=replayed, **made, **options)
@@ -82,6 +99,7 @@ def build_runner(
     graphs_rehearsal: GraphDecoder | None = None,
     attention: BucketAttention | None = None,
     draw: Draw | None = None,
+    segments: tuple[SegmentDecoder, Sequence[int]] | None = None,
     **options: Any,
 ) -> Runner:
     """A runner over a decoder, not warm yet; `options` are Runner's own.
@@ -90,7 +108,8 @@ def build_runner(
     graphs_rehearsal what runs in its place before a capture (StepGraphs' `rehearsal`).
     attention, draw: of the graphs. With attention that reads the bucket on the device row state
     lies there too; without any it is the reference, planned on the host, which no GPU can capture.
-    Without `draw` the general sampler runs behind each body.
+    Without `draw` the general sampler runs behind each body. segments: a decoder of their own and
+    the tokens of their buckets; None: steps with prompts run eagerly.
     Raises OptionError("--graphs") where graphs are asked for and cannot be had.
     """
     if graphs is None:
@@ -119,5 +138,12 @@ def build_runner(
         attention=attention,
         draw=draw,
         rehearsal=graphs_rehearsal,
+        segments=None if segments is None else _segments(*segments, memory, capture),
     )
     return Runner(limits, decoder, memory, rows=rows, graphs=made, **options)
+
+
+def _segments(
+    decoder: SegmentDecoder, ladder: Sequence[int], memory: DeviceMemory, capture: Capture
+) -> Segments:
+    return Segments(decoder, ladder, memory.pool, memory.weights, capture=capture)

@@ -2,7 +2,7 @@
 
 `CudaCapture` records CUDA graphs; `Rerun` stands for it where there are none and simply runs the
 bound function again, so that everything around a replay (admission, padding, the manifest) is the
-same code on a CPU. Called by device.graphs alone; it knows no steps.
+same code on a CPU. Called by device.graphs and device.segments; it knows no steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Capture(Protocol):
         """Record the work; what is returned replays it. The work takes nothing and returns nothing,
         allocates nothing that outlives it and never waits for the device.
 
-        rehearsal: runs once before, in place of the work, and launches every kernel of it."""
+        rehearsal: runs once before, in place of the work, and launches every kernel of it, or
+        nothing where another work has; None: the work itself."""
         ...
 
 

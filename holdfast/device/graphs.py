@@ -7,7 +7,8 @@ Owns, for each bucket of wire.envelope.buckets, two captures over the same buffe
 
 A step whose rows ask for no more than a temperature is body and tail; for any other the general
 sampler runs behind the body, on the same hidden states. A step that decodes and is not admitted
-runs the very same two functions eagerly in the same bucket, so it computes the same bits; one of
+runs the very same two functions eagerly in the same bucket, so it computes the same bits. A step
+with prompts is computed in device.segments, where there are any and they have room for it; one of
 any other shape is the runner's. `admit` of wire.envelope decides; every refusal is counted by its
 reason. The address manifest is every buffer that a kernel was given, compared before each replay.
 
@@ -25,9 +26,10 @@ import numpy as np
 import torch
 
 from holdfast.config import Limits
-from holdfast.device.batch import Rows
+from holdfast.device.batch import Rows, StepBatch
 from holdfast.device.buckets import Bucket
 from holdfast.device.capture import Capture, Work
+from holdfast.device.segments import LAYOUT, Segments
 from holdfast.errors import require
 from holdfast.ops.attention import AttentionBatch
 from holdfast.ops.sampler import Sampler, SamplerInputs
@@ -38,6 +40,7 @@ from holdfast.wire.envelope import (
     Graphs,
     Refusal,
     StepShape,
+    TokenEnvelope,
     admit,
     bucket_of,
     buckets,
@@ -45,7 +48,6 @@ from holdfast.wire.envelope import (
 )
 from holdfast.wire.plan import StepPlan
 
-LAYOUT = "page-major"
 # Which sampler ran behind a body; label values in /metrics.
 FAST, GENERAL = "fast", "general"
 
@@ -164,8 +166,21 @@ class BucketStep:
     drawn: bool
 
 
+@dataclass(frozen=True, slots=True)
+class BatchStep:
+    """A step that was computed as its batch has it, t query tokens; nothing of it is drawn.
+
+    hidden: [>= t, hidden]. replayed: in captured segments.
+    """
+
+    hidden: torch.Tensor
+    batch: StepBatch
+    replayed: bool
+
+
 class StepGraphs:
-    """replayed: steps by the sampler behind the body; eager: steps by the reason of the refusal."""
+    """replayed: decode steps by the sampler behind the body; eager: steps by the reason of the
+    refusal."""
 
     def __init__(
         self,
@@ -179,10 +194,12 @@ class StepGraphs:
         attention: BucketAttention,
         draw: Draw | None,
         rehearsal: GraphDecoder | None = None,
+        segments: Segments | None = None,
     ) -> None:
         """pool, weights: the memory that the decoder reads. draw: None where the general sampler
         draws for all rows. rehearsal: runs before a capture in the decoder's place, with its
-        scratch, and takes the same kernels; None: the decoder itself."""
+        scratch, and takes the same kernels; None: the decoder itself. segments: over the same
+        memory, captured with the buckets; None: steps with prompts are the runner's."""
         require(
             attention.on_device or not capture.bakes,
             f"{attention.name} attention plans on the host and cannot be captured",
@@ -196,6 +213,7 @@ class StepGraphs:
         self._capture = capture
         self._attention = attention
         self._draw = draw
+        self._segments = segments
         self.ladder = buckets(limits.rows_max)
         self._hidden: torch.Tensor | None = None
         self._plan: StepPlan | None = None
@@ -226,14 +244,16 @@ class StepGraphs:
         progress: Callable[[int, int], None] | None = None,
         rest: Callable[[], None] = lambda: None,
     ) -> None:
-        """Capture every bucket, the largest first, on no row. progress(done, total) of captures;
-        rest: called after each.
+        """Capture every bucket, the largest first, on no row, and then segments. progress(done,
+        total) of captures; rest: called after each, and after each bucket of segments.
 
         Writes the trash page and no other.
         """
         self._plan = None
-        tails = self._draw is not None
+        tails, segments = self._draw is not None, self._segments
         total, done = len(self.ladder) * (1 + tails), 0
+        if segments is not None:
+            total += segments.captures
         for rows in reversed(self.ladder):
             self._bodies[rows] = self._capture.capture(
                 functools.partial(self._body, rows),
@@ -246,6 +266,11 @@ class StepGraphs:
             done += 1 + tails
             if progress is not None:
                 progress(done, total)
+        if segments is not None:
+            began = done
+            segments.capture(
+                lambda more: None if progress is None else progress(began + more, total), rest
+            )
         context = self._limits.table_columns * self._limits.page_tokens
         # Kernels mask windows on the device, so one graph is right in every phase.
         phases = (ANY,) * self._limits.groups
@@ -255,14 +280,17 @@ class StepGraphs:
             self._limits.windows,
         )
 
-    def run(self, plan: StepPlan) -> BucketStep | None:
-        """Compute a step of n >= 1 rows in a bucket; None when its shape is no bucket's.
+    def run(self, plan: StepPlan) -> BucketStep | BatchStep | None:
+        """Compute a step of n >= 1 rows in a bucket of rows, or of tokens; None when its shape is
+        no bucket's, and then nothing was computed.
 
         The plan was applied; afterwards its rows are to be settled, or drawn for and settled.
         """
         lengths = self._rows.table.length[plan.rows]
         shape = shape_of(plan.query_lens, lengths, lengths, plan.drafts)
         graph = admit(shape, self.footing, self._graphs)
+        if graph is Refusal.PREFILL and self._segments is not None:
+            return self._run_segments(plan, self._segments)
         replay = isinstance(graph, Envelope)
         if not replay:
             self._count(self.eager, graph.value)
@@ -280,6 +308,17 @@ class StepGraphs:
         self._plan = None
         require(self._hidden is not None, "a body leaves hidden states")
         return BucketStep(self._hidden[:rows], drawn)
+
+    def _run_segments(self, plan: StepPlan, segments: Segments) -> BatchStep | None:
+        tokens = int(plan.query_lens.sum())
+        found = segments.admit(tokens)
+        replay = isinstance(found, TokenEnvelope)
+        if not replay:
+            self._count(self.eager, found.value)
+            if not segments.holds(tokens):
+                return None
+        batch = self._rows.stage(plan)
+        return BatchStep(segments.run(batch, found), batch, replay)
 
     def _fits(self, shape: StepShape) -> bool:
         room = self._limits.table_columns * self._limits.page_tokens

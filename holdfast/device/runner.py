@@ -32,7 +32,7 @@ import torch
 from holdfast.config import Limits
 from holdfast.device import warm_up
 from holdfast.device.batch import Drawing, Fetch, HostRows, Rows, penalised
-from holdfast.device.graphs import StepGraphs
+from holdfast.device.graphs import FAST, GENERAL, BatchStep, BucketStep, StepGraphs
 from holdfast.device.memory import DeviceMemory
 from holdfast.errors import WorkerFault, require
 from holdfast.ops.attention import AttentionBatch
@@ -80,8 +80,10 @@ class RunnerStats:
     """Sums since the runner was made; never reset.
 
     compiles: kernels compiled by steps after `mark_ready`, 0 in a sound engine; compiled_last: the
-    last of them. graph_steps: replayed, by the sampler behind them (device.graphs); eager_steps:
-    decided to run eagerly, by the reason (wire.envelope.Refusal). Both stay empty without graphs.
+    last of them. graph_steps: decode steps replayed, by the sampler behind them (device.graphs);
+    mixed_steps: the same of steps with prompts, whose segments were replayed (device.segments);
+    eager_steps: decided to run eagerly, by the reason (wire.envelope.Refusal). All of them stay
+    empty without graphs.
     """
 
     steps: int = 0
@@ -93,6 +95,7 @@ class RunnerStats:
     compiles: int = 0
     compiled_last: str = ""
     graph_steps: dict[str, int] = field(default_factory=dict)
+    mixed_steps: dict[str, int] = field(default_factory=dict)
     eager_steps: dict[str, int] = field(default_factory=dict)
 
 
@@ -298,22 +301,26 @@ class Runner:
             for flight in self._flights:
                 self._fetched(flight)
         step = None if self._graphs is None else self._graphs.run(plan)
-        if step is not None and step.drawn:
-            self.rows.settle(plan, placed=False, moved=True)
-            return False, None
         if step is None:
             batch = self.rows.stage(plan)
-            hidden = self.decoder.forward(
-                batch.tokens, batch.positions, batch.attention, self.memory.pool
-            )
-            drawing, last_waiting = batch.drawing, batch.last_waiting
-            logits = None
+            given = batch.tokens, batch.positions, batch.attention
+            step = BatchStep(self.decoder.forward(*given, self.memory.pool), batch, replayed=False)
+        if isinstance(step, BucketStep) and step.drawn:
+            self.rows.settle(plan, placed=False, moved=True)
+            return False, None
+        hidden = step.hidden
+        if isinstance(step, BatchStep):
+            drawing, last_waiting = step.batch.drawing, step.batch.last_waiting
+            plainly, logits = self._plainly(drawing), None
             if drawing.rows.size:
                 # Plain draws take the product's own type, as behind graphs: no other kernel.
-                head = self.decoder.raw_logits if self._plainly(drawing) else self.decoder.logits
-                logits = head(hidden[batch.last_tokens])
+                head = self.decoder.raw_logits if plainly else self.decoder.logits
+                logits = head(hidden[step.batch.last_tokens])
+            if step.replayed:
+                counts, sampler = self.stats.mixed_steps, FAST if plainly else GENERAL
+                counts[sampler] = counts.get(sampler, 0) + 1
         else:
-            hidden, drawing = step.hidden, Drawing.of(self.rows.table, plan)
+            drawing = Drawing.of(self.rows.table, plan)
             # Of the whole bucket, as a tail computes them: products of another shape round anew.
             head = self.decoder.raw_logits if self._plainly(drawing) else self.decoder.logits
             logits = head(hidden)[: plan.rows.size]

@@ -35,9 +35,12 @@ NEEDS = Needs(
     graphs=True,
     options=("--page-tokens", str(PAGE), "--max-context-tokens", str(CONTEXT)),
 )
-# A step with prompts is no decode step; any other reason is a fast path that was lost.
-ORDINARY = ("prefill",)
+# A step with prompts is no decode step, and may be longer than all segments; any other reason is a
+# fast path that was lost.
+ORDINARY = ("prefill", "too_many_tokens")
 MOVED = {"reason": "address_moved"}
+# Steps of graphs; steps with prompts have segments.
+DECODE = {"kind": "decode"}
 # Rows of one wave beside rows that are as long as the context.
 WAVES = (1, 9, 3, 17)
 # Of rows that shall be in one step, until their requests have come together.
@@ -163,12 +166,14 @@ async def baked_pointer(stage: Stage) -> None:
     stage.expect_moved("eager_steps_total", **MOVED)
     if stage.sabotage:
         return
-    before = stage.moved("graph_steps_total")
+    before = stage.moved("graph_steps_total", **DECODE)
     again = await stage.open(later, clean=False)
     await stage.finish(again)
     stage.judge(again)
     replayed = "steps are replayed again where buffers lie as they were captured"
-    await stage.until(replayed, lambda: stage.moved("graph_steps_total") >= before + _STEPS)
+    await stage.until(
+        replayed, lambda: stage.moved("graph_steps_total", **DECODE) >= before + _STEPS
+    )
     restarts = stage.moved("process_restarts_total")
     stage.expect("metric", not restarts, f"{restarts:g} processes were restarted for an address")
     await stage.judge_home()
@@ -248,7 +253,7 @@ async def _judge_steps(stage: Stage, least: int) -> str:
 
     # A worker says what its graphs did once a second, and a new reason at once.
     what = f"{least} steps are replayed"
-    await stage.until(what, lambda: stage.moved("graph_steps_total") >= least or odd())
+    await stage.until(what, lambda: stage.moved("graph_steps_total", **DECODE) >= least or odd())
     found = _fallbacks(stage)
     shown = ", ".join(f"{reason} {count}" for reason, count in found.items()) or "none"
     stage.expect("fallback", not odd(), f"steps fell back: {shown}")

@@ -143,9 +143,7 @@ class Decoder:
         self.segment(len(self.layers), stream)
         return hidden[: tokens.numel()]
 
-    def stream(
-        self, tokens: torch.Tensor, rows: int, hidden: torch.Tensor | None = None
-    ) -> Stream:
+    def stream(self, tokens: torch.Tensor, rows: int, hidden: torch.Tensor | None = None) -> Stream:
         """A stream of so many rows in the scratch of its ops, and `hidden` there too unless given:
         a smaller stream lies in front of a larger one, in the same memory."""
         take, dtype = self.ops.scratch.take, self.embed.dtype

@@ -27,8 +27,9 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     child       super  ready              facts; keeper: 2 fds, or none and why (unshared);
                                            worker: it is prepared
     worker      super  compiled           count, what: kernels compiled by a step
-    worker      super  steps              graph: steps replayed, by sampler; eager: steps run
-                                           eagerly, by reason; both since the last such word
+    worker      super  steps              graph, mixed: decode steps, and steps with prompts,
+                                           replayed, by sampler; eager: steps run eagerly, by
+                                           reason; all since the last such word
     child       super  progress           what, done, total (bytes; of "graphs": captures)
     supervisor  worker verify             sum the weights
     worker      super  weights_sum        sum (uint64); one that scrubs says it unasked,

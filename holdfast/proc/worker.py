@@ -118,7 +118,7 @@ class Worker:
         self._scrub = scrub
         self._pass_step = runner.step
         self._compiles_told = runner.stats.compiles
-        self._steps_told: dict[str, dict[str, int]] = {"graph": {}, "eager": {}}
+        self._steps_told: dict[str, dict[str, int]] = {"graph": {}, "mixed": {}, "eager": {}}
         self._tell_s = 0.0
         # A drill breaks a step when it is over, and reads rows as that step has left them.
         self._ahead = runner.in_flight_max if provocations is None else 1
@@ -205,7 +205,11 @@ class Worker:
         if not last and now_s < self._tell_s and stats.eager_steps.keys() == told["eager"].keys():
             return
         self._tell_s = now_s + TELL_S
-        steps = {"graph": dict(stats.graph_steps), "eager": dict(stats.eager_steps)}
+        steps = {
+            "graph": dict(stats.graph_steps),
+            "mixed": dict(stats.mixed_steps),
+            "eager": dict(stats.eager_steps),
+        }
         if steps == told:
             return
         self._steps_told = steps

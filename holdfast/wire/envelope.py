@@ -3,7 +3,8 @@
 A graph has baked in more than its shape. Its `Envelope` states all of it, and `admit` is the only
 way to a replay: a pure, total function of a description of the step, of what holds in the process
 now, and of the captured envelopes. It returns the smallest admissible one, or why there is none;
-whoever asked then runs the step eagerly, and counts the reason under its name.
+whoever asked then runs the step eagerly, and counts the reason under its name. Steps with prompts
+are no graph's, but what they compute between their attentions may be: `admit_tokens` judges that.
 
 What a window does to a graph: while every query token sees at most `window` tokens, a layer with a
 window reads from the first page on (`WITHIN`); once every one of them can see `window` or more, it
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import enum
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +45,7 @@ class Refusal(enum.StrEnum):
     BYTES_MOVED = "bytes_moved"  # copies or seals in the step that may not run beside a replay
     NOT_CAPTURED = "not_captured"  # this query length, attention kind or layout
     TOO_MANY_ROWS = "too_many_rows"
+    TOO_MANY_TOKENS = "too_many_tokens"  # of a step with prompts, for the largest segments
     POOL_EPOCH = "pool_epoch"
     WEIGHTS_EPOCH = "weights_epoch"
     ADDRESS_MOVED = "address_moved"
@@ -79,6 +81,19 @@ class Envelope(NamedTuple):
     query_len: int
     context_tokens: int
     phases: tuple[int, ...]
+    footing: Footing
+
+
+class TokenEnvelope(NamedTuple):
+    """Where the captured segments of one token bucket may be replayed.
+
+    A segment is what a step computes between two attentions: of the step it knows the number of
+    query tokens alone, `tokens` with padding. Attention is launched between segments over the
+    step's own lengths, tables and windows, so nothing of these is here, and the footing has no
+    address that attention alone is given.
+    """
+
+    tokens: int
     footing: Footing
 
 
@@ -197,8 +212,31 @@ def admit(step: StepShape, now: Footing, graphs: Graphs) -> Envelope | Refusal:
     return _REASONS[furthest]
 
 
+def admit_tokens(
+    tokens: int, now: Footing, captured: Sequence[TokenEnvelope]
+) -> TokenEnvelope | Refusal:
+    """The smallest bucket whose segments may be replayed for a step of so many query tokens, or the
+    reason why none may: `admit` for steps that it refuses with PREFILL. captured: rising."""
+    if tokens <= 0:
+        return Refusal.EMPTY
+    kind = (now.layout, now.attention)
+    captured = [one for one in captured if (one.footing.layout, one.footing.attention) == kind]
+    if not captured:
+        return Refusal.NOT_CAPTURED
+    furthest = -1
+    for one in captured:
+        if one.tokens >= tokens:
+            met = _footing_met(one.footing, now)
+            if met == _FOOTING:
+                return one
+            furthest = max(furthest, met)
+    return Refusal.TOO_MANY_TOKENS if furthest < 0 else _REASONS[furthest]
+
+
 # How far a graph with enough rows gets, and the reason to give when none gets further.
 _TOO_MANY_ROWS, _POOL, _WEIGHTS, _ADDRESSES, _CONTEXT, _PHASES, _ALL = range(7)
+# As far as a footing can take it.
+_FOOTING = _CONTEXT
 _REASONS = (
     Refusal.TOO_MANY_ROWS,
     Refusal.POOL_EPOCH,
@@ -213,19 +251,26 @@ def _conditions_met(
     graph: Envelope, step: StepShape, now: Footing, windows: tuple[int, ...]
 ) -> int:
     """The first condition that does not hold, or _ALL."""
-    footing = graph.footing
-    if footing.pool_epoch != now.pool_epoch:
-        return _POOL
-    if footing.weights_epoch != now.weights_epoch:
-        return _WEIGHTS
-    if footing.addresses != now.addresses:
-        return _ADDRESSES
+    met = _footing_met(graph.footing, now)
+    if met != _FOOTING:
+        return met
     if step.seen_max > graph.context_tokens:
         return _CONTEXT
     for phase, window in zip(graph.phases, windows, strict=True):
         if window and not in_phase(phase, window, step.seen_min, step.seen_max):
             return _PHASES
     return _ALL
+
+
+def _footing_met(footing: Footing, now: Footing) -> int:
+    """The first condition of a footing that does not hold, or _FOOTING."""
+    if footing.pool_epoch != now.pool_epoch:
+        return _POOL
+    if footing.weights_epoch != now.weights_epoch:
+        return _WEIGHTS
+    if footing.addresses != now.addresses:
+        return _ADDRESSES
+    return _FOOTING
 
 
 def buckets(rows_max: int) -> tuple[int, ...]:

@@ -64,14 +64,22 @@ def make_checkpoint(folder: Path) -> Any:
 
 
 def make_runner(
-    spec: ModelSpec, limits: Limits = LIMITS, *, graphs: bool = False, **options: Any
+    spec: ModelSpec,
+    limits: Limits = LIMITS,
+    *,
+    graphs: bool = False,
+    token_buckets: tuple[int, ...] = (),
+    **options: Any,
 ) -> Runner:
+    """token_buckets: of segments, beside graphs; none: steps with prompts run eagerly."""
     memory = DeviceMemory.allocate(spec, limits)
     layout = WeightsLayout.of(spec, "float32")
     load_weights(spec, memory.weights, layout)
     views = layout.views(memory.weights)
-    replayed = Decoder(spec, views) if graphs else None
-    return build_runner(limits, Decoder(spec, views), memory, graphs=replayed, **options)
+    decoder, replayed = Decoder(spec, views), Decoder(spec, views) if graphs else None
+    if token_buckets:
+        options["segments"] = decoder.beside(), token_buckets
+    return build_runner(limits, decoder, memory, graphs=replayed, **options)
 
 
 @torch.inference_mode()

@@ -122,8 +122,8 @@ def test_a_worker_with_graphs_answers_the_same_and_says_what_was_replayed(
     assert captured[-1]["done"] == captured[-1]["total"] > 0
     assert Hand(worker).generate(1, request, 8, chunk=7) == expected
     worker.child.control.send({"type": "stop"})
-    counts: dict[str, dict[str, int]] = {"graph": {}, "eager": {}}
-    while counts != {"graph": {"fast": 7}, "eager": {"prefill": 3}}:
+    counts: dict[str, dict[str, int]] = {"graph": {}, "mixed": {}, "eager": {}}
+    while counts != {"graph": {"fast": 7}, "mixed": {"general": 3}, "eager": {}}:
         told = worker.until("steps")
         for kind, count in counts.items():
             for name, more in told[kind].items():
