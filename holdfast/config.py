@@ -58,7 +58,7 @@ def check_kernels(kernels: str, device: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Computation:
-    """How a device computes, decided. kernels: of KERNELS; graphs: decode steps are replayed;
+    """How a device computes, decided. kernels: of KERNELS; graphs: steps are replayed;
     fallback: one line that says what `auto` could not have and why, "" when it has all."""
 
     kernels: str

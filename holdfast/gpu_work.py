@@ -12,6 +12,7 @@ from typing import Protocol
 from holdfast.config import Limits
 from holdfast.ops.kernels import gather_config, matmul_config
 from holdfast.ops.kernels.decode_config import splits_max
+from holdfast.ops.segment_config import row_elements, token_buckets
 
 MIB = 1 << 20
 
@@ -33,6 +34,8 @@ _CUBLAS_BYTES = 32 * MIB
 # A node of an instantiated graph, its kernel's arguments included, and nodes a layer (four
 # launches, four products of up to two kernels, attention). An estimate until it is measured.
 _NODE_BYTES, _LAYER_NODES = 16 << 10, 16
+# Nodes of a segment: three kernels, four products of up to two. An estimate, as above.
+_SEGMENT_NODES = 12
 # More than the GPUs of today have (H200 132, B200 148, RTX PRO 6000 188): more SMs, more splits.
 _SM_COUNT = 192
 # ops.kernels.sample: 16 bytes for each tile of 4,096 ids of a row.
@@ -72,6 +75,7 @@ def work_bytes(
         return work
     # Graphs have a decoder of their own: its workspace, its table and its scratch.
     own = shape + _tokens_bytes(model) * limits.rows_max + _CUBLAS_BYTES
+    own += segment_buffer_bytes(model, limits, itemsize) + segment_graph_bytes(model, limits)
     return work + own + row_state_bytes(limits) + graph_pool_bytes(model, limits, itemsize)
 
 
@@ -162,6 +166,39 @@ def graph_pool_bytes(model: Dimensions, limits: Limits, itemsize: int) -> int:
     hidden = rows * model.hidden_size * itemsize
     nodes = len(buckets(rows)) * (_LAYER_NODES * model.layers + 32)
     return captured + hidden + draw_bytes(model, limits) + nodes * _NODE_BYTES
+
+
+def segment_buffer_bytes(model: Dimensions, limits: Limits, itemsize: int) -> int:
+    """device.segments': token ids and the scratch of the largest bucket. Attention, its workspace
+    and the table of rotations are the eager steps'."""
+    ladder = _token_ladder(model, limits)
+    row = itemsize * row_elements(
+        hidden=model.hidden_size,
+        intermediate=model.intermediate_size,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+    )
+    return ladder[-1] * (row + 8) if ladder else 0
+
+
+def segment_graph_bytes(model: Dimensions, limits: Limits) -> int:
+    """The graphs of device.segments themselves; their captures allocate nothing."""
+    graphs = len(_token_ladder(model, limits)) * (model.layers + 1)
+    return graphs * _SEGMENT_NODES * _NODE_BYTES
+
+
+def _token_ladder(model: Dimensions, limits: Limits) -> tuple[int, ...]:
+    return token_buckets(
+        layers=model.layers,
+        hidden=model.hidden_size,
+        intermediate=model.intermediate_size,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        prefill_tokens=limits.prefill_tokens,
+        rows_max=limits.rows_max,
+    )
 
 
 def draw_bytes(model: Dimensions, limits: Limits) -> int:

@@ -115,8 +115,8 @@ SERVER_ONLY = ("api_processes", "timeout_s")
 class LLM:
     """`model`: a folder, a hub id, or None for the bundled one. device: cpu, cuda or cuda:N; dtype:
     float32 or bfloat16, None for float32 on a CPU and bfloat16 on a GPU. kernels: how layers are
-    computed, of holdfast.config.KERNELS. graphs: decode steps are replayed from captured graphs
-    where they can be. "auto" and None: triton's kernels and graphs on a GPU, the reference without
+    computed, of holdfast.config.KERNELS. graphs: steps are replayed from captured graphs where
+    they can be. "auto" and None: triton's kernels and graphs on a GPU, the reference without
     graphs on a CPU. `options`: the fields of holdfast.sizing.Wishes (rows_max, pages,
     kv_memory_bytes, context_tokens, ...); steps_ahead is 2 at most, and 1 wherever a device answers
     before the next plan.

@@ -116,7 +116,7 @@ class EngineOptions:
         Graphs,
         _option(
             MODEL_PANEL,
-            "on: replay decode steps from captured graphs (on the CPU: the same logic, no gain); "
+            "on: replay steps from captured graphs (on the CPU: the same logic, no gain); "
             "auto: on where triton's kernels run on a GPU, else off",
         ),
     ] = Graphs.AUTO

@@ -60,7 +60,7 @@ class ServeOptions:
     """How the worker computes layers, of config.KERNELS."""
     seed: int = 0
     graphs: bool = False
-    """Decode steps are replayed from captured graphs where they are admitted (device.graphs)."""
+    """Steps are replayed from captured graphs where they are admitted (device.graphs)."""
     threads: int = 1
     """Threads of the worker's tensor library."""
     standby: str = "warm"

@@ -26,6 +26,7 @@ SCRIPT = """
 import json, sys
 from holdfast import LLM, SamplingParams
 from holdfast.device import build
+from holdfast.gpu_work import segment_buffer_bytes
 from holdfast.ops import pinned
 from holdfast.ops.sampler import plain_rows
 from mixed_steps import MixedSteps
@@ -73,8 +74,15 @@ with LLM(folder, load="dummy", threads=1, rows_max=5, pages=60, page_tokens=4,
             found.append([choice.token_ids, choice.finish_reason, logprobs])
         assert made[0].in_flight == 0, "who has all answers left a step behind"
 stats = made[0].stats
+segments = made[0]._graphs and made[0]._graphs._segments
+static = []
+if segments is not None:
+    scratch = segments._decoder.ops.scratch._buffers.values()
+    counted = segment_buffer_bytes(segments._decoder.spec, made[0].limits, 4)
+    static = [sum(held.nbytes for held in (segments._tokens, *scratch)), counted]
 flights = [in_flight.count(1), in_flight.count(2)]
 print(json.dumps({"found": found, "flights": flights, "graphs": stats.graph_steps,
+                  "segments": stats.mixed_steps, "static": static,
                   "eager": stats.eager_steps, "needed": needed, "mixed": mixed.count}))
 """
 
@@ -104,9 +112,15 @@ def test_kernels_and_graphs_say_what_the_reference_says(folder: Path) -> None:
     assert expected["graphs"] == {}
     found = answers(folder, kernels="triton", graphs=True, staged=True)
     assert found["found"] == expected["found"]
-    # Steps were replayed with both samplers behind them, and nothing but prompts ran without.
+    # Steps were replayed with both samplers behind them, those with prompts in segments, and no
+    # step ran without.
     assert found["graphs"]["fast"] > 5 and found["graphs"]["general"] > 3
-    assert set(found["eager"]) == {"prefill"} and found["eager"]["prefill"] >= found["mixed"] > 0
+    assert found["segments"]["fast"] > 1 and found["segments"]["general"] > 0
+    assert sum(found["segments"].values()) >= found["mixed"] > 0
+    assert found["eager"] == {}
+    # What plan counts for segments is what they have.
+    made, counted = found["static"]
+    assert made == counted > 0
     # Nearly every plan was launched before the result of the one before was collected.
     alone, ahead = found["flights"]
     assert ahead > 4 * alone > 0
@@ -118,7 +132,7 @@ def test_kernels_and_graphs_say_what_the_reference_says(folder: Path) -> None:
 def test_kernels_without_graphs_say_what_the_reference_says(folder: Path) -> None:
     expected, found = answers(folder), answers(folder, kernels="triton")
     assert found["found"] == expected["found"]
-    assert found["graphs"] == found["eager"] == {}
+    assert found["graphs"] == found["eager"] == found["segments"] == {}
     assert found["flights"][1] == 0, "rows on the host: a second plan has nothing to run beside"
 
 

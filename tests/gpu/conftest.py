@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,3 +22,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny() -> ModelSpec:
     """The bundled, trained model."""
     return ModelSpec.load(resolve_model(None))
+
+
+@pytest.fixture
+def runners(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The runners that an LLM makes."""
+    from holdfast.device import build
+
+    made: list[Any] = []
+    inner = build.build_engine
+
+    def kept(*arguments: Any, **named: Any) -> Any:
+        made.append(inner(*arguments, **named))
+        return made[-1]
+
+    monkeypatch.setattr(build, "build_engine", kept)
+    return made

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from mixed_steps import MixedSteps
 
@@ -37,22 +36,6 @@ def test_an_upload_behind_a_busy_stream_returns_at_once_and_brings_what_it_was_g
     assert busy.query()
     for array, tensor in zip([*arrays, arrays[0] + 1], [*found, last], strict=True):
         np.testing.assert_array_equal(tensor.cpu().numpy(), array)
-
-
-@pytest.fixture
-def runners(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The runners that an LLM makes."""
-    from holdfast.device import build
-
-    made: list[Any] = []
-    inner = build.build_engine
-
-    def kept(*arguments: Any, **named: Any) -> Any:
-        made.append(inner(*arguments, **named))
-        return made[-1]
-
-    monkeypatch.setattr(build, "build_engine", kept)
-    return made
 
 
 def test_no_step_of_plain_rows_waits_for_the_device_and_nothing_compiles(runners: list[Any]):
@@ -85,11 +68,12 @@ def test_no_step_of_plain_rows_waits_for_the_device_and_nothing_compiles(runners
             runner.launch = busy_launch
             results = llm.generate(prompts, params)
             found.append([result.token_ids for result in results])
-            kinds = runner.stats.eager_steps
-        assert not any(waited), f"{sum(waited)} of {len(waited)} launches waited; {kinds}"
-        # All that runs eagerly has a prompt in it, and some of that decodes rows as well.
-        assert set(kinds) == {"prefill"} and kinds["prefill"] >= mixed.count > 0
-        assert runner.stats.graph_steps["fast"] and set(runner.stats.graph_steps) == {"fast"}
+            stats = runner.stats
+        assert not any(waited), f"{sum(waited)} of {len(waited)} launches waited; {stats}"
+        # All steps are replayed, those with a prompt in segments; some of them decode as well.
+        assert not stats.eager_steps
+        assert set(stats.mixed_steps) == {"fast"} and stats.mixed_steps["fast"] >= mixed.count > 0
+        assert stats.graph_steps["fast"] and set(stats.graph_steps) == {"fast"}
         assert compiles.count == 0, compiles.last
         assert max(ahead) == steps_ahead
     assert found[0] == found[1]

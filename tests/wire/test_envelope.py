@@ -16,7 +16,9 @@ from holdfast.wire.envelope import (
     Graphs,
     Refusal,
     StepShape,
+    TokenEnvelope,
     admit,
+    admit_tokens,
     bucket_of,
     buckets,
     in_phase,
@@ -259,3 +261,40 @@ def oracle(shape: StepShape, graphs: list[Envelope]) -> Envelope | str:
 @given(shapes, st.lists(envelopes, max_size=8))
 def test_admission_agrees_with_a_brute_force_oracle(shape, graphs):
     assert judge(shape, *graphs) == oracle(shape, graphs)
+
+
+def segments(tokens=128, **footing) -> TokenEnvelope:
+    return TokenEnvelope(tokens, NOW._replace(**footing))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bucket"), [(1, 128), (127, 128), (128, 128), (129, 256), (256, 256), (257, 640)]
+)
+def test_a_step_with_prompts_has_the_smallest_segments_that_hold_its_tokens(tokens, bucket):
+    captured = [segments(128), segments(256), segments(640)]
+    assert admit_tokens(tokens, NOW, captured) == segments(bucket)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "captured", "reason"),
+    [
+        (0, [segments()], "empty"),
+        (5, [], "not_captured"),
+        (5, [segments(layout="layer-major")], "not_captured"),
+        (5, [segments(attention="fa2")], "not_captured"),
+        (129, [segments()], "too_many_tokens"),
+        (5, [segments(pool_epoch=2)], "pool_epoch"),
+        (5, [segments(weights_epoch=4)], "weights_epoch"),
+        (5, [segments(addresses=(100, 201))], "address_moved"),
+        (129, [segments(), segments(256, addresses=())], "address_moved"),
+        # As `admit` has it: the reason is of the segments that came furthest.
+        (5, [segments(pool_epoch=2), segments(256, weights_epoch=2)], "weights_epoch"),
+    ],
+)
+def test_segments_that_may_not_be_replayed_have_one_reason(tokens, captured, reason):
+    assert admit_tokens(tokens, NOW, captured) is Refusal(reason)
+
+
+def test_segments_that_are_too_small_or_moved_do_not_hide_larger_ones_that_hold():
+    captured = [segments(128), segments(256, addresses=()), segments(640)]
+    assert admit_tokens(200, NOW, captured) == segments(640)
