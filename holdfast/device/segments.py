@@ -114,6 +114,7 @@ class Segments:
         )
         return Footing(1, 1, LAYOUT, "between", addresses)
 
+    @torch.inference_mode()
     def capture(self, progress: Callable[[int], None], rest: Callable[[], None]) -> None:
         """Capture every bucket, the largest first. progress(done) of captures; rest: called after
         each bucket. Touches no page."""
@@ -152,6 +153,7 @@ class Segments:
         """For a step of so many query tokens, now."""
         return admit_tokens(tokens, self.footing, self._envelopes)
 
+    @torch.inference_mode()
     def run(self, batch: StepBatch, found: TokenEnvelope | Refusal) -> torch.Tensor:
         """Hidden states [>= t, hidden] of a step's t tokens, which some bucket holds, and its K and
         V in the pool; found: what `admit` said of it. Valid until the next step."""

@@ -1,11 +1,12 @@
 """The decoder: one forward pass for Llama 3, Qwen2 and Qwen3.
 
 Owns the order of operations; how each is computed is model.layer_ops' (the torch reference, or
-kernels). Built by device.runner's callers from a spec and views of the weights slab; forward takes
-everything else it reads as arguments. Invariant: on a CPU in float32, with the reference, a token's
-hidden state and logits are the same bits in every batch, chunking and cache layout (see
-model.layers and ops.attention for what that takes). Knows no requests, plans or files. Not for two
-threads at once: a decoder's ops have one scratch.
+kernels). A step is a row of segments with an attention between each two, whoever drives it:
+`forward`, or device.segments, which captures them. Built by device.runner's callers from a spec and
+views of the weights slab; forward takes everything else it reads as arguments. Invariant: on a CPU
+in float32, with the reference, a token's hidden state and logits are the same bits in every batch,
+chunking and cache layout (see model.layers and ops.attention for what that takes). Knows no
+requests, plans or files. Not for two threads at once: a decoder's ops have one scratch.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ class Decoder:
         """Pieces that a step falls into between its attentions, the first and the last included."""
         return len(self.layers) + 1
 
-    @torch.inference_mode()
+    # Here and in `attend` the caller is in inference mode: entering it costs microseconds a layer.
     def segment(self, index: int, stream: Stream) -> None:
         """All that a step computes between attention of layer `index` - 1 and of `index`: before
         the first it embeds, behind the last it norms. Of a step it knows the number of rows alone,
@@ -189,7 +190,6 @@ class Decoder:
         what products want."""
         return self.ops.begin(positions, attention, pool, self.embed.dtype, rows)
 
-    @torch.inference_mode()
     def attend(self, index: int, stream: Stream, step: Step, pool: torch.Tensor) -> None:
         """Attention of a layer, between its two segments: the one piece that knows the step."""
         assert stream.qkv is not None, "attention before the first segment"

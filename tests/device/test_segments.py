@@ -243,7 +243,16 @@ def test_padding_changes_no_page_but_those_of_the_step(spec):
         assert changed == set(pages[first : last + 1])
 
 
-def test_buckets_are_captured_largest_first_and_few_segments_are_rehearsed(spec):
+def test_the_largest_bucket_is_captured_first_so_that_no_scratch_moves_behind_a_graph(spec):
+    hand, recorder = recorded(spec)
+    segments = hand.runner._graphs._segments
+    assert recorder.captured == [(tokens, at) for tokens in (40, 16, 8) for at in range(3)]
+    for name in ("tokens", "x", "attended", "hidden"):
+        streams = [captured.stream for captured in segments._captured.values()]
+        assert len({getattr(stream, name).data_ptr() for stream in streams}) == 1, name
+
+
+def test_every_segment_is_captured_and_counted_and_few_of_them_are_rehearsed(spec):
     deep = replace(spec, layers=4)
     memory = DeviceMemory.allocate(deep, LIMITS)
     memory.weights.view(torch.float32).normal_(std=0.05)

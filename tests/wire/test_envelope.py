@@ -289,6 +289,7 @@ def test_a_step_with_prompts_has_the_smallest_segments_that_hold_its_tokens(toke
         (129, [segments(), segments(256, addresses=())], "address_moved"),
         # As `admit` has it: the reason is of the segments that came furthest.
         (5, [segments(pool_epoch=2), segments(256, weights_epoch=2)], "weights_epoch"),
+        (5, [segments(addresses=()), segments(256, pool_epoch=2)], "address_moved"),
     ],
 )
 def test_segments_that_may_not_be_replayed_have_one_reason(tokens, captured, reason):
