@@ -114,14 +114,7 @@ def gather_bytes(model: Dimensions, limits: Limits, itemsize: int) -> int:
 
 def product_workspace_bytes(model: Dimensions, limits: Limits, sm_count: int = _SM_COUNT) -> int:
     """ops.kernels.small_matmul's: the parts of the largest product that is split, in float32."""
-    products = matmul_config.layer_products(
-        vocab=model.vocab_size,
-        hidden=model.hidden_size,
-        intermediate=model.intermediate_size,
-        heads=model.heads,
-        kv_heads=model.kv_heads,
-        head_dim=model.head_dim,
-    )
+    products = _products(model)
     rows = range(1, min(limits.rows_max, matmul_config.ROWS_MAX) + 1)
     return 4 * sum(
         matmul_config.workspace(
@@ -130,6 +123,23 @@ def product_workspace_bytes(model: Dimensions, limits: Limits, sm_count: int = _
                 for n, k in products
             }
         )
+    )
+
+
+def layer_weights(model: Dimensions) -> int:
+    """Numbers in the products of all layers; a token takes two operations on each."""
+    *layer, _head = _products(model)
+    return model.layers * sum(n * k for n, k in layer)
+
+
+def _products(model: Dimensions) -> tuple[tuple[int, int], ...]:
+    return matmul_config.layer_products(
+        vocab=model.vocab_size,
+        hidden=model.hidden_size,
+        intermediate=model.intermediate_size,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
     )
 
 

@@ -159,6 +159,7 @@ class LLM:
             gpu=gpu,
             kernels=computation.kernels,
             graphs=computation.graphs,
+            streams=False,
         )
         self._open(spec, sizing, device, computation, load, threads, seed, progress)
 

@@ -23,10 +23,16 @@ MIB = 1 << 20
 
 # Share of the available memory that the KV pool takes by default: the machine has other work.
 KV_SHARE = 0.25
-# Prompt tokens of a step that also decodes, on a GPU: decode waits for memory and prompts for
-# arithmetic, so that few of them ride along almost free. H200, Qwen3-8B, 256 rows: a step with
-# 8,192 takes 200 ms, with 1,024 about 36 ms, and tokens a second stay.
-GPU_MIXED_PREFILL_TOKENS = 1024
+# A GPU's steps want many rows, since weights are read once for all of them, and long chunks; on one
+# of less memory than this their scratch would be missed by the KV cache.
+LARGE_GPU_BYTES = 40 * GIB
+LARGE_GPU_ROWS, LARGE_GPU_PREFILL_TOKENS = 256, 8192
+# Prompt tokens of a step that also decodes, on a GPU: every stream waits for them. As many, a power
+# of two, as an H200 multiplies in 50 ms (bf16, as fast as cuBLAS does on random numbers), within
+# these bounds. Shorter chunks fill its tiles badly. Qwen3-8B: 2,048 in 41 ms; a step with 8,192
+# takes 200 ms, and tokens a second are the same.
+_MIXED_S, _OPERATIONS_PER_S = 0.05, 7e14
+GPU_MIXED_PREFILL_MIN, GPU_MIXED_PREFILL_MAX = 256, 2048
 # Resident memory of the processes beside the slabs, with room above what `ps` showed on Linux with
 # torch 2.13 CPU and the bundled model: worker 292 MiB, core 32, supervisor 53, keeper 17, api
 # process 77.
@@ -53,9 +59,9 @@ class Dimensions(gpu_work.Dimensions, Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wishes:
     """What the operator asked for; None = decide for me. Counts as in Limits, but for
-    mixed_prefill_tokens, of which 0 too is decided: on a GPU GPU_MIXED_PREFILL_TOKENS or
-    prefill_tokens, whichever is less; on a CPU, whose steps wait for arithmetic alone,
-    prefill_tokens."""
+    mixed_prefill_tokens, of which 0 too is decided: `gpu_mixed_prefill_tokens` or prefill_tokens,
+    whichever is less; prefill_tokens on a CPU, whose steps wait for arithmetic alone, and where
+    nobody waits for a step (`size`, streams)."""
 
     rows_max: int | None = None
     pages: int | None = None
@@ -166,13 +172,15 @@ def size(
     gpu: GpuRoom | None = None,
     kernels: str = "reference",
     graphs: bool = False,
+    streams: bool = True,
 ) -> Sizing:
     """Decide every bound of an engine that serves `model`, on `gpu` where one is given.
 
-    available_bytes: of the machine's own memory. kernels, graphs: how a GPU computes.
+    available_bytes: of the machine's own memory. kernels, graphs: how a GPU computes. streams:
+    somebody reads each token as it comes; a batch only wants to be done.
     Raises OptionError, with the numbers, when an option is wrong or the memory is too small.
     """
-    limits = _wished_limits(model, wishes, on_gpu=gpu is not None)
+    limits = _wished_limits(model, wishes, gpu, streams=streams)
     if gpu is not None:
         step = gpu_work.work_bytes(
             model, limits, itemsize=_ITEM_BYTES[dtype], kernels=kernels, graphs=graphs
@@ -297,8 +305,18 @@ def _size_on_gpu(
     )
 
 
-def _wished_limits(model: Dimensions, wishes: Wishes, *, on_gpu: bool) -> Limits:
-    """Limits as wished, with Limits' own defaults elsewhere; `pages` is decided afterwards."""
+def gpu_mixed_prefill_tokens(model: gpu_work.Dimensions) -> int:
+    """Prompt tokens of a step that also decodes; see _MIXED_S."""
+    tokens = int(_MIXED_S * _OPERATIONS_PER_S / (2 * gpu_work.layer_weights(model)))
+    power = 1 << max(1, tokens).bit_length() - 1
+    return min(max(power, GPU_MIXED_PREFILL_MIN), GPU_MIXED_PREFILL_MAX)
+
+
+def _wished_limits(
+    model: Dimensions, wishes: Wishes, gpu: GpuRoom | None, *, streams: bool
+) -> Limits:
+    """Limits as wished, with defaults elsewhere: Limits' own, or those of a large GPU; `pages` is
+    decided afterwards."""
     context = wishes.context_tokens or model.context_tokens
     if context > model.context_tokens:
         raise OptionError(
@@ -314,13 +332,17 @@ def _wished_limits(model: Dimensions, wishes: Wishes, *, on_gpu: bool) -> Limits
     # The default allowance of live tokens must hold one longest request of any model.
     default_live = next(f.default for f in dataclasses.fields(Limits) if f.name == "live_tokens")
     chosen.setdefault("live_tokens", max(default_live, context))
+    if gpu is not None and gpu.total_bytes >= LARGE_GPU_BYTES:
+        chosen.setdefault("rows_max", LARGE_GPU_ROWS)
+        chosen.setdefault("prefill_tokens", LARGE_GPU_PREFILL_TOKENS)
     pages = {} if wishes.pages is None else {"pages": wishes.pages}
     limits = Limits(vocab_size=model.vocab_size, context_tokens=context, **pages, **chosen)
     if limits.mixed_prefill_tokens:
         return limits
     most = limits.prefill_tokens
-    mixed = min(GPU_MIXED_PREFILL_TOKENS, most) if on_gpu else most
-    return dataclasses.replace(limits, mixed_prefill_tokens=mixed)
+    if gpu is not None and streams:
+        most = min(gpu_mixed_prefill_tokens(model), most)
+    return dataclasses.replace(limits, mixed_prefill_tokens=most)
 
 
 def _memory_option(wishes: Wishes) -> str:

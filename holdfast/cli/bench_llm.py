@@ -188,7 +188,7 @@ def generate(
 def _prepare(model: str | None, engine: EngineOptions) -> Prepared:
     from holdfast.cli.engine import prepare, share_cores
 
-    prepared = prepare(model, engine)
+    prepared = prepare(model, engine, streams=False)
     share_cores()  # both sides run under the same setting; the row records it
     return prepared
 

@@ -36,11 +36,16 @@ class Prepared:
 
 
 def prepare(
-    model: str | None, engine: EngineOptions, *, gpu_processes: int = 1, **wishes: object
+    model: str | None,
+    engine: EngineOptions,
+    *,
+    gpu_processes: int = 1,
+    streams: bool = True,
+    **wishes: object,
 ) -> Prepared:
     """Find the model and decide what fits. Raises ModelError or OptionError.
 
-    gpu_processes: that compute on a GPU at once.
+    gpu_processes: that compute on a GPU at once. streams: as of sizing.size.
     """
     from holdfast.model.spec import ModelSpec, resolve_model
 
@@ -68,6 +73,7 @@ def prepare(
         gpu=gpu,
         kernels=computation.kernels,
         graphs=computation.graphs,
+        streams=streams,
     )
     return Prepared(spec, sizing, device, computation)
 

@@ -133,7 +133,8 @@ class EngineOptions:
         int | None, _option(MODEL_PANEL, "CPU threads of the worker", "cores", min=1, max=1024)
     ] = None
     max_rows: Annotated[
-        int | None, _option(BATCH_PANEL, "Requests computed in one step", "64", min=1)
+        int | None,
+        _option(BATCH_PANEL, "Requests computed in one step", "64; large GPU 256", min=1),
     ] = None
     max_context_tokens: Annotated[
         int | None,
@@ -150,7 +151,8 @@ class EngineOptions:
         int | None, _option(BATCH_PANEL, "Tokens of one KV page", "16", min=1, max=4096)
     ] = None
     prefill_tokens: Annotated[
-        int | None, _option(BATCH_PANEL, "Tokens of one step, prompts included", "512", min=1)
+        int | None,
+        _option(BATCH_PANEL, "Tokens of one step, prompts included", "512; large GPU 8192", min=1),
     ] = None
     mixed_prefill_tokens: Annotated[
         int | None,
@@ -158,7 +160,7 @@ class EngineOptions:
             BATCH_PANEL,
             "Prompt tokens of a step that also decodes: fewer keep streams even, more start "
             "prompts sooner",
-            "GPU 1024, CPU --prefill-tokens",
+            "GPU 50 ms, at most 2048; CPU --prefill-tokens",
             min=0,
         ),
     ] = None

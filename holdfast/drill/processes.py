@@ -52,7 +52,8 @@ async def api_kill(stage: Stage) -> None:
     stage.expect_moved("faults_total", kind="api")
     stage.expect_moved("requests_ended_total", len(own), reason="cancelled")
     # Whoever asks again is answered, also by the process that took its place.
-    again = await stage.open([s.job for s in own])
+    # They were prepared already; the one whose page is wrong must not count as fault-free now.
+    again = await stage.open([s.job for s in own], clean=False)
     await stage.finish(again)
     stage.judge(again)
     await stage.judge_home()

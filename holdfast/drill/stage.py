@@ -24,7 +24,7 @@ from holdfast.drill.job import TOKENS, Job, make_jobs
 from holdfast.drill.oracle import Explainer, Reference, tau_of
 from holdfast.drill.report import Failure, Report
 from holdfast.drill.server import DrillServer
-from holdfast.errors import OperatorError
+from holdfast.errors import OperatorError, require
 
 # Until every stream has begun, a provocation has fired, a process is up: far above what it takes.
 WAIT_S = 60.0
@@ -69,6 +69,8 @@ class Stage:
         # Of fault-free runs: the first answer to each job, and every one; jobs without their keys.
         self._clean: dict[Job, list[int]] = {}
         self._clean_runs: set[tuple[Job, tuple[int, ...]]] = set()
+        # Whose page is wrong, under sabotage; it is cached as if it were right.
+        self._victim: Job | None = None
         self._distances: dict[tuple[Job, tuple[int, ...]], np.ndarray] = {}
         self._started_s = time.monotonic()
         self._before = server.metrics()
@@ -100,6 +102,7 @@ class Stage:
         if self.sabotage:
             victim = self.jobs(1, f"{self.report.name} sabotaged")[0]
             victim = replace(victim, key=jobs[0].key if jobs else None)
+            self._victim = victim.without_key()
             await self.arm("plant-page", "prefill", tokens=victim.prompt, lasting=True)
             jobs = [victim, *jobs]
         return await self.open(jobs, clean=False)
@@ -117,6 +120,8 @@ class Stage:
         and some alone. Raises OperatorError when one of them does not end well."""
         if self.judges.explainer is None:
             return
+        plain = [job.without_key() for job in jobs]
+        require(self._victim not in plain, "no run of the sabotaged prompt is fault-free")
         # Nothing of it may be refused.
         rows = self.server.needs.rows
         room = asyncio.Semaphore(rows)
@@ -128,9 +133,9 @@ class Stage:
                 await stream.finish()
             if not stream.whole:
                 raise OperatorError(f"a fault-free stream ended {stream.ended!r}: {stream.error}")
-            plain = job.without_key()
-            self._clean.setdefault(plain, stream.tokens)
-            self._clean_runs.add((plain, tuple(stream.tokens)))
+            answered = job.without_key()
+            self._clean.setdefault(answered, stream.tokens)
+            self._clean_runs.add((answered, tuple(stream.tokens)))
 
         missing = [job for job in dict.fromkeys(jobs) if job.without_key() not in self._clean]
         await asyncio.gather(*(run(job) for job in missing))

@@ -35,6 +35,8 @@ What each role is given (all also have `control`, a proc.control.Control; link =
     worker      super  weights_sum        sum (uint64); one that scrubs says it unasked,
                                            and the step after which its pass began
     supervisor  worker hurry              it took the worker's place before it was prepared
+    supervisor  worker unwatched          until_s (monotonic): nobody streams, so a standby that
+                                           prepares itself need spare nobody until then
     supervisor  worker promote            epoch, fd: its link to the core; it may write from now on
     supervisor  worker provoke            a drill's order (device.provoke)
     worker      super  provoked           kind, at_s: it does it now

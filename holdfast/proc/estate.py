@@ -17,7 +17,7 @@ from collections import deque
 import setproctitle
 
 from holdfast.core.journal import Journal, JournalTail
-from holdfast.core.metrics import Metrics
+from holdfast.core.metrics import Metrics, MetricsBoard
 from holdfast.core.report import Report, line_of
 from holdfast.proc import coredump, memfd
 from holdfast.proc.fault_files import FaultFiles
@@ -67,7 +67,10 @@ class Estate:
         }
         for name, (size, option) in sizes.items():
             self.take({name: memfd.make(name, size, option=option)})
-        self.metrics = Metrics(memfd.attach(self.fds["metrics"]), METRICS_SLOT)
+        numbers = memfd.attach(self.fds["metrics"])
+        self.metrics = Metrics(numbers, METRICS_SLOT)
+        # The core's numbers, to read.
+        self.board = MetricsBoard(numbers, slots=1)
         if options.journal_dir is not None:
             self._open_copy(options)
         if options.fault_dir is not None:

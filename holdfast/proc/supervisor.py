@@ -46,6 +46,7 @@ from holdfast.proc.lifecycle.machine import Lifecycle
 from holdfast.proc.lifecycle.policy import FENCE_S, Policy
 from holdfast.proc.lifecycle.states import PINGED, Event, Phase, Role, Standby, State
 from holdfast.proc.options import ServeOptions
+from holdfast.proc.pace import Unwatched
 from holdfast.proc.provoker import REFUSAL, Provoker
 from holdfast.wire.messages import Memory, first_id
 
@@ -109,6 +110,7 @@ class Supervisor:
         self.port = self._estate.port
         self._fault_clocks = FaultClocks(self._estate.metrics)
         self._graph_steps = GraphSteps(self._estate.metrics)
+        self._unwatched = Unwatched()
         try:
             self._selector.register(self._estate.wake, selectors.EVENT_READ, ("signal", 0))
             self._selector.register(self._estate.status, selectors.EVENT_READ, ("status", 0))
@@ -205,6 +207,19 @@ class Supervisor:
             self._on_event(Notice("warning", "holdfast serve", self._estate.warnings.popleft()))
         self._act(self.lifecycle.tick(time.monotonic()))
         self._ask()
+        self._tell_unwatched()
+
+    def _tell_unwatched(self) -> None:
+        """A standby that prepares itself on a GPU, as long as nobody streams beside it."""
+        slot = self.lifecycle.standby
+        paced = self.options.device != "cpu" and slot.state is State.STARTING
+        if paced and slot.process is not None:
+            running = self._estate.board.total("rows_running")
+            until_s = self._unwatched.until_s(slot.process, running, time.monotonic())
+            if until_s is not None:
+                told = self._say(slot.process, {"type": "unwatched", "until_s": until_s})
+                if told is not None:
+                    self._happened(told)
 
     def _ask(self) -> None:
         """Whether those are there that nothing else watches."""

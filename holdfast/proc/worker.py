@@ -47,7 +47,7 @@ from holdfast.proc.child import EXIT_FAULT, EXIT_OPERATOR, Boot, boot, start_aga
 from holdfast.proc.control import Control, Message
 from holdfast.proc.cuda_memory import Mapping
 from holdfast.proc.lifecycle.slot import title
-from holdfast.proc.pace import Pace
+from holdfast.proc.pace import HURRY, Pace
 from holdfast.wire.link import Kind, Link
 from holdfast.wire.plan import StepPlan
 
@@ -249,7 +249,7 @@ def wait_for_epoch(
         if received is None:
             continue
         message, fds = received
-        if message["type"] == "hurry":
+        if message["type"] in ("hurry", "unwatched"):
             continue  # It was prepared already.
         if message["type"] == "provoke" and provocations is not None:
             provocations.take(message)
@@ -372,17 +372,21 @@ def make_pace(
     to be spared, or a CPU's scheduler does it."""
     if not unnoticed(start) or start.config["device"] == "cpu":
         return None
-    return Pace(functools.partial(wait_for_hurry, control, provocations))
+    return Pace(functools.partial(hear_of_streams, control, provocations), time.monotonic)
 
 
-def wait_for_hurry(control: Control, provocations: Provocations | None, timeout_s: float) -> bool:
-    """Whether this standby is needed now; waits up to `timeout_s` for the word. Raises as
+def hear_of_streams(control: Control, provocations: Provocations | None, timeout_s: float) -> float:
+    """Until when this standby need not spare live streams (time.monotonic; pace.HURRY: it is needed
+    now); waits up to `timeout_s` for such a word, and then it is 0. Raises as
     prepare_in_background does."""
     end_s = time.monotonic() + timeout_s
     while received := control.wait(max(0.0, end_s - time.monotonic())):
-        if hurries(received[0], provocations):
-            return True
-    return False
+        message = received[0]
+        if message["type"] == "unwatched":
+            return message["until_s"]
+        if hurries(message, provocations):
+            return HURRY
+    return 0.0
 
 
 def hurries(message: Message, provocations: Provocations | None) -> bool:
@@ -391,8 +395,8 @@ def hurries(message: Message, provocations: Provocations | None) -> bool:
     if message["type"] == "provoke" and provocations is not None:
         provocations.take(message)
         return False
-    if message["type"] == "hurry":
-        return True
+    if message["type"] in ("hurry", "unwatched"):
+        return message["type"] == "hurry"
     raise _stop(message)
 
 

@@ -20,6 +20,7 @@ from holdfast.sizing import (
     MIB,
     GpuRoom,
     Wishes,
+    gpu_mixed_prefill_tokens,
     memory_available_bytes,
     show_bytes,
     size,
@@ -164,23 +165,25 @@ def test_bytes_are_shown_with_binary_units(count: int, shown: str) -> None:
 def sized_on_gpu(
     free: int = 139 * GIB,
     *,
+    model: object | None = None,
+    total: int = 140 * GIB,
+    streams: bool = True,
     utilization: float = 0.9,
     processes: int = 2,
     kernels: str = "reference",
     graphs: bool = False,
     **wishes: object,
 ):
-    gpu = GpuRoom(
-        total_bytes=140 * GIB, free_bytes=free, utilization=utilization, processes=processes
-    )
+    gpu = GpuRoom(total_bytes=total, free_bytes=free, utilization=utilization, processes=processes)
     return size(
-        Small(),
+        model or Small(),
         Wishes(**wishes),
         dtype="bfloat16",
         available_bytes=24 * GIB,
         gpu=gpu,
         kernels=kernels,
         graphs=graphs,
+        streams=streams,
     )
 
 
@@ -196,10 +199,39 @@ def test_beside_decode_a_gpu_takes_few_prompt_tokens_and_a_cpu_all_of_a_step(ask
     def mixed(sizing: object, **wishes: object) -> int:
         return sizing(mixed_prefill_tokens=asked, **wishes).limits.mixed_prefill_tokens
 
-    assert mixed(sized_on_gpu, prefill_tokens=8192) == 1024
+    assert mixed(sized_on_gpu, prefill_tokens=8192) == 2048
     assert mixed(sized_on_gpu, prefill_tokens=700) == 700
+    assert mixed(sized_on_gpu, streams=False) == 8192
     assert mixed(sized, prefill_tokens=8192) == 8192
     assert mixed(sized) == 512
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "intermediate", "heads", "tokens"),
+    # Shapes of Qwen3 0.6B, 8B, 14B and Llama 3 70B and 405B: 50 ms of 700 TFLOP/s, a power of two.
+    [
+        (28, 1024, 3072, 16, 2048),
+        (36, 4096, 12288, 32, 2048),
+        (40, 5120, 17408, 40, 1024),
+        (80, 8192, 28672, 64, 256),
+        (126, 16384, 53248, 128, 256),
+    ],
+)
+def test_larger_models_take_fewer_prompt_tokens_beside_decode(
+    layers: int, hidden: int, intermediate: int, heads: int, tokens: int
+) -> None:
+    model = Small()
+    model.layers, model.hidden_size, model.intermediate_size = layers, hidden, intermediate
+    model.heads, model.kv_heads, model.head_dim = heads, 8, 128
+    assert gpu_mixed_prefill_tokens(model) == tokens
+
+
+def test_a_large_gpu_takes_large_steps_and_a_small_one_those_of_a_cpu() -> None:
+    large, small = sized_on_gpu().limits, sized_on_gpu(free=20 * GIB, total=24 * GIB).limits
+    assert (large.rows_max, large.prefill_tokens) == (256, 8192)
+    assert (small.rows_max, small.prefill_tokens) == (64, 512)
+    asked = sized_on_gpu(rows_max=8, prefill_tokens=100).limits
+    assert (asked.rows_max, asked.prefill_tokens) == (8, 100)
 
 
 def test_prompt_tokens_beside_decode_are_what_was_asked_for_on_any_device() -> None:
@@ -207,7 +239,7 @@ def test_prompt_tokens_beside_decode_are_what_was_asked_for_on_any_device() -> N
         limits = sizing(prefill_tokens=8192, mixed_prefill_tokens=2000).limits
         assert limits.mixed_prefill_tokens == 2000
         with pytest.raises(OptionError, match=r"--mixed-prefill-tokens.*512.*513"):
-            sizing(mixed_prefill_tokens=513)
+            sizing(prefill_tokens=512, mixed_prefill_tokens=513)
 
 
 def test_the_utilization_bounds_what_is_taken_of_a_gpu_with_what_others_hold() -> None:

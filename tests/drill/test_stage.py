@@ -14,6 +14,7 @@ from holdfast.drill.job import Job
 from holdfast.drill.report import Report
 from holdfast.drill.server import Needs
 from holdfast.drill.stage import ALONE, Judges, Stage
+from holdfast.errors import InvariantError
 
 ROWS = 12
 
@@ -36,7 +37,7 @@ class Crowds:
         def start(address: object, name: object) -> None:
             pass
 
-        return SimpleNamespace(start=start, finish=finish, whole=True, tokens=[job.seed])
+        return SimpleNamespace(start=start, finish=finish, whole=True, tokens=[job.seed], job=job)
 
 
 @pytest.fixture
@@ -46,11 +47,13 @@ def crowds(monkeypatch: pytest.MonkeyPatch) -> Crowds:
     return made
 
 
-def make_stage(count: int, explainer: object) -> Stage:
+def make_stage(count: int, explainer: object, *, sabotage: bool = False) -> Stage:
     needs = Needs(rows=ROWS)
-    server = SimpleNamespace(needs=needs, address=("", 0), name="x", metrics=dict)
+    server = SimpleNamespace(
+        needs=needs, address=("", 0), name="x", metrics=dict, provoke=lambda **order: 0.0
+    )
     judges: Any = Judges(None, None, explainer)  # type: ignore[arg-type]
-    return Stage(server, Report("x", "", False), judges, count, device="cpu")  # type: ignore[arg-type]
+    return Stage(server, Report("x", "", sabotage), judges, count, device="cpu")  # type: ignore[arg-type]
 
 
 JOBS = [Job((1, 2, 3), seed=seed) for seed in range(6)]
@@ -84,3 +87,22 @@ def test_no_job_is_run_again_and_a_key_makes_no_other_job(crowds: Crowds) -> Non
 def test_nothing_is_asked_where_equality_is_exact(crowds: Crowds) -> None:
     asyncio.run(make_stage(9, None).prepare(JOBS))
     assert crowds.sizes == []
+
+
+def test_the_sabotaged_prompt_is_never_asked_for_as_if_it_were_fault_free(
+    crowds: Crowds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It would be answered from its wrong page, and tau would be what the sabotage did.
+    victim = Job((9, 9, 9))
+    stage = make_stage(len(JOBS), object(), sabotage=True)
+    monkeypatch.setattr(stage, "jobs", lambda count, name=None: [victim])
+
+    async def play() -> None:
+        streams = await stage.open_sabotaged(JOBS)
+        assert [stream.job for stream in streams] == [victim, *JOBS]
+        await stage.open([victim], clean=False)
+        with pytest.raises(InvariantError, match="sabotaged"):
+            await stage.open([replace(victim, key="other")])
+
+    asyncio.run(play())
+    assert set(stage._clean) == set(JOBS)

@@ -59,7 +59,8 @@ def main() -> int:
     else:
         if start.role == "worker":
             control.progress("weights", 1, 2)
-        control.ready()
+        if act != "preparing":
+            control.ready()
     watched = {control.fileno(): "control"}
     for name in ("core",):
         if name in start.fds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from conftest import Server, gone, until
+
+from holdfast.proc.pace import FREE_S
 
 Serve = Callable[..., Server]
 ROLES = ("holdfast api 0", "holdfast api 1", "holdfast core", "holdfast keeper 0")
@@ -308,3 +311,21 @@ def test_a_port_in_use_is_one_line_even_when_the_other_server_shares_its_port(
     assert second.event("operator")[2] == f"--port: {port} is in use; choose another"
     assert second.stderr() == ""
     assert not second.log("keeper", "boot")
+
+
+@pytest.mark.parametrize(("device", "told"), [("cuda:0", True), ("cpu", False)])
+def test_a_gpus_standby_is_told_again_and_again_that_nobody_streams(
+    serve: Serve, device: str, told: bool
+) -> None:
+    act = {"standby": "preparing"}
+    server = serve(act=act, standby="warm", device=device).wait_ready()
+    if told:
+        until("told", lambda: len(server.messages("standby", "unwatched")) >= 3)
+        ends_s = [m["message"]["until_s"] for m in server.messages("standby", "unwatched")]
+        gaps = [after - before for before, after in itertools.pairwise(ends_s)]
+        # Before the last word was past, and not without end.
+        assert all(gap >= FREE_S / 2 for gap in gaps) and min(gaps) <= 1.5 * FREE_S
+    else:
+        until("there", lambda: server.log("standby", "boot"))
+        until("pinged", lambda: server.messages("core", "worker"))
+        assert not server.messages("standby", "unwatched")

@@ -7,8 +7,8 @@ large pool), kill (a served model's worker killed, seen from its clients), fault
 the launch to the word and to the pidfd), load (weights from a file), drills (`holdfast drill run
 all --device cuda`); asked for by name: drills-sabotage, soak (8 minutes of saturation want a call
 of their own), large (kills under 32 streams of the model that --model names, its weights drawn; a
-standby's memory; latency while it warms). DIR gets results.json and each part's log. Exit code 1
-when a part failed.
+standby's memory; latency while it warms), coredump (an illegal address under --gpu-coredump). DIR
+gets results.json and each part's log. Exit code 1 when a part failed.
 """
 
 from __future__ import annotations
@@ -469,6 +469,47 @@ def _beside_standby(report: Report, server: Any, prompts: list) -> None:
     )
 
 
+def coredump(report: Report, left_s: float) -> None:
+    """An illegal address in decode under --gpu-coredump: the driver's file, and what waiting for it
+    costs the streams."""
+    from gpukit import Server, until_streaming
+
+    from holdfast.proc import status
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = ("--device", "cuda:0", "--max-rows", "32", "--drills", "--gpu-coredump", folder)
+        with Server(*options, log=report.out / "coredump.log") as server:
+            supervisor = server.status()["pid"]
+            _hurried(server, supervisor)
+            prompts = [f"Page {n} says that " for n in range(8)]
+            clean = server.answer(prompts, TOKENS)
+            streams, threads = server.stream(prompts, TOKENS)
+            until_streaming(streams, 20)
+            order = {"do": "fault", "to": "worker", "kind": "address", "phase": "decode"}
+            started_s = time.monotonic()
+            said = status.ask(supervisor, {"provoke": order})
+            for thread in threads:
+                thread.join(60)
+        files = {path.name: path.stat().st_size for path in Path(folder).iterdir()}
+    lost = sum(bool(s.error) or s.finish != "length" for s in streams)
+    equal = sum(a.text == b.text for a, b in zip(streams, clean, strict=True))
+    pause = max(b - a for s in streams for a, b in zip(s.at_s, s.at_s[1:], strict=False))
+    figure = f"{lost} of 8 lost, {equal} equal; paused {pause * 1e3:.0f} ms; files {files}"
+    print(said, time.monotonic() - started_s, flush=True)
+    report.add("coredump", "address/decode", figure, not lost and any(files.values()), files=files)
+
+
+def _hurried(server: Any, supervisor: int) -> None:
+    """Until its standby is prepared, without the rests that are for live streams."""
+    from holdfast.proc import status
+
+    end_s = time.monotonic() + WARM_S_MAX
+    while not status.at_rest(server.status()):
+        status.ask(supervisor, {"provoke": {"do": "hurry"}})
+        assert time.monotonic() < end_s, f"no standby: {server.log()[-3000:]}"
+        time.sleep(0.5)
+
+
 def _gaps_ms(streams: list) -> list[float]:
     """Between tokens of each stream, the first of which waits for prompts."""
     return [(b - a) * 1e3 for s in streams for a, b in zip(s.at_s[1:], s.at_s[2:], strict=False)]
@@ -526,6 +567,7 @@ PARTS: dict[str, tuple[Callable[[Report, float], None], float]] = {
     "drills-sabotage": (lambda report, left_s: drills(report, left_s, "--sabotage"), 290),
     "soak": (soak, 560),
     "large": (lambda report, left_s: large(report, left_s, MODEL[0]), 480),
+    "coredump": (coredump, 60),
 }
 # Of --model.
 MODEL: list[Path] = []
