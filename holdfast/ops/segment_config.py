@@ -9,15 +9,17 @@ eagerly keeps the host busy for EAGER_LAYER_S a layer, whatever the number of to
 keep the GPU busy for 2 * parameters * tokens / FLOPS, and the rest of the step comes on top. So
 from tokens_max = EAGER_LAYER_S * FLOPS / (2 * parameters of a layer) on the GPU is what waits for
 nobody, and a graph would spare nothing: the number of layers cancels. Qwen3-0.6B (15.7e6 a layer):
-7,788 tokens, of which GRAPHS_MAX leaves 2,560; Qwen3-8B (193e6): 634, so 512.
+7,788 tokens, of which GRAPHS_MAX leaves 2,304 (as many as a step of 256 rows and a chunk of
+2,048 has); Qwen3-8B (193e6): 634, so 512.
 """
 
 from __future__ import annotations
 
+from holdfast.ops.kernels.matmul_config import layer_products
+
 # Products are tiled by so many rows: a row more costs as much as a tile.
 ALIGN = 128
-# Buckets lie ALIGN apart up to here; above, four lie between a power of two and the next, so that
-# padding is a fifth of a bucket at most.
+# Buckets lie ALIGN apart up to here and twice as far above: padding is a fifth of a bucket at most.
 _FINE_TOKENS_MAX = 1024
 # Of the host, on an H200's machine: 10 to 13 ms for the 28 layers of a mixed step of Qwen3-0.6B,
 # about 11 kernels and 4 products each.
@@ -52,8 +54,7 @@ def token_buckets(
     ladder, tokens = [], ALIGN
     while tokens < most:
         ladder.append(tokens)
-        coarse = tokens >= _FINE_TOKENS_MAX
-        tokens += 1 << (tokens.bit_length() - 3) if coarse else ALIGN
+        tokens += ALIGN if tokens < _FINE_TOKENS_MAX else 2 * ALIGN
     if most:
         ladder.append(most)
     return tuple(ladder[: GRAPHS_MAX // (layers + 1)])
@@ -62,8 +63,16 @@ def token_buckets(
 def layer_parameters(
     *, hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int
 ) -> int:
-    """Weights of a layer's products: q, k and v; output; gate, up and down."""
-    return hidden * (2 * (heads + kv_heads) * head_dim + 3 * intermediate)
+    """Weights of a layer's products."""
+    *layer, _head = layer_products(
+        vocab=0,
+        hidden=hidden,
+        intermediate=intermediate,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+    )
+    return sum(n * k for n, k in layer)
 
 
 def row_elements(
