@@ -26,10 +26,8 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor as PlainTensorDescriptor
 
 from holdfast.ops.kernels import dependent
-from holdfast.ops.kernels.matmul_config import MatmulConfig
 
 H200 = GPUTarget("cuda", 90, 32)
 H200_SMS = 132
@@ -158,14 +156,13 @@ def gathered(heads: int, kv_heads: int, head_dim: int, layers: int, window: int 
     return launch
 
 
-def product(n: int, k: int, rows: int, *, bias: bool = False, cut: MatmulConfig | None = None):
-    """Launch a product as the table says, or as `cut` does."""
+def product(n: int, k: int, rows: int, *, bias: bool = False):
+    """Launch a product as the table says."""
 
     def launch() -> None:
         from holdfast.ops.kernels.small_matmul import SmallMatmul
 
-        given = None if cut is None else lambda *_: cut
-        small = SmallMatmul("meta", [(n, k)], rows, sm_count=H200_SMS, config_of=given)
+        small = SmallMatmul("meta", [(n, k)], rows, sm_count=H200_SMS)
         config = small.config(n, k, rows)
         assert config is not None, "cuBLAS has it"
         small.run(meta(rows, k), meta(n, k), meta(n) if bias else None, meta(rows, n), config)
@@ -192,28 +189,6 @@ BUILDS: dict[str, Callable[[], None]] = {
     "0.6B gate and up of 64 rows": product(6144, 1024, 64),
     "0.6B head of 1 row": product(151_936, 1024, 1),
     "tiny qkv of 24 rows, with bias": product(640, 320, 24, bias=True),
-    "8B gate and up of 128 rows": product(24_576, 4096, 128, cut=MatmulConfig(128, 128, 64, 1, 8)),
-    "8B gate and up of 256 rows, bulk": product(
-        24_576, 4096, 256, cut=MatmulConfig(128, 128, 64, 1, 8, bulk=True)
-    ),
-    "8B down of 129 rows, bulk": product(
-        4096, 12_288, 129, cut=MatmulConfig(64, 128, 128, 4, 8, swapped=True, bulk=True)
-    ),
-    "8B gate and up of 128 rows, warps": product(
-        24_576, 4096, 128, cut=MatmulConfig(128, 192, 64, stages=5, groups=3)
-    ),
-    "8B down of 200 rows, warps": product(
-        4096, 12_288, 200, cut=MatmulConfig(256, 128, 64, 4, groups=2)
-    ),
-    "8B down of 256 rows, three warp groups, warps": product(
-        4096, 12_288, 256, cut=MatmulConfig(256, 192, 64, 6, stages=3, groups=3)
-    ),
-    "8B output of 128 rows, warps": product(
-        4096, 4096, 128, cut=MatmulConfig(128, 192, 64, 6, stages=5, groups=3)
-    ),
-    "0.6B qkv of 65 rows, warps, with bias": product(
-        4096, 1024, 65, bias=True, cut=MatmulConfig(64, 64, 128, 2, groups=1)
-    ),
     "8B prefill": prefill(32, 8, 128, 36),
     "8B prefill in a window": prefill(32, 8, 128, 36, 4096),
     "0.6B prefill": prefill(16, 8, 128, 28),
@@ -254,9 +229,6 @@ def build(label: str, kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) 
         elif isinstance(value, TensorDescriptor):
             box, layout = list(value.block_shape), value.layout
             signature[param.name] = f"tensordesc<{TYPES[value.base.dtype]}{box},{layout!r}>"
-        elif isinstance(value, PlainTensorDescriptor):
-            box = list(value.block_shape)
-            signature[param.name] = f"tensordesc<{TYPES[value.base.dtype]}{box}>"
         elif isinstance(value, float):
             signature[param.name] = "fp32"
         else:

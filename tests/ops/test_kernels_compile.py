@@ -64,19 +64,6 @@ def test_gathered_prefill_is_multiplied_by_warp_groups_from_bulk_copies(builds) 
         assert build["bulk_copies"] >= 2 and build["warp_group_products"] >= 48, build
 
 
-def test_products_of_many_rows_are_multiplied_by_warp_groups_from_bulk_copies(builds) -> None:
-    # One copy of x and one of each group's weights, ahead and again in the loop; a product of each
-    # group over 64 columns is four instructions, each with all rows of the tile.
-    found = [build for build in builds if "multiply_warps" in build["name"]]
-    assert len(found) >= 4
-    for build in found:
-        assert build["bulk_copies"] >= 4 and build["warp_group_products"] >= 4, build
-    bulk = [build for build in builds if "bulk: _multiply" in build["name"]]
-    assert len(bulk) >= 2
-    for build in bulk:
-        assert build["bulk_copies"] >= 2 and build["warp_group_products"] >= 4, build
-
-
 def test_no_integer_makes_another_kernel_after_ready(builds) -> None:
     assert [(build["name"], build["specialised"]) for build in builds if build["specialised"]] == []
 

@@ -71,27 +71,11 @@ def test_rows_of_every_tile_are_computed_and_no_other_is_written(module, rows):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [65, 127, 128, 129, 200, 256])
-@pytest.mark.parametrize("tall", [64, 128])
-@pytest.mark.parametrize(
-    "how",
-    [{"splits": 2}, {"swapped": True, "kept": True}, {"bulk": True, "splits": 3}],
-    ids=["split", "swapped", "bulk"],
-)
-def test_rows_of_several_tiles_are_computed_and_each_tile_adds_its_own_parts(
-    module, splits_last, how, tall, rows
-):
-    # The last tiles of both sides, and the last block of K, are not whole.
-    found, expected = product(module, 100, 104, rows, rows=tall, block_n=64, times=2, **how)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("swapped", [False, True])
-def test_tiles_by_the_bulk_copy_engine_give_the_same_bits(module, swapped):
-    how = {"rows": 128, "block_n": 64, "splits": 2, "swapped": swapped, "bias": True}
-    plain, _ = product(module, 70, 96, 130, **how)
-    bulk, _ = product(module, 70, 96, 130, bulk=True, **how)
-    assert torch.equal(plain, bulk)
+def test_each_tile_adds_its_own_parts_whichever_comes_first(module, splits_last, swapped):
+    how = {"splits": 3, "block_n": 64, "swapped": swapped}
+    found, expected = product(module, 200, 104, 5, times=2, **how)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -134,11 +118,17 @@ def test_products_of_more_rows_and_other_weights_are_left_to_cublas(module):
         assert matmul_config.choose_config(4096, 4096, rows, 132) is None
 
 
-def test_a_workspace_holds_the_parts_of_every_tile_of_rows():
-    plain = matmul_config.MatmulConfig(64, 64, 64, splits=3)
-    warps = matmul_config.MatmulConfig(128, 192, 64, splits=4, groups=3)
+def test_a_workspace_holds_the_parts_of_the_product_that_has_the_most():
+    split = matmul_config.MatmulConfig(64, 64, 64, splits=3)
     unsplit = matmul_config.MatmulConfig(64, 64, 64)
-    # 100 rows of a weight are two tiles of 64, or one of 192; 129 rows of x three of 64 or two.
-    assert matmul_config.workspace({(100, 64): [plain] * 129}) == (3 * 128 * 192, 2 * 3)
-    assert matmul_config.workspace({(100, 64): [warps] * 129}) == (4 * 192 * 256, 2 * 3)
-    assert matmul_config.workspace({(100, 64): [unsplit] * 129}) == (1, 1)
+    # 100 rows of a weight are two tiles of 64; 500 rows that are not split need nothing.
+    shapes = {(100, 64): [None, split], (30, 64): [split], (500, 64): [unsplit]}
+    assert matmul_config.workspace(shapes) == (3 * 64 * 100, 2)
+    assert matmul_config.workspace({(500, 64): [unsplit, None]}) == (1, 1)
+
+
+def test_rows_beyond_the_tile_are_refused_and_never_left_out(module):
+    config = matmul_config.MatmulConfig(16, 32, 16)
+    small = module.SmallMatmul("cpu", [(32, 16)], 40, config_of=lambda *_: config)
+    with pytest.raises(AssertionError, match="17, MatmulConfig"):
+        small.run(torch.ones(17, 16), torch.ones(32, 16), None, torch.ones(17, 32), config)

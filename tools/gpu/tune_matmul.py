@@ -1,16 +1,13 @@
 """Products of few rows: every way to cut them, beside cuBLAS and the floor of their bytes.
 
     PYTHONPATH=. python3 tools/gpu/tune_matmul.py [--budget S] [--models 8B 0.6B] [--rows 1 8 64]
-        [--keep N] [--seed N] [--json FILE] [--next]
+        [--keep N] [--seed N] [--json FILE]
 
---next is the run that decides about more than 64 rows: 8B and 0.6B, 128 and 256 rows, 40 a cell, in
-160 s and the start; tests/gpu/test_gpu_products.py before it.
-
-Each product of a model's layer, at each number of rows: configurations of matmul_space.py, compiled
-side by side on all cores, checked against a float32 product, then timed as a graph of pairs, the
-norm and the product behind it as in a layer, over weights of many layers, so that nothing comes
-from L2. The best of each are printed and written to FILE: what ops.kernels.matmul_config is made
-from.
+Each product of a model's layer, at each number of rows: configurations drawn from the space below,
+compiled side by side on all cores, checked against a float32 product, then timed as a graph of
+pairs, the norm and the product behind it as in a layer, over weights of many layers, so that
+nothing comes from L2. The best of each are printed and written to FILE: what
+ops.kernels.matmul_config is made from.
 """
 
 from __future__ import annotations
@@ -28,11 +25,10 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import matmul_space
 import torch
 import triton
 
-from holdfast.ops.kernels.matmul_config import MatmulConfig, choose_config
+from holdfast.ops.kernels.matmul_config import ROWS_MAX, MatmulConfig, choose_config
 from holdfast.ops.kernels.norm import add_rms_norm
 from holdfast.ops.kernels.small_matmul import SmallMatmul
 
@@ -55,7 +51,29 @@ SHAPES = {
         "head": (151_936, 1024),
     },
 }
+SHARED_MAX = 220 << 10
 REPEATS = 5
+
+
+def space(n: int, k: int, rows: int) -> list[MatmulConfig]:
+    """The ways to cut a product that fit an SM and give it work enough."""
+    tall = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    found = []
+    for block_n, block_k, splits, warps, stages, swapped in itertools.product(
+        (16, 32, 64, 128), (64, 128, 256), (1, 2, 3, 4, 6, 8), (4, 8), (3, 4, 6, 8), (False, True)
+    ):
+        shared = (block_n + tall) * block_k * 2 * stages
+        programs = -(-n // block_n) * splits
+        if shared > SHARED_MAX or shared < 32 << 10 or k < block_k * splits * 2:
+            continue
+        if (swapped and block_n < 64) or (not swapped and tall < 64 and block_n > 64):
+            continue
+        if (warps == 8 and block_n * tall < 2048) or programs < 96:
+            continue
+        if splits > 1 and programs > 800:
+            continue
+        found.append(MatmulConfig(tall, block_n, block_k, splits, warps, stages, swapped))
+    return found
 
 
 class Case:
@@ -70,11 +88,9 @@ class Case:
         self.stream = torch.randn((rows, k), device="cuda", dtype=BF16)
         self.scale = torch.ones(k, device="cuda", dtype=BF16)
         self.out = torch.zeros((rows, n), device="cuda", dtype=BF16)
-        # A workspace for any of them: their tiles are larger than 16 by 16, and hang over the edges
-        # by less than half of all rows and a hundred of n. Wide products are not split.
-        most = MatmulConfig(16, 16, 64, 8 if n < 1 << 15 else 1)
-        room = [(n + 256, k)]
-        self.small = SmallMatmul("cuda", room, 2 * rows + 64, config_of=lambda *_: most)
+        # A workspace for any of them; wide products are not split.
+        most = MatmulConfig(64, 16, 64, 8 if n < 1 << 15 else 1)
+        self.small = SmallMatmul("cuda", [(n, k)], rows, config_of=lambda *_: most)
         self.expected: torch.Tensor | None = None
         self.wide = torch.zeros((rows, n), device="cuda", dtype=BF16)
 
@@ -174,11 +190,9 @@ def main() -> None:
     parser.add_argument("--keep", type=int, default=24, help="configurations of a cell")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path(os.environ.get("OUT", ".")) / "mm.json")
-    parser.add_argument("--next", action="store_true", help="8B and 0.6B at 128 and 256 rows")
     asked = parser.parse_args()
-    if asked.next:
-        asked.models, asked.rows = ["8B", "0.6B"], [128, 256]
-        asked.keep, asked.budget = 40, 160.0
+    if not all(0 < rows <= ROWS_MAX for rows in asked.rows):
+        parser.error(f"--rows: 1 to {ROWS_MAX}; cuBLAS has products of more")
     end_s = time.monotonic() + asked.budget
     random.seed(asked.seed)
     cells, jobs = [], []
@@ -186,16 +200,13 @@ def main() -> None:
         for name, (n, k) in SHAPES[model].items():
             if asked.shapes and name not in asked.shapes:
                 continue
-            some = matmul_space.choose(n, k, rows, asked.keep)
+            configs = space(n, k, rows)
+            some = random.sample(configs, min(asked.keep, len(configs)))
             if (chosen := choose_config(n, k, rows, 132)) is not None:
                 some.insert(0, chosen)
             cells.append((model, name, (n, k, rows), some))
             jobs += [(n, k, rows, config) for config in some]
-    # Kernels apart: what one of them does to its processes is not the other's loss.
-    groups = [job for job in jobs if job[3].groups]
-    plain = [job for job in jobs if not job[3].groups]
-    compiled = compile_all(groups, asked.budget * 0.3)
-    compiled |= compile_all(plain, asked.budget * 0.7 - (asked.budget - end_s + time.monotonic()))
+    compiled = compile_all(jobs, asked.budget * 0.6)
     left = end_s - time.monotonic()
     print(f"{len(compiled)} of {len(jobs)} compiled, {left:.0f} s left", flush=True)
     rows_found = []
@@ -233,18 +244,13 @@ def measured(key: tuple[int, int, int], configs: list[MatmulConfig], end_s: floa
     }
 
 
-def named(config: dict) -> str:
-    kind = f"groups {config['groups']} rows {config['rows']}" if config["groups"] else ""
-    return " ".join([kind] + [one for one in ("swapped", "bulk", "kept") if config[one]])
-
-
 def show(row: dict) -> None:
     for config in row["tried"][:4]:
         print(
             f"{row['model']:5}{row['product']:8} m {row['rows']:3} cublas {row['cublas_us']:6.1f} "
             f"table {row['table_us']:6.1f} floor {row['floor_us']:6.1f} ours {config['us']:6.1f}  "
             f"n{config['block_n']} k{config['block_k']} s{config['splits']} w{config['warps']} "
-            f"st{config['stages']} {named(config)}",
+            f"st{config['stages']} {'swapped' if config['swapped'] else ''}",
             flush=True,
         )
 

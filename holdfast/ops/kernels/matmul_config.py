@@ -9,23 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# Up to here the table has been measured; cuBLAS has the others. The kernels themselves compute any
-# number of rows: tools/gpu/tune_matmul.py `--next` measures 128 and 256.
+# Beyond, cuBLAS computes: of 128 and 256 rows it won 16 of 20 products of 8B and 0.6B against the
+# best of 40 ways to cut each, TMA and warp groups among them (bench/results/products_h200.json).
 ROWS_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
 class MatmulConfig:
-    """How a product is cut. rows: of x in a tile, a power of two from 16 to 256; block_n, block_k:
-    of a tile of the weight, powers of two, but see groups; splits: parts of K.
-
-    Of ops.kernels.small_matmul's own kernel: swapped: see `_multiply`, block_n >= 64 then; bulk:
-    tiles come by TMA, k is a multiple of 8; kept: weights stay in L2, for several tiles of rows.
-
-    groups: warp groups, 1 to 3, of 64 rows of the weight each, of ops.kernels.warp_matmul, which
-    then computes it: block_n is 64 * groups, k a multiple of 8; warps and the other kernel's fields
-    are not used. 0 is small_matmul's own kernel.
-    """
+    """How a product is cut. rows: of x in a tile, which holds all of them: 16, 32 or 64; block_n,
+    block_k: of a tile of the weight, powers of two; splits: parts of K; swapped: see `_multiply`,
+    block_n >= 64 then."""
 
     rows: int
     block_n: int
@@ -34,15 +27,6 @@ class MatmulConfig:
     warps: int = 4
     stages: int = 4
     swapped: bool = False
-    bulk: bool = False
-    kept: bool = False
-    groups: int = 0
-
-    @property
-    def halves(self) -> int:
-        """Of rows, each a product of its own: one of 256 does not go with the registers of three
-        groups, and spills where parts are added."""
-        return 2 if self.groups and self.rows == 256 else 1
 
 
 def layer_products(
@@ -100,16 +84,13 @@ def workspace(
 ) -> tuple[int, int]:
     """(float32 of parts, int32 of tiles) that the largest of these products needs, at least one.
 
-    configs: of each weight (n, k), for 1, 2, 3 .. rows.
+    configs: of each weight (n, k), for each number of rows.
     """
-    parts = arrivals = 1
-    for (n, _), each in configs.items():
-        for rows, config in enumerate(each, 1):
-            if config is None or config.splits == 1:
-                continue
-            tiles, row_tiles = -(-n // config.block_n), -(-rows // config.rows)
-            # Parts in whole tiles: warp_matmul's are.
-            part = tiles * config.block_n * row_tiles * config.rows
-            parts = max(parts, config.splits * part)
-            arrivals = max(arrivals, tiles * row_tiles * max(1, config.groups))
-    return parts, arrivals
+    split = [
+        (config.splits * config.rows * n, -(-n // config.block_n))
+        for (n, _), each in configs.items()
+        for config in each
+        if config is not None and config.splits > 1
+    ]
+    parts = max((parts for parts, _ in split), default=1)
+    return parts, max((tiles for _, tiles in split), default=1)

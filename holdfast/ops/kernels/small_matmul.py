@@ -6,10 +6,6 @@ program owns BLOCK_N rows of the weight and a *split* of its columns, so that th
 enough for every SM of narrow products too. The splits of a tile are added in the order of their
 numbers by whichever arrives last: the same input gives the same bits, whoever that is.
 
-Rows of more than one tile are the grid's first dimension: programs that share a tile of the weight
-run at the same time, and all but one of them find it in L2. For such products there is a second
-kernel, ops.kernels.warp_matmul, which a MatmulConfig with `groups` asks for.
-
 Before it waits for the kernel ahead of it (ops.kernels.dependent) a program has the first lines of
 its weights brought to L2: they depend on nothing.
 
@@ -24,7 +20,6 @@ from collections.abc import Callable, Iterable
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from holdfast.ops.kernels.dependent import (
     INTERPRETED,
@@ -34,7 +29,6 @@ from holdfast.ops.kernels.dependent import (
 )
 from holdfast.ops.kernels.launch import ceil_div, launch
 from holdfast.ops.kernels.matmul_config import ROWS_MAX, MatmulConfig, choose_config, workspace
-from holdfast.ops.kernels.warp_matmul import REGISTERS, describe, multiply_warps
 
 # Elements of a row of the weight that are brought to L2 ahead, 128 bytes a line.
 _AHEAD_LINES, _LINE = 2, 64
@@ -57,8 +51,6 @@ def _prefetch(pointers):
 def _multiply(
     x,
     weight,
-    x_tiles,
-    weight_tiles,
     bias,
     out,
     partial,
@@ -71,28 +63,21 @@ def _multiply(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     SWAPPED: tl.constexpr,
-    BULK: tl.constexpr,
-    KEPT: tl.constexpr,
     BIASED: tl.constexpr,
     AHEAD: tl.constexpr,
     LINE: tl.constexpr,
     WIDE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """A tile of BLOCK_N outputs of ROWS rows, over one split of K.
-
-    BULK has tiles of x and of the weight come by the bulk copy engine (TMA), by the descriptors
-    x_tiles and weight_tiles, which read 0 outside; else these are not used. KEPT leaves weights in
-    L2 for the programs of other rows.
+    """A tile of BLOCK_N outputs of every row, at most ROWS, over one split of K.
 
     SWAPPED computes the transpose, so that the weight's rows are the tall side of the product: with
     few rows of x that fills Hopper's product of 64 rows.
     """
-    row_tile = tl.program_id(0)
-    tile = tl.program_id(1)
-    split = tl.program_id(2)
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = row_tile * ROWS + tl.arange(0, ROWS)
+    m = tl.arange(0, ROWS)
     PART: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
     WHOLE_N: tl.constexpr = N % BLOCK_N == 0
     WHOLE_K: tl.constexpr = K % BLOCK_K == 0
@@ -110,24 +95,17 @@ def _multiply(
     else:
         total = tl.zeros([ROWS, BLOCK_N], tl.float32)
     for start in range(begin, stop, BLOCK_K):
-        if BULK:
-            a = x_tiles.load([row_tile * ROWS, start])
-            b = weight_tiles.load([tile * BLOCK_N, start])
+        k = start + tl.arange(0, BLOCK_K)
+        x_at = x + m[:, None] * K + k[None, :]
+        if WHOLE_K:
+            a = tl.load(x_at, mask=live[:, None], other=0.0)
         else:
-            k = start + tl.arange(0, BLOCK_K)
-            x_at = x + m[:, None] * K + k[None, :]
-            if WHOLE_K:
-                a = tl.load(x_at, mask=live[:, None], other=0.0)
-            else:
-                a = tl.load(x_at, mask=live[:, None] & (k < K)[None, :], other=0.0)
-            if WHOLE_N and WHOLE_K:
-                if KEPT:
-                    b = tl.load(weight_row + k[None, :])
-                else:
-                    b = tl.load(weight_row + k[None, :], eviction_policy="evict_first")
-            else:
-                held = (n < N)[:, None] & (k < K)[None, :]
-                b = tl.load(weight_row + k[None, :], mask=held, other=0.0)
+            a = tl.load(x_at, mask=live[:, None] & (k < K)[None, :], other=0.0)
+        if WHOLE_N and WHOLE_K:
+            b = tl.load(weight_row + k[None, :], eviction_policy="evict_first")
+        else:
+            held = (n < N)[:, None] & (k < K)[None, :]
+            b = tl.load(weight_row + k[None, :], mask=held, other=0.0)
         if WIDE:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
@@ -147,11 +125,10 @@ def _multiply(
     last = True
     if SPLITS > 1:
         part_size = rows.to(tl.int64) * N
-        arrived = arrivals + tile * tl.num_programs(0) + row_tile
         tl.store(partial + split * part_size + at, total, mask=inside)
         # Every thread's part is there before this program says so.
         tl.debug_barrier()
-        last = tl.atomic_add(arrived, 1, sem="acq_rel") == SPLITS - 1
+        last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLITS - 1
     if last:
         if SPLITS > 1:
             total = tl.zeros_like(total)
@@ -159,7 +136,7 @@ def _multiply(
                 # Past L1, which knows nothing of what other programs stored.
                 there = partial + part * part_size + at
                 total += tl.load(there, mask=inside, other=0.0, cache_modifier=".cg")
-            tl.store(arrived, 0)
+            tl.store(arrivals + tile, 0)
         if BIASED:
             added = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
             total += added[:, None] if SWAPPED else added[None, :]
@@ -182,15 +159,15 @@ class SmallMatmul:
         sm_count: int | None = None,
         config_of: Callable[[int, int, int], MatmulConfig | None] | None = None,
     ) -> None:
-        """shapes: (n, k) of every weight; rows_max: more rows are never asked for. sm_count: of the
-        device unless given. config_of: (n, k, rows) -> MatmulConfig or None, in place of
-        `choose_config`, and for all these rows; else at most ROWS_MAX are computed here."""
+        """shapes: (n, k) of every weight; rows_max: more rows are never asked for, and more than
+        ROWS_MAX never computed here. sm_count: of the device unless given. config_of: (n, k, rows)
+        -> MatmulConfig or None, in place of `choose_config`."""
         self.device = torch.device(device)
         if sm_count is None:
             on_gpu = self.device.type == "cuda"
             properties = torch.cuda.get_device_properties(self.device) if on_gpu else None
             sm_count = properties.multi_processor_count if properties is not None else 1
-        self.rows_max = min(rows_max, ROWS_MAX) if config_of is None else rows_max
+        self.rows_max = min(rows_max, ROWS_MAX)
         self._configs = {
             (n, k): tuple(
                 choose_config(n, k, rows, sm_count) if config_of is None else config_of(n, k, rows)
@@ -231,22 +208,12 @@ class SmallMatmul:
         (rows, k), n = x.shape, weight.shape[0]
         assert weight.shape == (n, k) and out.shape == (rows, n), (x.shape, weight.shape, out.shape)
         assert x.is_contiguous() and weight.is_contiguous() and out.is_contiguous()
-        assert k % 8 == 0 or not (config.bulk or config.groups), (k, config)
-        assert weight.element_size() == 2 or not config.groups, (weight.dtype, config)
-        grid = (ceil_div(rows, config.rows), ceil_div(n, config.block_n), config.splits)
-        if config.groups:
-            return self._run_warps(x, weight, bias, out, config, grid)
-        x_tiles, weight_tiles = x, weight
-        if config.bulk:
-            x_tiles = TensorDescriptor.from_tensor(x, [config.rows, config.block_k])
-            weight_tiles = TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k])
+        assert rows <= config.rows, (rows, config)
         launch(
             _multiply,
-            grid,
+            (ceil_div(n, config.block_n), config.splits),
             x,
             weight,
-            x_tiles,
-            weight_tiles,
             weight if bias is None else bias,
             out,
             self._partial,
@@ -259,52 +226,12 @@ class SmallMatmul:
             BLOCK_K=config.block_k,
             SPLITS=config.splits,
             SWAPPED=config.swapped,
-            BULK=config.bulk,
-            KEPT=config.kept,
             BIASED=bias is not None,
             AHEAD=_AHEAD_LINES,
             LINE=_LINE,
             WIDE=INTERPRETED or weight.dtype == torch.float32,
             num_warps=config.warps,
             num_stages=config.stages,
-            **launch_options(x.device),
-        )
-        return out
-
-    def _run_warps(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        out: torch.Tensor,
-        config: MatmulConfig,
-        grid: tuple[int, int, int],
-    ) -> torch.Tensor:
-        """`run` by ops.kernels.warp_matmul, on Hopper, of 2-byte floats."""
-        at_launch, multiplying = REGISTERS[config.groups]
-        tall = config.rows // config.halves
-        launch(
-            multiply_warps,
-            grid,
-            out,
-            describe(x, [tall, config.block_k]),
-            describe(weight, [64, config.block_k]),
-            weight if bias is None else bias,
-            self._partial,
-            self._arrivals,
-            x.shape[0],
-            N=weight.shape[0],
-            K=weight.shape[1],
-            ROWS=tall,
-            HALVES=config.halves,
-            BLOCK_K=config.block_k,
-            GROUPS=config.groups,
-            SPLITS=config.splits,
-            STAGES=config.stages,
-            BIASED=bias is not None,
-            REGISTERS=multiplying,
-            num_warps=4,
-            maxnreg=at_launch,
             **launch_options(x.device),
         )
         return out
