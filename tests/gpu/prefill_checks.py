@@ -98,8 +98,9 @@ def chunks() -> None:
 
 def groups() -> None:
     lens, starts = [2, 33, 1, 128, 129, 200], [0, 100, 600, 0, 127, 77]
+    # Three kernels each, which take most of the time; BIG is the shape of all other checks.
     for group, head_dim, page_tokens in (
-        (1, 64, 16), (2, 128, 16), (3, 80, 3), (4, 96, 1), (7, 128, 24), (8, 64, 16), (16, 128, 5),
+        (1, 64, 16), (3, 80, 3), (4, 96, 1), (7, 128, 24), (16, 128, 5),
     ):  # fmt: skip
         shape = Shape(group=group, kv_heads=2, head_dim=head_dim, page_tokens=page_tokens)
         hold(shape, lens, starts)

@@ -19,7 +19,9 @@ SHAPES = [
 EDGES = [1, 2, 3, 4, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 127, 128, 129, 130, 200, 257, 600]
 
 
-def attended(step: Step, window: int = 0, query_len_max: int = 4) -> torch.Tensor:
+def attended(
+    step: Step, window: int = 0, *, rows_max: int = 64, context_max: int = 4096
+) -> torch.Tensor:
     """out of TritonAttention on the GPU, on the host."""
     from holdfast.ops.attention_triton import TritonAttention
 
@@ -27,9 +29,9 @@ def attended(step: Step, window: int = 0, query_len_max: int = 4) -> torch.Tenso
     shape = step.shape
     attention = TritonAttention(
         device,
-        rows_max=64,
-        query_len_max=query_len_max,
-        context_max=4096,
+        rows_max=rows_max,
+        query_len_max=4,
+        context_max=context_max,
         itemsize=step.pool.element_size(),
         **shape.made_for(),
     )
@@ -46,8 +48,14 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.head_dim}x{shape.group}")
+# Five kernels a case are compiled, a second each. float32's tiles differ by head size alone: a
+# power of two, one that is not, and the widest.
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [(shape, torch.bfloat16) for shape in SHAPES]
+    + [(SHAPES[at], torch.float32) for at in (0, 2, 4)],
+    ids=lambda one: str(one) if isinstance(one, torch.dtype) else f"{one.head_dim}x{one.group}",
+)
 def test_decode_verify_prefill_and_mixed_steps_match_the_reference(shape, dtype) -> None:
     decode = Step(shape, [1] * len(EDGES), [n - 1 for n in EDGES], dtype=dtype)
     close(attended(decode), decode.reference())
@@ -55,6 +63,13 @@ def test_decode_verify_prefill_and_mixed_steps_match_the_reference(shape, dtype)
     close(attended(verify), verify.reference())
     mixed = Step(shape, [1, 140, 33, 1, 64, 2], [600, 0, 100, 0, 64, 15], dtype=dtype)
     close(attended(mixed), mixed.reference())
+
+
+@pytest.mark.parametrize(("rows", "context_max"), [(1, 4096), (256, 4096), (256, 1024)])
+def test_one_row_and_256_match_the_reference_in_parts_and_in_one(rows, context_max) -> None:
+    starts = [600] if rows == 1 else [EDGES[row % len(EDGES)] - 1 for row in range(rows)]
+    step = Step(SHAPES[0], [1] * rows, starts, dtype=torch.bfloat16)
+    close(attended(step, rows_max=rows, context_max=context_max), step.reference())
 
 
 @pytest.mark.parametrize("window", [1, 16, 63, 64, 65, 100])

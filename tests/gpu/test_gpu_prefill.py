@@ -27,7 +27,11 @@ def running(tmp_path_factory) -> Iterator[Running]:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no warp groups: not a Hopper GPU")
     folder, found = tmp_path_factory.mktemp("prefill"), {}
-    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests" / "ops")))}
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests" / "ops"))),
+        # The references are small; as many threads as cores in each process would be in the way.
+        "OMP_NUM_THREADS": "1",
+    }
     script = str(Path(__file__).with_name("prefill_checks.py"))
     try:
         for name in ALL:

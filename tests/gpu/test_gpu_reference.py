@@ -175,7 +175,7 @@ def test_sums_of_pages_and_slabs_are_those_of_the_definition(hand):
         assert slab_sum(slab) == checksum.bytes_sum(slab.cpu().numpy())
 
 
-@pytest.mark.parametrize("words", [1, 6, 8, 4096, 32768, 32772, 589824])
+@pytest.mark.parametrize("words", [1, 8, 32768, 32772, 589824])
 def test_the_compiled_kernel_and_the_expression_agree_at_every_length(words):
     pool = torch.randint(-(1 << 31), 1 << 31, (5, words), dtype=torch.int32, device="cuda:0")
     pages = np.array([4, 1, 1])
