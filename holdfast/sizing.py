@@ -28,10 +28,11 @@ KV_SHARE = 0.25
 LARGE_GPU_BYTES = 40 * GIB
 LARGE_GPU_ROWS, LARGE_GPU_PREFILL_TOKENS = 256, 8192
 # Prompt tokens of a step that also decodes, on a GPU: every stream waits for them. As many, a power
-# of two, as an H200 multiplies in 50 ms (bf16, as fast as cuBLAS does on random numbers), within
-# these bounds. Shorter chunks fill its tiles badly. Qwen3-8B: 2,048 in 41 ms; a step with 8,192
-# takes 200 ms, and tokens a second are the same.
-_MIXED_S, _OPERATIONS_PER_S = 0.05, 7e14
+# of two, as an H200 multiplies in 25 ms (bf16, as fast as cuBLAS does on random numbers), within
+# these bounds. Shorter chunks fill its tiles badly and longer ones gain nothing: Qwen3-8B at 64
+# streams gave 7,043 tok/s and a p99 of 28 ms with 1,024, 6,765 and 52 ms with 2,048 (on two days);
+# Qwen3-0.6B at 256 streams 31,599 and 15.7 ms with 1,024, 34,096 and 14.1 ms with 2,048.
+_MIXED_S, _OPERATIONS_PER_S = 0.025, 7e14
 GPU_MIXED_PREFILL_MIN, GPU_MIXED_PREFILL_MAX = 256, 2048
 # Resident memory of the processes beside the slabs, with room above what `ps` showed on Linux with
 # torch 2.13 CPU and the bundled model: worker 292 MiB, core 32, supervisor 53, keeper 17, api

@@ -160,7 +160,7 @@ class EngineOptions:
             BATCH_PANEL,
             "Prompt tokens of a step that also decodes: fewer keep streams even, more start "
             "prompts sooner",
-            "GPU 50 ms, at most 2048; CPU --prefill-tokens",
+            "GPU 25 ms, at most 2048; CPU --prefill-tokens",
             min=0,
         ),
     ] = None

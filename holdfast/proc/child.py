@@ -18,7 +18,7 @@ What each role is given (all also have `control`, a proc.control.Control; link =
                                               graphs; drills, provoke (only of a server started
                                               with --drills)
     core    journal, metrics (memfds)         limits, epoch, tag, recover, fault_tokens,
-                                              step_timeout_s, scrub_pages_s
+                                              step_timeout_s, step_margin_s, scrub_pages_s
     api     core (link, epoch 0), metrics     limits, model, served_name, api_keys, cors_origins,
             (memfd, slot 2 + index), listen   write_timeout_s, keepalive_s, body_bytes_max,
             (a listening socket)              drain_timeout_s, log_level

@@ -56,7 +56,10 @@ def main() -> int:
     control.ready(recovered=recovered)
     metrics, starvation = brain.metrics, Starvation()
     clocks = StepClocks(
-        start.config["step_timeout_s"], starved=starvation.starved, rested=starvation.rested
+        start.config["step_timeout_s"],
+        margin_s=start.config["step_margin_s"],
+        starved=starvation.starved,
+        rested=starvation.rested,
     )
     return CoreLoop(
         brain,

@@ -4,7 +4,8 @@ The driver reads these variables when the worker's first context is made, so the
 supervisor's to set. The dump is a light one: registers, the faulting instruction and the stacks of
 all warps, without global, shared, local and constant memory and without the modules' images, hence
 without weights and KV cache (a full one of an H200 writes up to 141 GB while streams wait). It is
-off by default because the worker is held for as long as the dump is written.
+off by default because the worker is held for as long as the dump is written, and because a worker
+that hangs without a fault is noticed that much later (WRITING_S).
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from pathlib import Path
 from holdfast.errors import OptionError
 
 OPTION = "--gpu-coredump"
+# While the driver writes, the faulted step gives neither a result nor an error, as a hang does: so
+# much longer a step may take. Without it a worker of an H200 was killed for hung 0.5 s after its
+# fault, before there was a file. An estimate of what a light dump takes.
+WRITING_S = 15.0
 _LIGHT = (
     "skip_nonrelocated_elf_images",
     "skip_global_memory",

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from holdfast.config import Limits, check_kernels
-from holdfast.core.clocks import STEP_TIMEOUT_S
+from holdfast.core.clocks import MARGIN_S, STEP_TIMEOUT_S
 from holdfast.cuda_driver import parse_device
 from holdfast.errors import OptionError
 from holdfast.proc.child import limits_config
-from holdfast.proc.coredump import check_device, coredump_environment
+from holdfast.proc.coredump import WRITING_S, check_device, coredump_environment
 from holdfast.proc.lifecycle.policy import HEARTBEAT_S
 from holdfast.proc.lifecycle.states import Standby
 
@@ -202,7 +202,9 @@ class ServeOptions:
         config = {"limits": limits, "epoch": epoch, "tag": self.tag, "recover": recover}
         page_bytes = self.limits.page_tokens * self.spec.kv_token_bytes(self.pool_dtype)
         scrub_pages_s = self.scrub_gbps / 2 * 1e9 / page_bytes
-        times = {"step_timeout_s": self.step_timeout_s, "scrub_pages_s": scrub_pages_s}
+        margin_s = MARGIN_S if self.gpu_coredump is None else MARGIN_S + WRITING_S
+        times = {"step_timeout_s": self.step_timeout_s, "step_margin_s": margin_s}
+        times["scrub_pages_s"] = scrub_pages_s
         return {**config, **times, "fault_tokens": self.fault_tokens, **self.extra}
 
     def api_config(self) -> dict[str, Any]:

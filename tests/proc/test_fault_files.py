@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from conftest import until
 
+from holdfast.config import Limits
+from holdfast.core.clocks import MARGIN_S
 from holdfast.errors import OptionError
-from holdfast.proc.coredump import coredump_environment
+from holdfast.proc.coredump import WRITING_S, coredump_environment
 from holdfast.proc.fault_files import QUEUE_MAX, FaultFiles, reports_in
+from holdfast.proc.options import ServeOptions
 
 
 def report(epoch: int) -> dict[str, object]:
@@ -92,3 +95,26 @@ def test_a_coredump_is_light_and_lies_where_it_was_asked_for(
     assert {"%h", "%p", "%t"} <= set(variables["CUDA_COREDUMP_FILE"].rpartition("/")[2].split("-"))
     flags = variables["CUDA_COREDUMP_GENERATION_FLAGS"].split(",")
     assert {"skip_global_memory", "skip_abort"} <= set(flags)
+
+
+@pytest.mark.parametrize(("dumps", "more_s"), [(False, 0.0), (True, WRITING_S)])
+def test_a_worker_that_dumps_its_gpu_is_not_taken_for_hung(
+    tmp_path: Path, dumps: bool, more_s: float
+) -> None:
+    class Spec:
+        path = tmp_path
+
+        def weights_bytes(self, dtype: str) -> int:
+            return 1
+
+        kv_token_bytes = weights_bytes
+
+    (tmp_path / "config.json").write_text("{}")
+    options = ServeOptions(
+        spec=Spec(),
+        limits=Limits(vocab_size=8, context_tokens=64, pages=8, live_tokens=1024),
+        served_name="x",
+        device="cuda:0",
+        gpu_coredump=tmp_path / "dumps" if dumps else None,
+    )
+    assert options.core_config(1, recover=False)["step_margin_s"] == MARGIN_S + more_s
