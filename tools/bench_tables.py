@@ -154,7 +154,9 @@ def _plot(title: str, rows: Sequence[Row]) -> str:
 
 
 def _place(row: Row) -> str:
-    return report.place(row["batch"], row["concurrency"])
+    place = report.place(row["batch"], row["concurrency"])
+    chunk = report.chunk(row)
+    return place if chunk is None else f"{place}, chunk {chunk:,}"
 
 
 def main() -> int:

@@ -151,13 +151,19 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def newest(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of rows that measure the same thing the last; in the order of their first appearance."""
+    """Of rows that measure the same thing the last; in the order of their first appearance. Loads
+    of a server with another chunk beside decode are another thing: it trades rate for evenness."""
     keys = ("bench", "model", "work", "batch", "concurrency", "metric")
     last: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         off = tuple(row["options"].get(SAFETY_OFF, ()))
-        last[(*(row[key] for key in keys), off)] = dict(row)
+        last[(*(row[key] for key in keys), chunk(row), off)] = dict(row)
     return list(last.values())
+
+
+def chunk(row: Mapping[str, Any]) -> int | None:
+    """Prompt tokens beside decode, of a row about a loaded server; None where that says nothing."""
+    return row["options"].get("mixed_prefill_tokens") if row["bench"] == "serve" else None
 
 
 def percentile(values: Sequence[float], share: float) -> float:
