@@ -19,7 +19,7 @@ PAGES_MAX = 1 << 24
 # Draft tokens are counted in a byte (wire.plan); nobody's acceptance makes more worth their pages.
 DRAFT_DEPTH_MAX = 32
 _MAY_BE_ZERO = {
-    "mixed_prefill_tokens",
+    "mixed_tokens",
     "draft_depth",
     "windows",
     "window_pages",
@@ -117,9 +117,10 @@ class Limits:
     """Requests in one step."""
     prefill_tokens: int = 512
     """Tokens of one step, decode rows first; what they leave is for prefill chunks."""
-    mixed_prefill_tokens: int = 0
-    """Prompt tokens of a step that also decodes, so that a long chunk does not hold up the rows
-    beside it; at most prefill_tokens. 0 = no bound but prefill_tokens."""
+    mixed_tokens: int = 0
+    """Tokens of a step that decodes and takes prompts as well, so that a long chunk does not hold
+    up the rows beside it; prompts get half of them at least. At most prefill_tokens, and 0 = no
+    bound but that."""
     draft_depth: int = 0
     """Most draft tokens of one row in one step (speculation); 0 = off."""
     steps_ahead: int = 2
@@ -159,10 +160,10 @@ class Limits:
         if self.pages < 2:
             raise OptionError("--kv-pages", "needs at least 2: page 0 is the trash page")
         self._check_windows()
-        if not 0 <= self.mixed_prefill_tokens <= self.prefill_tokens:
+        if not 0 <= self.mixed_tokens <= self.prefill_tokens:
             raise OptionError(
-                "--mixed-prefill-tokens",
-                f"0 to --prefill-tokens ({self.prefill_tokens}), got {self.mixed_prefill_tokens}",
+                "--mixed-tokens",
+                f"0 to --prefill-tokens ({self.prefill_tokens}), got {self.mixed_tokens}",
             )
         if not 0 <= self.draft_depth <= DRAFT_DEPTH_MAX:
             raise OptionError("--draft-depth", f"0 to {DRAFT_DEPTH_MAX}, got {self.draft_depth}")

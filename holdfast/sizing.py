@@ -27,13 +27,14 @@ KV_SHARE = 0.25
 # of less memory than this their scratch would be missed by the KV cache.
 LARGE_GPU_BYTES = 40 * GIB
 LARGE_GPU_ROWS, LARGE_GPU_PREFILL_TOKENS = 256, 8192
-# Prompt tokens of a step that also decodes, on a GPU: every stream waits for them. As many, a power
-# of two, as an H200 multiplies in 25 ms (bf16, as fast as cuBLAS does on random numbers), within
-# these bounds. Shorter chunks fill its tiles badly and longer ones gain nothing: Qwen3-8B at 64
-# streams gave 7,043 tok/s and a p99 of 28 ms with 1,024, 6,765 and 52 ms with 2,048 (on two days);
-# Qwen3-0.6B at 256 streams 31,599 and 15.7 ms with 1,024, 34,096 and 14.1 ms with 2,048.
+# Tokens of a step that decodes and takes prompts, on a GPU: every stream waits for them. As many, a
+# power of two, as an H200 multiplies in 25 ms (bf16, as fast as cuBLAS does on random numbers),
+# within these bounds. Shorter steps fill its tiles badly and longer ones gain nothing: with decode
+# rows on top, Qwen3-8B at 64 streams gave 7,043 tok/s and a p99 of 28 ms with 1,024, 6,765 and
+# 52 ms with 2,048 (on two days); Qwen3-0.6B at 256 streams 31,599 and 15.7 ms with 1,024, 34,096
+# and 14.1 ms with 2,048.
 _MIXED_S, _OPERATIONS_PER_S = 0.025, 7e14
-GPU_MIXED_PREFILL_MIN, GPU_MIXED_PREFILL_MAX = 256, 2048
+GPU_MIXED_MIN, GPU_MIXED_MAX = 256, 2048
 # Resident memory of the processes beside the slabs, with room above what `ps` showed on Linux with
 # torch 2.13 CPU and the bundled model: worker 292 MiB, core 32, supervisor 53, keeper 17, api
 # process 77.
@@ -60,7 +61,7 @@ class Dimensions(gpu_work.Dimensions, Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wishes:
     """What the operator asked for; None = decide for me. Counts as in Limits, but for
-    mixed_prefill_tokens, of which 0 too is decided: `gpu_mixed_prefill_tokens` or prefill_tokens,
+    mixed_tokens, of which 0 too is decided: `gpu_mixed_tokens` or prefill_tokens,
     whichever is less; prefill_tokens on a CPU, whose steps wait for arithmetic alone, and where
     nobody waits for a step (`size`, streams)."""
 
@@ -69,7 +70,7 @@ class Wishes:
     kv_memory_bytes: int | None = None
     page_tokens: int | None = None
     prefill_tokens: int | None = None
-    mixed_prefill_tokens: int | None = None
+    mixed_tokens: int | None = None
     context_tokens: int | None = None
     queue_requests: int | None = None
     live_tokens: int | None = None
@@ -306,11 +307,11 @@ def _size_on_gpu(
     )
 
 
-def gpu_mixed_prefill_tokens(model: gpu_work.Dimensions) -> int:
-    """Prompt tokens of a step that also decodes; see _MIXED_S."""
+def gpu_mixed_tokens(model: gpu_work.Dimensions) -> int:
+    """Tokens of a step that decodes and takes prompts; see _MIXED_S."""
     tokens = int(_MIXED_S * _OPERATIONS_PER_S / (2 * gpu_work.layer_weights(model)))
     power = 1 << max(1, tokens).bit_length() - 1
-    return min(max(power, GPU_MIXED_PREFILL_MIN), GPU_MIXED_PREFILL_MAX)
+    return min(max(power, GPU_MIXED_MIN), GPU_MIXED_MAX)
 
 
 def _wished_limits(
@@ -338,12 +339,12 @@ def _wished_limits(
         chosen.setdefault("prefill_tokens", LARGE_GPU_PREFILL_TOKENS)
     pages = {} if wishes.pages is None else {"pages": wishes.pages}
     limits = Limits(vocab_size=model.vocab_size, context_tokens=context, **pages, **chosen)
-    if limits.mixed_prefill_tokens:
+    if limits.mixed_tokens:
         return limits
     most = limits.prefill_tokens
     if gpu is not None and streams:
-        most = min(gpu_mixed_prefill_tokens(model), most)
-    return dataclasses.replace(limits, mixed_prefill_tokens=most)
+        most = min(gpu_mixed_tokens(model), most)
+    return dataclasses.replace(limits, mixed_tokens=most)
 
 
 def _memory_option(wishes: Wishes) -> str:

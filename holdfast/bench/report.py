@@ -162,8 +162,10 @@ def newest(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def chunk(row: Mapping[str, Any]) -> int | None:
-    """Prompt tokens beside decode, of a row about a loaded server; None where that says nothing."""
-    return row["options"].get("mixed_prefill_tokens") if row["bench"] == "serve" else None
+    """The bound of a step with decode and prompts, of a row about a loaded server; None where that
+    says nothing. Rows of before 2026-11-22, 02:00 have the bound of its prompts alone."""
+    options = row["options"] if row["bench"] == "serve" else {}
+    return options.get("mixed_tokens", options.get("mixed_prefill_tokens"))
 
 
 def percentile(values: Sequence[float], share: float) -> float:

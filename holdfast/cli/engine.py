@@ -165,7 +165,7 @@ def settings(prepared: Prepared, engine: EngineOptions) -> dict[str, Any]:
         "kv_pages": limits.pages,
         "page_tokens": limits.page_tokens,
         "prefill_tokens": limits.prefill_tokens,
-        "mixed_prefill_tokens": limits.mixed_prefill_tokens,
+        "mixed_tokens": limits.mixed_tokens,
         "queue_requests": limits.queue_requests,
         "live_tokens": limits.live_tokens,
     }

@@ -154,11 +154,11 @@ class EngineOptions:
         int | None,
         _option(BATCH_PANEL, "Tokens of one step, prompts included", "512; large GPU 8192", min=1),
     ] = None
-    mixed_prefill_tokens: Annotated[
+    mixed_tokens: Annotated[
         int | None,
         _option(
             BATCH_PANEL,
-            "Prompt tokens of a step that also decodes: fewer keep streams even, more start "
+            "Tokens of a step that decodes and takes prompts: fewer keep streams even, more start "
             "prompts sooner",
             "GPU 25 ms, at most 2048; CPU --prefill-tokens",
             min=0,
@@ -183,7 +183,7 @@ class EngineOptions:
             kv_memory_bytes=memory,
             page_tokens=self.page_tokens,
             prefill_tokens=self.prefill_tokens,
-            mixed_prefill_tokens=self.mixed_prefill_tokens,
+            mixed_tokens=self.mixed_tokens,
             context_tokens=self.max_context_tokens,
             queue_requests=self.queue_requests,
             live_tokens=self.live_tokens,

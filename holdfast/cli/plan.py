@@ -76,7 +76,7 @@ def _table(name: str, prepared: Prepared) -> Table:
         ("step", f"{limits.prefill_tokens:,}", "tokens at most, prompts included"),
         (
             "mixed step",
-            f"{limits.mixed_prefill_tokens:,}",
+            f"{limits.mixed_tokens:,}",
             "prompt tokens at most beside rows that decode",
         ),
         ("full rows", f"{sizing.full_rows:,}", "requests of the longest context at once"),

@@ -4,9 +4,10 @@ Continuous batching, one plan at a time. In a plan: first every row that needs o
 (decode, the longest first), as far as pages go; then chunks of prompts that are under way, oldest
 first; then new admissions. The token budget of a step is `limits.prefill_tokens`; decode rows come
 out of it first and are never left out for a prompt (their floor), and a prompt under way gets at
-least one page's worth of what is left (its floor), so neither starves the other. Beside decode rows
-prompts get `limits.mixed_prefill_tokens` at most: a step takes as long as its chunk, and every row
-that decodes waits for it.
+least one page's worth of what is left (its floor), so neither starves the other. A step with both
+has `limits.mixed_tokens` at most, as every row that decodes waits for its chunk; of these prompts
+get half at least. The bound is of all its tokens since a GPU multiplies in tiles of them: a power
+of two fills whole waves of its SMs, and 256 rows more begin another.
 
 When pages run short: cached pages are evicted (kv.ledger); rows that would need a page are left out
 of the step while pages of ended requests are on their way back; then the youngest row of the lowest
@@ -128,8 +129,8 @@ class Scheduler:
         """Prompt tokens of a step that computes `decode` tokens of other rows."""
         limits = self.limits
         budget = limits.prefill_tokens - decode
-        if decode and limits.mixed_prefill_tokens:
-            budget = min(budget, limits.mixed_prefill_tokens)
+        if decode and (mixed := limits.mixed_tokens):
+            budget = min(budget, max(mixed - decode, mixed // 2))
         return max(budget, limits.page_tokens)
 
     def _launch(

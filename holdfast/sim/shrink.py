@@ -99,7 +99,7 @@ def describe(world: World) -> str:
     lines = [
         f"seed {world.seed}: {limits.pages_usable} pages of {limits.page_tokens} tokens, "
         f"{limits.rows_max} rows, {limits.prefill_tokens} tokens a step "
-        f"({limits.mixed_prefill_tokens or 'any'} of prompts beside decode), context "
+        f"({limits.mixed_tokens or 'any'} with prompts beside decode), context "
         f"{limits.context_tokens}, {limits.steps_ahead} steps ahead, "
         f"{limits.api_processes} api processes",
         "faults: "

@@ -261,7 +261,7 @@ def _draw_mixed(seed: int, limits: Limits) -> Limits:
     """How much of a prompt goes beside decode, from a Random of its own: all, or less."""
     rng = Random(seed * 0x8538_ECB5 + 11)
     mixed = rng.choice([0, 0, 1, 3, 8])
-    return replace(limits, mixed_prefill_tokens=min(mixed, limits.prefill_tokens))
+    return replace(limits, mixed_tokens=min(mixed, limits.prefill_tokens))
 
 
 def _draw_tiers(

@@ -20,7 +20,7 @@ from holdfast.sizing import (
     MIB,
     GpuRoom,
     Wishes,
-    gpu_mixed_prefill_tokens,
+    gpu_mixed_tokens,
     memory_available_bytes,
     show_bytes,
     size,
@@ -197,7 +197,7 @@ def test_a_large_gpu_holds_every_row_at_the_longest_context() -> None:
 @pytest.mark.parametrize("asked", [None, 0])
 def test_beside_decode_a_gpu_takes_few_prompt_tokens_and_a_cpu_all_of_a_step(asked) -> None:
     def mixed(sizing: object, **wishes: object) -> int:
-        return sizing(mixed_prefill_tokens=asked, **wishes).limits.mixed_prefill_tokens
+        return sizing(mixed_tokens=asked, **wishes).limits.mixed_tokens
 
     assert mixed(sized_on_gpu, prefill_tokens=8192) == 2048
     assert mixed(sized_on_gpu, prefill_tokens=700) == 700
@@ -223,7 +223,7 @@ def test_larger_models_take_fewer_prompt_tokens_beside_decode(
     model = Small()
     model.layers, model.hidden_size, model.intermediate_size = layers, hidden, intermediate
     model.heads, model.kv_heads, model.head_dim = heads, 8, 128
-    assert gpu_mixed_prefill_tokens(model) == tokens
+    assert gpu_mixed_tokens(model) == tokens
 
 
 def test_a_large_gpu_takes_large_steps_and_a_small_one_those_of_a_cpu() -> None:
@@ -236,10 +236,10 @@ def test_a_large_gpu_takes_large_steps_and_a_small_one_those_of_a_cpu() -> None:
 
 def test_prompt_tokens_beside_decode_are_what_was_asked_for_on_any_device() -> None:
     for sizing in (sized, sized_on_gpu):
-        limits = sizing(prefill_tokens=8192, mixed_prefill_tokens=2000).limits
-        assert limits.mixed_prefill_tokens == 2000
-        with pytest.raises(OptionError, match=r"--mixed-prefill-tokens.*512.*513"):
-            sizing(prefill_tokens=512, mixed_prefill_tokens=513)
+        limits = sizing(prefill_tokens=8192, mixed_tokens=2000).limits
+        assert limits.mixed_tokens == 2000
+        with pytest.raises(OptionError, match=r"--mixed-tokens.*512.*513"):
+            sizing(prefill_tokens=512, mixed_tokens=513)
 
 
 def test_the_utilization_bounds_what_is_taken_of_a_gpu_with_what_others_hold() -> None:

@@ -112,8 +112,8 @@ def prompt_tokens_of_plans(d: Driver) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("mixed", [4, 7, 16, 64])
-def test_a_step_that_decodes_takes_at_most_its_own_bound_of_prompt_tokens(mixed):
-    d = Driver(limits_of(prefill_tokens=64, mixed_prefill_tokens=mixed, pages=129))
+def test_a_step_that_decodes_and_takes_prompts_has_at_most_its_own_bound_of_tokens(mixed):
+    d = Driver(limits_of(prefill_tokens=64, mixed_tokens=mixed, pages=129))
     d.submit(1, prompt(1, 4), max_tokens=60)
     d.tick()
     for request in (2, 3):
@@ -121,15 +121,34 @@ def test_a_step_that_decodes_takes_at_most_its_own_bound_of_prompt_tokens(mixed)
     while not {2, 3} <= set(d.ends):
         d.tick()
     beside, _ = prompt_tokens_of_plans(d)
-    assert max(beside) == min(mixed, 63), "the decode row is part of --prefill-tokens"
+    # A page's worth at least, for which the smallest bound has no room beside the row.
+    assert max(beside) == max(mixed - 1, 4), "the decode row is part of --mixed-tokens"
     d.run()
     for request in (1, 2, 3):
         d.check(request)
     d.check_home()
 
 
+def test_beside_many_rows_that_decode_prompts_get_half_of_the_bound():
+    d = Driver(limits_of(prefill_tokens=64, mixed_tokens=24, pages=257, rows_max=22))
+    for request in range(1, 21):
+        d.submit(request, prompt(request, 3), max_tokens=30)
+    d.tick()
+    d.submit(30, prompt(30, 60), max_tokens=1)
+    while 30 not in d.ends:
+        d.tick()
+    chunks = [
+        int(plan.query_lens.max()) for plan in d.plans if plan.query_lens.tolist().count(1) >= 20
+    ]
+    assert [chunk for chunk in chunks if chunk > 1] == [12] * 5
+    d.run()
+    for request in (*range(1, 21), 30):
+        d.check(request)
+    d.check_home()
+
+
 def test_a_step_without_decode_takes_all_its_tokens_of_prompts_whatever_the_bound_beside_it():
-    d = Driver(limits_of(prefill_tokens=64, mixed_prefill_tokens=4, pages=129))
+    d = Driver(limits_of(prefill_tokens=64, mixed_tokens=4, pages=129))
     for request in (1, 2):
         d.submit(request, prompt(request, 100), max_tokens=1)
     d.run()
@@ -140,7 +159,7 @@ def test_a_step_without_decode_takes_all_its_tokens_of_prompts_whatever_the_boun
 
 
 def test_beside_decode_a_prompt_gets_a_page_a_step_however_small_the_bound():
-    d = Driver(limits_of(prefill_tokens=16, mixed_prefill_tokens=1))
+    d = Driver(limits_of(prefill_tokens=16, mixed_tokens=1))
     d.submit(1, prompt(1, 4), max_tokens=60)
     d.tick()
     d.submit(2, prompt(2, 40), max_tokens=1)
@@ -153,7 +172,7 @@ def test_beside_decode_a_prompt_gets_a_page_a_step_however_small_the_bound():
 
 
 def test_a_stream_of_prompts_beside_decode_ends_and_no_decode_step_is_left_out():
-    d = Driver(limits_of(prefill_tokens=32, mixed_prefill_tokens=4, pages=129, rows_max=3))
+    d = Driver(limits_of(prefill_tokens=32, mixed_tokens=4, pages=129, rows_max=3))
     d.submit(1, prompt(1, 4), max_tokens=120)
     d.tick()
     for request in range(2, 22):
@@ -170,8 +189,8 @@ def test_a_stream_of_prompts_beside_decode_ends_and_no_decode_step_is_left_out()
 
 def test_a_bound_beside_decode_above_that_of_all_steps_is_refused_by_its_name():
     for wrong in (17, -1):
-        with pytest.raises(OptionError, match=f"--mixed-prefill-tokens.*16.*{wrong}"):
-            limits_of(prefill_tokens=16, mixed_prefill_tokens=wrong)
+        with pytest.raises(OptionError, match=f"--mixed-tokens.*16.*{wrong}"):
+            limits_of(prefill_tokens=16, mixed_tokens=wrong)
 
 
 def test_a_second_request_with_the_same_prompt_computes_only_what_is_new():
@@ -721,7 +740,7 @@ def test_random_load_with_aborts_preemption_and_worker_loss_ends_home(seed):
             pages=rng.choice([130, 140, 200]),
             rows_max=rng.choice([1, 2, 5, 9]),
             prefill_tokens=prefill_tokens,
-            mixed_prefill_tokens=min(prefill_tokens, rng.choice([0, 1, 7])),
+            mixed_tokens=min(prefill_tokens, rng.choice([0, 1, 7])),
             steps_ahead=rng.choice([1, 2]),
         )
     )
