@@ -23,7 +23,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "pool-epoch-ignored",
         "a graph of an older pool is not replayed",
-        _E + "_conditions_met",
+        _E + "_footing_met",
         "footing.pool_epoch != now.pool_epoch",
         "False",
     ),
