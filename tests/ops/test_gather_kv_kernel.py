@@ -73,6 +73,8 @@ class Twin:
         self.rows.append(rows.places.shape[1])
         _, kv_heads, _, head_dim = self.scratch.shape
         for row, first, tokens, position in rows.tiles.T.tolist():
+            if tokens == 0:
+                continue
             place = int(rows.places[0, row])
             high = -(-(position + tokens) // 128) * 128
             low = max(0, position - window + 1) // 128 * 128 if window else 0
