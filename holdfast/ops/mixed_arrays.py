@@ -18,7 +18,9 @@ from one thread.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +66,16 @@ class MixedIndex:
     used: torch.Tensor
 
 
+class _Span(NamedTuple):
+    """Words begin .. stop of a bucket's buffer; the next array begins at `end`, on a line."""
+
+    name: str
+    begin: int
+    stop: int
+    end: int
+    shape: tuple[int, ...]
+
+
 class MixedArrays:
     """Of all buckets of one engine, which share their memory: a step has one at a time."""
 
@@ -73,7 +85,8 @@ class MixedArrays:
         """tokens_max: of the largest bucket."""
         self.cut = cut
         self._rows_max = rows_max
-        words = _words(self._shapes(tokens_max))
+        self._spans: dict[int, tuple[_Span, ...]] = {}
+        words = self._spans_of(tokens_max)[-1].end
         self._buffer = torch.zeros(words, dtype=torch.int32, device=device)
         self._ring = Ring(device, words)
         self._index: dict[int, MixedIndex] = {}
@@ -96,11 +109,8 @@ class MixedArrays:
         """The static arrays of a bucket."""
         found = self._index.get(tokens)
         if found is None:
-            shapes, begin, views = self._shapes(tokens), 0, []
-            for shape in shapes:
-                count = int(np.prod(shape))
-                views.append(self._buffer[begin : begin + count].view(shape))
-                begin += _lines(count)
+            spans = self._spans_of(tokens)
+            views = (self._buffer[at.begin : at.stop].view(at.shape) for at in spans)
             found = self._index[tokens] = MixedIndex(*views)
         return found
 
@@ -111,17 +121,13 @@ class MixedArrays:
         rows: int32[n] of row state; lens, starts: int32[n], query tokens and tokens before them.
         Raises InvariantError when there is no room.
         """
-        shapes = self._shapes(tokens)
-        words = _words(shapes)
+        spans = self._spans_of(tokens)
+        words = spans[-1].end
         slot = self._ring.take(words)
-        # The slot is the one that is pinned, and empty before it is filled.
+        # Empty, before the step is filled in.
         slot.words[:words] = 0
-        begin, host = 0, []
-        for shape in shapes:
-            count = int(np.prod(shape))
-            host.append(slot.words[begin : begin + count].reshape(shape))
-            begin += _lines(count)
-        self._fill(dict(zip(_NAMES, host, strict=True)), rows, lens, starts)
+        host = {at.name: slot.words[at.begin : at.stop].reshape(at.shape) for at in spans}
+        self._fill(host, rows, lens, starts)
         self._buffer[:words].copy_(slot.tensor[:words], non_blocking=True)
         slot.copied()
 
@@ -158,29 +164,30 @@ class MixedArrays:
             to["owners"][: owners.size] = owners
             to["used"][:] = used
 
-    def _shapes(self, tokens: int) -> tuple[tuple[int, ...], ...]:
-        """Of the fields of MixedIndex."""
+    def _spans_of(self, tokens: int) -> tuple[_Span, ...]:
+        """Where the fields of MixedIndex lie in a bucket, in their order."""
+        found = self._spans.get(tokens)
+        if found is not None:
+            return found
         ones, prompts = decode_rows(tokens, self._rows_max), prompt_rows(tokens, self._rows_max)
         # Whole tiles are as many as the tokens make, and each prompt has one more at most.
         tiles = tokens // self.cut.tile_tokens + prompts
         gathers = self.cut.gathered_tokens > 0
-        return (
-            (ones + prompts,),
-            (ones + prompts,),
-            (ones,),
-            (TILE_FIELDS, tiles),
-            (PLACE_FIELDS, prompts if gathers else 0),
-            (self.cut.gathered_tokens // ALIGN,),
-            (int(gathers),),
-        )
-
-
-_NAMES = tuple(field.name for field in fields(MixedIndex))
-
-
-def _lines(words: int) -> int:
-    return -(-words // _LINE_WORDS) * _LINE_WORDS
-
-
-def _words(shapes: tuple[tuple[int, ...], ...]) -> int:
-    return sum(_lines(int(np.prod(shape))) for shape in shapes)
+        shapes: dict[str, tuple[int, ...]] = {
+            "rows": (ones + prompts,),
+            "seen": (ones + prompts,),
+            "first_tokens": (ones,),
+            "tiles": (TILE_FIELDS, tiles),
+            "places": (PLACE_FIELDS, prompts if gathers else 0),
+            "owners": (self.cut.gathered_tokens // ALIGN,),
+            "used": (int(gathers),),
+        }
+        spans, begin = [], 0
+        for field in fields(MixedIndex):
+            shape = shapes[field.name]
+            stop = begin + math.prod(shape)
+            end = -(-stop // _LINE_WORDS) * _LINE_WORDS
+            spans.append(_Span(field.name, begin, stop, end, shape))
+            begin = end
+        self._spans[tokens] = tuple(spans)
+        return self._spans[tokens]
