@@ -11,6 +11,7 @@ from test_gather_kv_kernel import Twin
 
 from holdfast.errors import InvariantError
 from holdfast.ops import kernels
+from holdfast.ops.pinned import SLOTS
 
 pytestmark = [
     pytest.mark.skipif(not kernels.available(), reason="triton is not installed"),
@@ -65,7 +66,9 @@ def test_a_step_in_a_bucket_is_the_reference_and_padding_is_left_alone(bucket, m
 
 
 def test_a_step_sees_nothing_of_the_larger_step_before_it(bucket):
-    bucket.put(Step(SHAPE, [20, 1, 5, 1, 3], [40, 1, 2, 3, 0]))
+    # In each of the slots that it comes from, too.
+    for _ in range(SLOTS):
+        bucket.put(Step(SHAPE, [20, 1, 5, 1, 3], [40, 1, 2, 3, 0]))
     step = Step(SHAPE, [4, 1], [1, 2], seed=3)
     out = bucket.attend(step)
     close(out[:5], step.reference())
