@@ -43,9 +43,9 @@ from holdfast.wire.rows import RowTable
 PAGE_AHEAD_TOKENS = 4
 
 # Tokens of a mixed step for each row that decodes in it, from half of limits.mixed_tokens up to all
-# of it. By arithmetic from what an H200's products take (tools/mixed_model.py; not measured yet) the
-# p99 between tokens of Qwen3-8B at 64 streams is 14 ms with half and 24 with all, at the same tokens
-# a second; at 256 streams half would cost 6 % of them.
+# of it. By arithmetic from what an H200's products take (tools/mixed_model.py; not measured yet)
+# the p99 between tokens of Qwen3-8B at 64 streams is 14 ms with half and 24 with all, at the same
+# tokens a second; at 256 streams half would cost 6 % of them.
 MIXED_TOKENS_A_ROW = 8
 _NOTHING = np.empty(0, np.uint64)
 
