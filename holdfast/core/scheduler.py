@@ -7,7 +7,8 @@ out of it first and are never left out for a prompt (their floor), and a prompt 
 least one page's worth of what is left (its floor), so neither starves the other. A step with both
 has `limits.mixed_tokens` at most, as every row that decodes waits for its chunk; of these prompts
 get half at least. The bound is of all its tokens since a GPU multiplies in tiles of them: a power
-of two fills whole waves of its SMs, and 256 rows more begin another.
+of two fills whole waves of its SMs, and 256 rows more begin another. While few rows decode it is
+down to half, so that a chunk takes about as long as the decode step that it lengthens.
 
 When pages run short: cached pages are evicted (kv.ledger); rows that would need a page are left out
 of the step while pages of ended requests are on their way back; then the youngest row of the lowest
@@ -41,6 +42,11 @@ from holdfast.wire.rows import RowTable
 # (64 rows: 4 pages a step, of which the array calls alone cost 40 us).
 PAGE_AHEAD_TOKENS = 4
 
+# Tokens of a mixed step for each row that decodes in it, from half of limits.mixed_tokens up to all
+# of it. By arithmetic from what an H200's products take (tools/mixed_model.py; not measured yet)
+# the p99 between tokens of Qwen3-8B at 64 streams is 14 ms with half and 24 with all, at the same
+# tokens a second; at 256 streams half would cost 6 % of them.
+MIXED_TOKENS_A_ROW = 8
 _NOTHING = np.empty(0, np.uint64)
 
 # A request waits so often for pages of slower tiers before it computes what is missing: from disk
@@ -129,8 +135,10 @@ class Scheduler:
         """Prompt tokens of a step that computes `decode` tokens of other rows."""
         limits = self.limits
         budget = limits.prefill_tokens - decode
-        if decode and (mixed := limits.mixed_tokens):
-            budget = min(budget, max(mixed - decode, mixed // 2))
+        if decode and 0 < limits.mixed_tokens < limits.prefill_tokens:
+            most = limits.mixed_tokens
+            most = min(most, max(most // 2, MIXED_TOKENS_A_ROW * decode))
+            budget = min(budget, max(most - decode, most // 2))
         return max(budget, limits.page_tokens)
 
     def _launch(

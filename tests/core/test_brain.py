@@ -111,7 +111,7 @@ def prompt_tokens_of_plans(d: Driver) -> tuple[list[int], list[int]]:
     return beside, alone
 
 
-@pytest.mark.parametrize("mixed", [4, 7, 16, 64])
+@pytest.mark.parametrize("mixed", [4, 7, 12, 16, 40, 64])
 def test_a_step_that_decodes_and_takes_prompts_has_at_most_its_own_bound_of_tokens(mixed):
     d = Driver(limits_of(prefill_tokens=64, mixed_tokens=mixed, pages=129))
     d.submit(1, prompt(1, 4), max_tokens=60)
@@ -121,8 +121,10 @@ def test_a_step_that_decodes_and_takes_prompts_has_at_most_its_own_bound_of_toke
     while not {2, 3} <= set(d.ends):
         d.tick()
     beside, _ = prompt_tokens_of_plans(d)
-    # A page's worth at least, for which the smallest bound has no room beside the row.
-    assert max(beside) == max(mixed - 1, 4), "the decode row is part of --mixed-tokens"
+    # One row gets eight tokens a step, or half the bound; a page's worth of prompts at least, for
+    # which the smallest bound has no room beside the row. That of all steps is no bound.
+    most = mixed if mixed == 64 else min(mixed, max(mixed // 2, 8))
+    assert max(beside) == max(most - 1, 4), "the decode row is part of --mixed-tokens"
     d.run()
     for request in (1, 2, 3):
         d.check(request)
@@ -143,6 +145,24 @@ def test_beside_many_rows_that_decode_prompts_get_half_of_the_bound():
     assert [chunk for chunk in chunks if chunk > 1] == [12] * 5
     d.run()
     for request in (*range(1, 21), 30):
+        d.check(request)
+    d.check_home()
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 24), (3, 24), (4, 32), (5, 40), (6, 48), (9, 48)])
+def test_a_chunk_grows_with_the_rows_that_wait_for_it_from_half_the_bound_to_all(rows, tokens):
+    d = Driver(limits_of(prefill_tokens=64, mixed_tokens=48, pages=257, rows_max=12))
+    for request in range(1, rows + 1):
+        d.submit(request, prompt(request, 3), max_tokens=30)
+    d.tick()
+    d.submit(30, prompt(30, 110), max_tokens=1)
+    while 30 not in d.ends:
+        d.tick()
+    lens = [plan.query_lens for plan in d.plans]
+    assert {int(n.sum()) for n in lens if n.max() > 3 and (n == 1).sum() == rows} >= {tokens}
+    assert max(int(n.sum()) for n in lens if n.max() > 3 and (n == 1).sum() == rows) == tokens
+    d.run()
+    for request in (*range(1, rows + 1), 30):
         d.check(request)
     d.check_home()
 
