@@ -1,10 +1,10 @@
 """MixedGraphs: steps with prompts, each computed by the replay of one graph.
 
 Owns a capture for each bucket of query tokens (ops.mixed_config): stage the step in static buffers
--> forward, attention included -> hidden states. What a graph has no room to know of a step is its
-lengths, tables and tiles, and those lie in static buffers too, as many as the bucket has room for;
-what a step leaves empty a kernel's program finds empty and ends (ops.mixed_arrays). So the host
-works a step out in numpy, has that copied, and launches once.
+-> forward, attention included -> hidden states. What is new in each step, its lengths, tables and
+tiles, lies in static buffers as well, as many as the bucket has room for; a kernel's program that
+finds nothing there ends (ops.mixed_arrays). So the host works a step out in numpy, has that copied,
+and launches once.
 
 `admit_mixed` of wire.envelope decides. What is not admitted and has room in a bucket runs the very
 same function eagerly in it, so it computes the same bits; a step that no bucket has room for is the
