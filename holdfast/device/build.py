@@ -128,6 +128,9 @@ def build_runner(
 
         rows = DeviceRows(limits, device)
     capture: Capture = Rerun() if device.type == "cpu" else CudaCapture(device)
+    made_segments = None
+    if segments is not None:
+        made_segments = Segments(*segments, memory.pool, memory.weights, capture=capture)
     made = StepGraphs(
         limits,
         rows,
@@ -138,12 +141,6 @@ def build_runner(
         attention=attention,
         draw=draw,
         rehearsal=graphs_rehearsal,
-        segments=None if segments is None else _segments(*segments, memory, capture),
+        segments=made_segments,
     )
     return Runner(limits, decoder, memory, rows=rows, graphs=made, **options)
-
-
-def _segments(
-    decoder: SegmentDecoder, ladder: Sequence[int], memory: DeviceMemory, capture: Capture
-) -> Segments:
-    return Segments(decoder, ladder, memory.pool, memory.weights, capture=capture)

@@ -480,7 +480,7 @@ def coredump(report: Report, left_s: float) -> None:
         options = ("--device", "cuda:0", "--max-rows", "32", "--drills", "--gpu-coredump", folder)
         with Server(*options, log=report.out / "coredump.log") as server:
             supervisor = server.status()["pid"]
-            _hurried(server, supervisor)
+            server.wait_standby()
             prompts = [f"Page {n} says that " for n in range(8)]
             clean = server.answer(prompts, TOKENS)
             streams, threads = server.stream(prompts, TOKENS)
@@ -497,17 +497,6 @@ def coredump(report: Report, left_s: float) -> None:
     figure = f"{lost} of 8 lost, {equal} equal; paused {pause * 1e3:.0f} ms; files {files}"
     print(said, time.monotonic() - started_s, flush=True)
     report.add("coredump", "address/decode", figure, not lost and any(files.values()), files=files)
-
-
-def _hurried(server: Any, supervisor: int) -> None:
-    """Until its standby is prepared, without the rests that are for live streams."""
-    from holdfast.proc import status
-
-    end_s = time.monotonic() + WARM_S_MAX
-    while not status.at_rest(server.status()):
-        status.ask(supervisor, {"provoke": {"do": "hurry"}})
-        assert time.monotonic() < end_s, f"no standby: {server.log()[-3000:]}"
-        time.sleep(0.5)
 
 
 def _gaps_ms(streams: list) -> list[float]:
