@@ -12,7 +12,13 @@ from typing import Protocol
 from holdfast.config import Limits
 from holdfast.ops.kernels import gather_config, matmul_config
 from holdfast.ops.kernels.decode_config import splits_max
-from holdfast.ops.mixed_config import decode_rows, prompt_rows, row_elements, token_buckets
+from holdfast.ops.mixed_config import (
+    decode_rows,
+    layer_parameters,
+    prompt_rows,
+    row_elements,
+    token_buckets,
+)
 
 MIB = 1 << 20
 
@@ -117,7 +123,7 @@ def gather_bytes(model: Dimensions, limits: Limits, itemsize: int, *, graphs: bo
 
 def product_workspace_bytes(model: Dimensions, limits: Limits, sm_count: int = _SM_COUNT) -> int:
     """ops.kernels.small_matmul's: the parts of the largest product that is split, in float32."""
-    products = _products(model)
+    products = matmul_config.layer_products(vocab=model.vocab_size, **_layer(model))
     rows = range(1, min(limits.rows_max, matmul_config.ROWS_MAX) + 1)
     return 4 * sum(
         matmul_config.workspace(
@@ -131,19 +137,18 @@ def product_workspace_bytes(model: Dimensions, limits: Limits, sm_count: int = _
 
 def layer_weights(model: Dimensions) -> int:
     """Numbers in the products of all layers; a token takes two operations on each."""
-    *layer, _head = _products(model)
-    return model.layers * sum(n * k for n, k in layer)
+    return model.layers * layer_parameters(**_layer(model))
 
 
-def _products(model: Dimensions) -> tuple[tuple[int, int], ...]:
-    return matmul_config.layer_products(
-        vocab=model.vocab_size,
-        hidden=model.hidden_size,
-        intermediate=model.intermediate_size,
-        heads=model.heads,
-        kv_heads=model.kv_heads,
-        head_dim=model.head_dim,
-    )
+def _layer(model: Dimensions) -> dict[str, int]:
+    """A layer's dimensions, by the names that the pure tables of ops have for them."""
+    return {
+        "hidden": model.hidden_size,
+        "intermediate": model.intermediate_size,
+        "heads": model.heads,
+        "kv_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+    }
 
 
 def rotation_bytes(model: Dimensions, limits: Limits) -> int:
@@ -189,13 +194,7 @@ def mixed_buffer_bytes(model: Dimensions, limits: Limits, itemsize: int) -> int:
     if not ladder:
         return 0
     tokens, rows_max = ladder[-1], limits.rows_max
-    row = itemsize * row_elements(
-        hidden=model.hidden_size,
-        intermediate=model.intermediate_size,
-        heads=model.heads,
-        kv_heads=model.kv_heads,
-        head_dim=model.head_dim,
-    )
+    row = itemsize * row_elements(**_layer(model))
     ones, prompts = decode_rows(tokens, rows_max), prompt_rows(tokens, rows_max)
     context = limits.table_columns * limits.page_tokens
     # A tile has a token at least; each array begins on a line of its own.
@@ -214,11 +213,7 @@ def mixed_graph_bytes(model: Dimensions, limits: Limits) -> int:
 def _token_ladder(model: Dimensions, limits: Limits) -> tuple[int, ...]:
     return token_buckets(
         layers=model.layers,
-        hidden=model.hidden_size,
-        intermediate=model.intermediate_size,
-        heads=model.heads,
-        kv_heads=model.kv_heads,
-        head_dim=model.head_dim,
+        **_layer(model),
         prefill_tokens=limits.prefill_tokens,
         rows_max=limits.rows_max,
     )

@@ -310,7 +310,7 @@ def _size_on_gpu(
 def gpu_mixed_tokens(model: gpu_work.Dimensions) -> int:
     """Tokens of a step that decodes and takes prompts; see _MIXED_S."""
     tokens = int(_MIXED_S * _OPERATIONS_PER_S / (2 * gpu_work.layer_weights(model)))
-    power = 1 << max(1, tokens).bit_length() - 1
+    power = 1 << (max(1, tokens).bit_length() - 1)
     return min(max(power, GPU_MIXED_MIN), GPU_MIXED_MAX)
 
 

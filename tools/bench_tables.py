@@ -155,8 +155,7 @@ def _plot(title: str, rows: Sequence[Row]) -> str:
 
 def _place(row: Row) -> str:
     place = report.place(row["batch"], row["concurrency"])
-    chunk = report.chunk(row)
-    return place if chunk is None else f"{place}, chunk {chunk:,}"
+    return ", ".join(filter(None, (place, report.mixed_bound(row))))
 
 
 def main() -> int:

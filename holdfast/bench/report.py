@@ -152,20 +152,24 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def newest(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Of rows that measure the same thing the last; in the order of their first appearance. Loads
-    of a server with another chunk beside decode are another thing: it trades rate for evenness."""
+    of a server with another bound beside decode are another thing: it trades rate for evenness."""
     keys = ("bench", "model", "work", "batch", "concurrency", "metric")
     last: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         off = tuple(row["options"].get(SAFETY_OFF, ()))
-        last[(*(row[key] for key in keys), chunk(row), off)] = dict(row)
+        last[(*(row[key] for key in keys), mixed_bound(row), off)] = dict(row)
     return list(last.values())
 
 
-def chunk(row: Mapping[str, Any]) -> int | None:
-    """The bound of a step with decode and prompts, of a row about a loaded server; None where that
-    says nothing. Rows of before 2026-11-22, 02:00 have the bound of its prompts alone."""
-    options = row["options"] if row["bench"] == "serve" else {}
-    return options.get("mixed_tokens", options.get("mixed_prefill_tokens"))
+def mixed_bound(row: Mapping[str, Any]) -> str:
+    """Of a row about a loaded server, the bound of its steps with decode and prompts, in words: of
+    all their tokens, in older rows (of before 2026-11-22, 02:00) of prompts alone; "" where a row
+    says nothing of it."""
+    if row["bench"] == "serve":
+        for option, name in (("mixed_tokens", "mixed"), ("mixed_prefill_tokens", "chunk")):
+            if row["options"].get(option):
+                return f"{name} {row['options'][option]:,}"
+    return ""
 
 
 def percentile(values: Sequence[float], share: float) -> float:

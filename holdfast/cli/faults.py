@@ -102,7 +102,9 @@ def _print_plans(report: dict[str, Any]) -> None:
             if plan["rows_total"] > len(rows):
                 rows.append(f"and {plan['rows_total'] - len(rows)} more")
             names = ("admits", "clears", "page_writes", "seals", "zeros", "loads", "stores")
-            besides = [f"{name} {plan[name]}" for name in names if plan[name]]
+            # Reports of before 2026-11-22 name no graph.
+            besides = [f"graph: {plan['graph']}"] if plan.get("graph") else []
+            besides += [f"{name} {plan[name]}" for name in names if plan[name]]
             age = f"{plan['launched_s_ago']:.3f} s"
             table.add_row(
                 f"{plan['epoch']}.{plan['step']}", state, age, ", ".join(rows), ", ".join(besides)

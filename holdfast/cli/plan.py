@@ -77,7 +77,7 @@ def _table(name: str, prepared: Prepared) -> Table:
         (
             "mixed step",
             f"{limits.mixed_tokens:,}",
-            "prompt tokens at most beside rows that decode",
+            "tokens at most that decode and take prompts",
         ),
         ("full rows", f"{sizing.full_rows:,}", "requests of the longest context at once"),
         ("queue", f"{limits.queue_requests:,}", "requests that may wait"),

@@ -24,7 +24,8 @@ from holdfast.core.flight import Flight
 from holdfast.core.request import Phase, Request
 from holdfast.kv.pages import PageState
 from holdfast.wire.copies import LOAD, STORE
-from holdfast.wire.plan import handle_generations, handle_pages
+from holdfast.wire.envelope import bucket_of, buckets
+from holdfast.wire.plan import StepPlan, handle_generations, handle_pages
 
 FORMAT = "holdfast fault 1"
 # Bounds of one report: its JSON stays below FRAME_BYTES_MAX of a control message (1 MiB). 10 plans
@@ -153,7 +154,7 @@ class FaultReports:
         pages = _Pages(brain)
         for flight in settled + flying:
             pages.add(flight)
-        in_flight = _distinct(flying)
+        in_flight, rows_max = _distinct(flying), brain.limits.rows_max
         # Those in flight first: they are the suspects.
         ids = in_flight + [one for one in _distinct(settled) if one not in set(in_flight)]
         return {
@@ -163,8 +164,8 @@ class FaultReports:
             "ended": None,
             "implicates": None,
             "next_epoch": None,
-            "in_flight": [_plan(flight, now_s) for flight in flying],
-            "acknowledged": [_plan(flight, now_s) for flight in settled],
+            "in_flight": [_plan(flight, now_s, rows_max) for flight in flying],
+            "acknowledged": [_plan(flight, now_s, rows_max) for flight in settled],
             "requests": [self._request(one, one in in_flight) for one in ids[:REQUESTS_TOLD]],
             "requests_left_out": max(0, len(ids) - REQUESTS_TOLD),
             "pages": pages.told,
@@ -243,7 +244,17 @@ class _Pages:
         self._found[number]["steps"].append(step)
 
 
-def _plan(flight: Flight, now_s: float) -> dict[str, Any]:
+def _graph(plan: StepPlan, rows_max: int) -> str:
+    """The key of the graph that such a step is replayed from where there are graphs and it is
+    admitted: a bucket of rows, or one that has room for the tokens of a step with prompts."""
+    if plan.rows.size == 0:
+        return "none"
+    if plan.query_lens.max() > 1:
+        return f"tokens {int(plan.query_lens.sum())}"
+    return f"rows {bucket_of(plan.rows.size, buckets(rows_max))}"
+
+
+def _plan(flight: Flight, now_s: float, rows_max: int) -> dict[str, Any]:
     plan = flight.plan
     kinds = plan.copies["kind"].tolist()
     told = slice(0, ROWS_TOLD)
@@ -262,6 +273,7 @@ def _plan(flight: Flight, now_s: float) -> dict[str, Any]:
         "launched_s_ago": round(now_s - flight.launched_s, 6),
         "rows_total": plan.rows.size,
         "query_tokens": int(plan.query_lens.sum()),
+        "graph": _graph(plan, rows_max),
         "rows": [
             {
                 "row": row,

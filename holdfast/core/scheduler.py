@@ -136,9 +136,9 @@ class Scheduler:
         limits = self.limits
         budget = limits.prefill_tokens - decode
         if decode and 0 < limits.mixed_tokens < limits.prefill_tokens:
-            most = limits.mixed_tokens
-            most = min(most, max(most // 2, MIXED_TOKENS_A_ROW * decode))
-            budget = min(budget, max(most - decode, most // 2))
+            mixed = limits.mixed_tokens
+            bound = min(mixed, max(mixed // 2, MIXED_TOKENS_A_ROW * decode))
+            budget = min(budget, max(bound - decode, bound // 2))
         return max(budget, limits.page_tokens)
 
     def _launch(

@@ -150,6 +150,18 @@ def build_runner(
             given = memory.pool, mixed.decoder.embed.dtype, mixed.ladder[-1]
             layout = DeviceMixed(rows, mixed.attention, limits, *given)
     capture: Capture = Rerun() if device.type == "cpu" else CudaCapture(device)
+    made_mixed = None
+    if mixed is not None and layout is not None:
+        made_mixed = MixedGraphs(
+            limits,
+            mixed.decoder,
+            mixed.ladder,
+            layout,
+            memory.pool,
+            memory.weights,
+            capture=capture,
+            rehearsal=mixed.rehearsal,
+        )
     made = StepGraphs(
         limits,
         rows,
@@ -160,17 +172,6 @@ def build_runner(
         attention=attention,
         draw=draw,
         rehearsal=graphs_rehearsal,
-        mixed=None
-        if mixed is None or layout is None
-        else MixedGraphs(
-            limits,
-            mixed.decoder,
-            mixed.ladder,
-            layout,
-            memory.pool,
-            memory.weights,
-            capture=capture,
-            rehearsal=mixed.rehearsal,
-        ),
+        mixed=made_mixed,
     )
     return Runner(limits, decoder, memory, rows=rows, graphs=made, **options)

@@ -55,6 +55,18 @@ def test_a_row_without_a_safety_switch_never_stands_for_one_with_it() -> None:
     assert len(report.newest([figure().row({}), unsafe.row({})])) == 2
 
 
+def test_loads_of_a_server_under_another_bound_beside_decode_are_another_thing() -> None:
+    def load(**options: object) -> dict:
+        return {**figure(options=options).row({}), "bench": "serve"}
+
+    rows = [load(mixed_prefill_tokens=1024), load(mixed_tokens=1024), load(mixed_tokens=2048)]
+    assert len(report.newest([*rows, *rows, load()])) == 4
+    found = [report.mixed_bound(row) for row in (*rows, load())]
+    assert found == ["chunk 1,024", "mixed 1,024", "mixed 2,048", ""]
+    # What nobody streams has no such bound.
+    assert report.mixed_bound(figure(options={"mixed_tokens": 8}).row({})) == ""
+
+
 def test_the_rows_of_before_are_read_as_figures() -> None:
     rows = history.rows_of(report.read(RESULTS / "cpu.jsonl"))
     assert all(report.is_row(row) for row in rows)

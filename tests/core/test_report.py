@@ -63,6 +63,10 @@ def test_a_report_names_the_plans_in_flight_their_rows_and_the_suspects() -> Non
         assert one["in_flight"] and one["tenant"] == f"team-{number}"
         assert one["tokens"] == one["suspected_at"] == known[number]
         assert one["faults_there"] == 1
+    # Three rows that decode are the bucket of four; what was answered before took the prompts in.
+    assert [plan["graph"] for plan in report["in_flight"]] == ["rows 4", "rows 4"]
+    taken = [plan for plan in report["acknowledged"] if plan["query_tokens"] > plan["rows_total"]]
+    assert taken and all(plan["graph"] == f"tokens {plan['query_tokens']}" for plan in taken)
     # Decode rows: one plan behind the other, each a token further.
     first, second = (plan["rows"] for plan in report["in_flight"])
     assert [row["from"] + 1 for row in first] == [row["from"] for row in second]
