@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 import torch
 from attention_twin import Shape, Step, close
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from test_gather_kv_kernel import Twin
 
 from holdfast.errors import InvariantError
 from holdfast.ops import kernels
-from holdfast.ops.pinned import SLOTS
+from holdfast.ops.mixed_config import prompt_rows
+from holdfast.ops.pinned import SLOTS, Ring
+from holdfast.wire.envelope import Footing, MixedEnvelope, MixedShape, Refusal, admit_mixed
 
 pytestmark = [
     pytest.mark.skipif(not kernels.available(), reason="triton is not installed"),
@@ -21,6 +25,8 @@ pytestmark = [
 ]
 
 SHAPE = Shape(page_tokens=3)
+# Tokens of the longest row of a step that is judged for its room alone.
+CONTEXT = 1000
 # Query tokens and cached tokens of each row.
 MIXES = {
     "a prompt beside many that decode": ([1, 1, 9, 1, 1, 1], [4, 0, 0, 19, 2, 7]),
@@ -113,3 +119,77 @@ def test_what_a_bucket_has_no_room_for_is_never_cut_short(bucket):
             bucket.arrays.put(32, np.arange(8, dtype=np.int32), lens, starts)
     else:
         assert bucket.arrays.gathered_tokens(np.array([9]), np.array([5])) == 0
+
+
+@st.composite
+def steps(draw) -> tuple[int, int, np.ndarray, np.ndarray, list[int]]:
+    """(query tokens of a tile, rows_max, query lengths, tokens before them, buckets): at the edges
+    of tiles, pieces of the scratch and the context, in buckets that are full or nearly so."""
+    tile = draw(st.sampled_from([1, 3, 16, 42, 128]))
+    rows_max = draw(st.integers(1, 24))
+    count = draw(st.sampled_from([rows_max, draw(st.integers(1, rows_max))]))
+    edges = [1, 2, tile, tile + 1, 2 * tile + 1]
+    lens = draw(st.lists(st.sampled_from(edges), min_size=count, max_size=count))
+    starts = [draw(st.sampled_from([0, 127, CONTEXT - length])) for length in lens]
+    ladder = {sum(lens) + draw(st.sampled_from([-1, 0, 1, 64])), draw(st.integers(1, 900))}
+    found = np.array(lens, np.int32), np.array(starts, np.int32)
+    return tile, rows_max, *found, sorted(tokens for tokens in ladder if tokens > 0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(step=steps(), gathers=st.booleans())
+def test_a_step_that_is_admitted_to_a_bucket_has_room_in_all_of_its_arrays(step, gathers):
+    """wire.envelope judges by numbers of its own; the arrays are never asked before."""
+    from holdfast.ops.kernels import gather_config
+    from holdfast.ops.mixed_arrays import MixedArrays, PromptCut
+
+    tile, rows_max, lens, starts, ladder = step
+    assume(ladder)
+    # Of half the rows, so that not every step fits.
+    room = gather_config.scratch_tokens(-(-rows_max // 2), CONTEXT) if gathers else 0
+    cut = PromptCut(tile, room)
+    arrays = MixedArrays(torch.device("cpu"), cut, rows_max=rows_max, tokens_max=ladder[-1])
+    footing = Footing(1, 1, "page-major", "triton", ())
+    envelopes = [
+        MixedEnvelope(tokens, prompt_rows(tokens, rows_max), cut.gathered_tokens, CONTEXT, footing)
+        for tokens in ladder
+    ]
+    total, prompts = int(lens.sum()), int(np.count_nonzero(lens > 1))
+    shape = MixedShape(
+        total, prompts, arrays.gathered_tokens(lens, starts), int((lens + starts).max())
+    )
+    found = admit_mixed(shape, footing, envelopes)
+    if isinstance(found, Refusal):
+        assert all(
+            total > one.tokens or prompts > one.prompt_rows or shape.gathered_tokens > room
+            for one in envelopes
+        )
+        return
+    arrays.put(found.tokens, np.arange(lens.size, dtype=np.int32), lens, starts)
+    index = arrays.index(found.tokens)
+    assert int(index.tiles[2].sum()) == int(lens[lens > 1].sum())
+    assert int((index.rows >= 0).sum()) == lens.size
+    if gathers:
+        assert int(index.used) * gather_config.ALIGN == shape.gathered_tokens
+
+
+def test_a_step_is_not_laid_out_over_one_whose_copy_is_still_on_its_way(bucket):
+    """One step ahead a copy may wait behind two steps, and its slot is read until then."""
+    looks: list[str] = []
+
+    class Event:
+        def query(self) -> bool:
+            looks.append("looked")
+            return True
+
+        def record(self) -> None:
+            looks.append("told")
+
+    step, arrays = Step(SHAPE, [4, 1], [1, 2]), bucket.arrays
+    arrays._ring = Ring(torch.device("cpu"), arrays._buffer.numel(), Event)
+    slots = []
+    for _ in range(SLOTS + 1):
+        bucket.put(step)
+        slots.append(arrays._ring._turn)
+    assert len(set(slots)) == SLOTS
+    assert looks == ["told"] * SLOTS + ["looked", "told"]
