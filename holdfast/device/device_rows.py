@@ -138,17 +138,17 @@ class DeviceRows:
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        """Of every buffer that a graph's kernels are given: a part of wire.envelope.Footing."""
-        own = (
-            self.records,
-            self.length,
-            self.page_table,
-            self.pages_len,
-            self.tokens,
-            self.frames.device,
-            self._widths,
-        )
-        return (*(buffer.data_ptr() for buffer in own), *self._buckets.addresses)
+        """Of every buffer that a decode graph's kernels are given: a part of
+        wire.envelope.Footing."""
+        own = self.records, self.pages_len, self._widths
+        buckets = self._buckets.addresses
+        return (*self.ragged_addresses, *(buffer.data_ptr() for buffer in own), *buckets)
+
+    @property
+    def ragged_addresses(self) -> tuple[int, ...]:
+        """The same of what `launch_ragged` and `launch_mixed` read."""
+        own = self.frames.device, self.length, self.page_table, self.tokens
+        return tuple(buffer.data_ptr() for buffer in own)
 
     @property
     def lags(self) -> bool:

@@ -87,7 +87,7 @@ class DeviceMixed:
     @property
     def addresses(self) -> tuple[int, ...]:
         own = (buffer.data_ptr() for buffer in self._statics.all)
-        return (*own, *self._arrays.addresses, *self._rows.addresses)
+        return (*own, *self._arrays.addresses, *self._rows.ragged_addresses)
 
     @property
     def nbytes(self) -> int:

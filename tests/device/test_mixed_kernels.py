@@ -3,6 +3,8 @@ after random plans, what the host's row table says, and padding behind it."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -105,3 +107,19 @@ def test_a_step_of_no_row_is_all_padding(made):
     tokens, positions, attention = mixed.stage(16)
     assert tokens.tolist() == positions.tolist() == [0] * 16
     assert attention.slots.tolist() == [-1] * 16
+
+
+@pytest.mark.parametrize("name", ["length", "page_table", "tokens"])
+def test_a_table_that_moved_is_in_the_manifest(made, name):
+    rows, mixed = made
+    before = mixed.addresses
+    setattr(rows, name, getattr(rows, name).clone())
+    assert mixed.addresses != before
+
+
+def test_buffers_that_no_step_with_prompts_is_given_are_not_in_its_manifest(made):
+    """Else a drill that moves a bucket and hides it would be told of by the steps beside."""
+    rows, mixed = made
+    decode, before = rows.addresses, mixed.addresses
+    rows._buckets = dataclasses.replace(rows._buckets, tokens=rows._buckets.tokens.clone())
+    assert rows.addresses != decode and mixed.addresses == before
