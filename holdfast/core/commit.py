@@ -287,6 +287,7 @@ class Commit:
                     chain.stood.append(chain.parent)
                 if chain.request.followers and chain.pages >= chain.waits:
                     self.scheduler.release_followers(chain.request)
+            self.scheduler.booked(batch)
         self._release_groups(sealed, flight.plan.step)
 
     def _share_beside(self, batch: SealBatch) -> None:

@@ -19,7 +19,8 @@ class SealBatch:
     """Full pages whose checksums the device is asked for; each holds a lease of its own.
 
     handles: uint64[k], columns: int[k] of their rows; tokens: the pages' ids, one page after the
-    other (group 0 only); chains: k rows' chains.
+    other (group 0 only); chains: k rows' chains. heads: where in them the pages of each row begin
+    (group 0 only).
     """
 
     group: int
@@ -27,6 +28,18 @@ class SealBatch:
     columns: np.ndarray
     tokens: bytes
     chains: list[Chain | None]
+    heads: list[int] = field(default_factory=list)
+
+    def begins(self, parent: int, column: int, tokens: bytes) -> bool:
+        """Whether a page of `tokens` in `column` behind the page or root `parent` is among these,
+        and next of its row to be booked."""
+        for at in self.heads:
+            chain, size = self.chains[at], len(tokens)
+            assert chain is not None
+            next_one = chain.parent == parent and chain.pages == column == self.columns[at]
+            if next_one and self.tokens[at * size : at * size + size] == tokens:
+                return True
+        return False
 
 
 @dataclass(slots=True)

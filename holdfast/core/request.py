@@ -67,6 +67,7 @@ class Request:
         "prompt_len",
         "row",
         "tokens",
+        "waits_from",
     )
 
     def __init__(self, admission: Admission, tokens: np.ndarray, deadline_s: float) -> None:
@@ -80,6 +81,8 @@ class Request:
         self.phase = Phase.WAITING
         self.row = 0
         self.loads = 0  # times it has waited for slower tiers since it last had a row
+        # The launched step since which it is held back for a page whose sum is on its way.
+        self.waits_from: int | None = None
         # Tokens whose KV was there when a fault voided it: computed again as far as no page of them
         # is found when it gets a row.
         self.computed = 0
@@ -95,6 +98,7 @@ class Request:
         self._move(Event.ADMIT)
         self.row = row
         self.loads = 0
+        self.waits_from = None
 
     def preempt(self, tokens: np.ndarray) -> None:
         """Back to waiting with `tokens` int32[prompt + emitted]; its pages are recomputed later."""

@@ -19,6 +19,7 @@ Owns nothing: reads and writes core.running's planned view, the ledger and the w
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
@@ -53,6 +54,10 @@ _NOTHING = np.empty(0, np.uint64)
 # to host, from host to device, and as often again because they were evicted on the way.
 LOADS_MAX = 4
 
+# A request waits so many launched steps at most for a page of its prompt whose sum is on its way.
+# Two plans may be in flight, and the last pages of a row come one plan after the ones before.
+SEAL_WAIT_STEPS = 4
+
 
 class Scheduler:
     """`mirror` is read for the tokens of a row that is preempted; nothing else of it is used."""
@@ -86,6 +91,7 @@ class Scheduler:
         self.starved: list[Request] = []  # cannot go on though nothing else holds pages
         self.clears: list[int] = []
         self.seals: list[SealBatch] = []
+        self._unbooked: deque[SealBatch] = deque()  # of group 0: in `seals` or in flight
         self.zeros: list[np.ndarray] = []
         self._windows = WindowDrops(limits, ledger) if limits.groups > 1 else None
 
@@ -313,6 +319,8 @@ class Scheduler:
             root = self.ledger.index.root(_tag(self.tag, request.admission.tenant))
             # At least one token is computed, for there must be logits to draw from.
             hits = self.ledger.find(root, tokens, (tokens.size - 1) // self.limits.page_tokens)
+            if self._next_page_comes(request, root, hits[0]):
+                return
             for group, mine in enumerate(hits):
                 self.ledger.acquire(mine, group)
             # Room for the whole prompt and one page for each row that decodes beside it: fewer
@@ -344,6 +352,29 @@ class Scheduler:
             count = self._chunk(parts, row, budget)
             require(count > 0, f"row {row} was admitted without a token to compute")
             budget -= count
+
+    def _next_page_comes(self, request: Request, root: int, hits: np.ndarray) -> bool:
+        """Whether the page behind `hits` is computed and only its sum is not in.
+
+        Who asks the same again the moment an answer is there would else compute all of it again,
+        as pages are shared when they are sealed and not before.
+        """
+        if not self._unbooked:
+            return False
+        first, size = hits.size * self.limits.page_tokens, self.limits.page_tokens
+        if request.tokens.size <= first + size:
+            return False
+        tokens = request.tokens[first : first + size].tobytes()
+        parent = int(hits[-1]) if hits.size else root
+        if not any(batch.begins(parent, hits.size, tokens) for batch in self._unbooked):
+            return False
+        if request.waits_from is None or request.waits_from > self.step:
+            request.waits_from = self.step
+        return self.step - request.waits_from < SEAL_WAIT_STEPS
+
+    def booked(self, batch: SealBatch) -> None:
+        """The sums of this batch of group 0, the oldest one, are in the ledger."""
+        require(self._unbooked.popleft() is batch, "sums are booked in another order than asked")
 
     def _has_room(self, pages: int) -> bool:
         """Whether a request that needs `pages` more of group 0 may start beside those that run."""
@@ -476,7 +507,10 @@ class Scheduler:
         at = column[:, None] * page_tokens + self._page_range
         tokens = self.mirror.tokens[row[:, None], at].tobytes()
         chains = [run.chains[row_id] for row_id in row.tolist()]
-        self.seals.append(SealBatch(0, handles, column, tokens, chains))
+        heads = [0, *np.cumsum(complete - first)[:-1].tolist()]
+        batch = SealBatch(0, handles, column, tokens, chains, heads)
+        self.seals.append(batch)
+        self._unbooked.append(batch)
         for group in range(1, self.limits.groups):
             held = np.maximum(first, run.dropped[group, rows])
             row, column = spread(rows, held, np.maximum(held, complete))
@@ -492,6 +526,7 @@ class Scheduler:
         self.running, self.mirror = running, mirror
         self.step = 0
         self.clears, self.seals, self.zeros = [], [], []
+        self._unbooked.clear()
         if self._windows is not None:
             self._windows.forget()
         self.alone = None

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from brain_driver import VOCAB, Driver, limits_of
 
+from holdfast.core.flight import SealBatch
 from holdfast.core.journal import recover
+from holdfast.core.scheduler import SEAL_WAIT_STEPS
 from holdfast.errors import InvariantError, OptionError, WorkerFault
 from holdfast.sim.fake_worker import expected_token
 from holdfast.wire.messages import Cancel, End, Finish, Resume, Sampling
@@ -225,6 +227,52 @@ def test_a_second_request_with_the_same_prompt_computes_only_what_is_new():
     assert computed == 3 + 3
     d.check(2)
     d.check_home()
+
+
+@pytest.mark.parametrize("answered", [2, 21])
+def test_who_asks_again_before_the_sums_are_in_waits_for_them_and_shares(answered):
+    d = Driver(limits_of())
+    d.submit(1, prompt(1, 15), max_tokens=answered)
+    until_end(d, 1)
+    d.submit(2, [*prompt(1, 15), *d.tokens[1], 5], max_tokens=4)
+    d.run()
+    assert d.cached[2] == (14 + answered) // 4 * 4
+    d.check(2)
+    d.check_home()
+
+
+def until_end(d: Driver, request: int) -> None:
+    """Until its last token is out; the sums of its last pages are not in."""
+    while request not in d.ends:
+        d.tick()
+    assert d.brain.scheduler.seals, "nothing is asked for any more"
+
+
+@pytest.mark.parametrize(
+    ("text", "tenant"), [(prompt(1, 15), "b"), (prompt(2, 15), ""), (prompt(1, 4), "")]
+)
+def test_nobody_waits_for_sums_of_pages_that_he_cannot_use(text, tenant):
+    d = Driver(limits_of())
+    d.submit(1, prompt(1, 15), max_tokens=2)
+    until_end(d, 1)
+    d.submit(2, text, max_tokens=4, tenant=tenant)
+    assert d.launch() and d.plans[-1].admits.size == 1
+    d.run()
+    assert d.cached[2] == 0
+    d.check(2)
+
+
+def test_nobody_waits_for_a_sum_longer_than_a_few_steps(monkeypatch):
+    monkeypatch.setattr(SealBatch, "begins", lambda *_: True)  # as if each step began another
+    d = Driver(limits_of(page_tokens=1, pages=257))
+    d.submit(1, prompt(1, 15), max_tokens=100)
+    d.tick()
+    d.submit(2, prompt(2, 15), max_tokens=2)
+    while 2 not in d.ends:
+        d.tick()
+    assert 1 not in d.ends
+    admitted = [plan.step for plan in d.plans if plan.admits.size]
+    assert admitted[0] == 1 and 3 < admitted[1] <= 3 + SEAL_WAIT_STEPS
 
 
 def test_a_follow_up_turn_reuses_the_pages_of_the_answer():

@@ -42,7 +42,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "index-before-seal",
         "only sealed pages are indexed",
         _S + "Scheduler.want_seals",
-        "self.seals.append(SealBatch(0, handles, column, tokens, chains))",
+        "self.seals.append(batch)",
         "self.ledger.index.insert(-1, tokens[:4 * page_tokens], int(handles[0]),"
         " int(handles[0]) & 0xFFFFFF)",
     ),
