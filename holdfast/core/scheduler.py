@@ -57,6 +57,8 @@ LOADS_MAX = 4
 # A request waits so many launched steps at most for a page of its prompt whose sum is on its way.
 # Two plans may be in flight, and the last pages of a row come one plan after the ones before.
 SEAL_WAIT_STEPS = 4
+# Those behind it go meanwhile, past so many that wait: each is looked up again in every step.
+SEAL_WAITERS_MAX = 16
 
 
 class Scheduler:
@@ -309,6 +311,13 @@ class Scheduler:
 
     def _admit(self, parts: PlanParts, budget: int) -> None:
         """New rows from the waiting queue while rows, pages and budget last."""
+        waiters: list[Request] = []
+        self._admit_past(waiters, parts, budget)
+        for request in reversed(waiters):
+            self.waiting.push_front(request)
+
+    def _admit_past(self, waiters: list[Request], parts: PlanParts, budget: int) -> None:
+        """`_admit`; those that wait for a sum are taken from the queue and put into `waiters`."""
         while budget > 0 and self.running.rows_free:
             request = self.waiting.peek() if self.alone is None else self._alone()
             if request is None:
@@ -320,7 +329,11 @@ class Scheduler:
             # At least one token is computed, for there must be logits to draw from.
             hits = self.ledger.find(root, tokens, (tokens.size - 1) // self.limits.page_tokens)
             if self._next_page_comes(request, root, hits[0]):
-                return
+                self.waiting.pop(request)
+                waiters.append(request)
+                if len(waiters) == SEAL_WAITERS_MAX:
+                    return
+                continue
             for group, mine in enumerate(hits):
                 self.ledger.acquire(mine, group)
             # Room for the whole prompt and one page for each row that decodes beside it: fewer
@@ -359,7 +372,7 @@ class Scheduler:
         Who asks the same again the moment an answer is there would else compute all of it again,
         as pages are shared when they are sealed and not before.
         """
-        if not self._unbooked:
+        if not self._unbooked or request is self.alone:
             return False
         first, size = hits.size * self.limits.page_tokens, self.limits.page_tokens
         if request.tokens.size <= first + size:

@@ -262,6 +262,40 @@ def test_nobody_waits_for_sums_of_pages_that_he_cannot_use(text, tenant):
     d.check(2)
 
 
+def test_who_waits_for_a_sum_holds_up_nobody_and_keeps_its_place():
+    d = Driver(limits_of(prefill_tokens=64))
+    d.submit(1, prompt(1, 15), max_tokens=2)
+    until_end(d, 1)
+    for request in (2, 3):
+        d.submit(request, [*prompt(1, 15), request], max_tokens=4, priority=1)
+    d.submit(4, prompt(4, 15), max_tokens=4)
+    assert d.launch() and d.plans[-1].admits.size == 1, "4 goes, and neither 2 nor 3"
+    d.run()
+    assert [d.cached[request] for request in (2, 3, 4)] == [12, 12, 0]
+    first = [next(b.step for b in d.batches if one in b.requests) for one in (2, 3, 4)]
+    assert first[2] < first[0] <= first[1]
+    for request in (2, 3, 4):
+        d.check(request)
+    d.check_home()
+
+
+def test_only_so_many_that_wait_for_a_sum_are_looked_up_in_a_step(monkeypatch):
+    monkeypatch.setattr("holdfast.core.scheduler.SEAL_WAITERS_MAX", 2)
+    d = Driver(limits_of(prefill_tokens=64))
+    d.submit(1, prompt(1, 15), max_tokens=2)
+    until_end(d, 1)
+    looked = []
+    find = d.brain.ledger.find
+    monkeypatch.setattr(d.brain.ledger, "find", lambda *a: looked.append(a) or find(*a))
+    for request in range(2, 8):
+        d.submit(request, prompt(1, 15), max_tokens=4)
+    assert d.launch() and d.plans[-1].admits.size == 0
+    assert len(looked) == 2
+    d.run()
+    assert [d.cached[request] for request in range(2, 8)] == [12] * 6
+    d.check_home()
+
+
 def test_nobody_waits_for_a_sum_longer_than_a_few_steps(monkeypatch):
     monkeypatch.setattr(SealBatch, "begins", lambda *_: True)  # as if each step began another
     d = Driver(limits_of(page_tokens=1, pages=257))

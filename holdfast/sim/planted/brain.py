@@ -63,7 +63,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "clamp-to-size",
         "a prefix hit leaves one token to compute",
-        _S + "Scheduler._admit",
+        _S + "Scheduler._admit_past",
         "(tokens.size - 1) // self.limits.page_tokens",
         "tokens.size // self.limits.page_tokens",
     ),
@@ -242,7 +242,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "hit-without-lease",
         "a row leases the pages it shares",
-        _S + "Scheduler._admit",
+        _S + "Scheduler._admit_past",
         "self.ledger.acquire(mine, group)",
         "pass",
     ),

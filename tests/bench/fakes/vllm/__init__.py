@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 __version__ = "0.0.fake"
 MODE = os.environ.get("FAKE_VLLM", "")
-SECONDS_A_TOKEN = 0.0005
+SECONDS_A_TOKEN = 0.005
 
 print("INFO: a log line on stdout, as vllm prints them")
 
