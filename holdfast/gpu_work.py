@@ -12,7 +12,13 @@ from typing import Protocol
 from holdfast.config import Limits
 from holdfast.ops.kernels import gather_config, matmul_config
 from holdfast.ops.kernels.decode_config import splits_max
-from holdfast.ops.segment_config import layer_parameters, row_elements, token_buckets
+from holdfast.ops.mixed_config import (
+    decode_rows,
+    layer_parameters,
+    prompt_rows,
+    row_elements,
+    token_buckets,
+)
 
 MIB = 1 << 20
 
@@ -34,8 +40,8 @@ _CUBLAS_BYTES = 32 * MIB
 # A node of an instantiated graph, its kernel's arguments included, and nodes a layer (four
 # launches, four products of up to two kernels, attention). An estimate until it is measured.
 _NODE_BYTES, _LAYER_NODES = 16 << 10, 16
-# Nodes of a segment: three kernels, four products of up to two. An estimate, as above.
-_SEGMENT_NODES = 12
+# Fields of a row of one token, of a prompt, and of a tile in ops.mixed_arrays.
+_ONE_WORDS, _PROMPT_WORDS, _TILE_WORDS = 3, 5, 4
 # More than the GPUs of today have (H200 132, B200 148, RTX PRO 6000 188): more SMs, more splits.
 _SM_COUNT = 192
 # ops.kernels.sample: 16 bytes for each tile of 4,096 ids of a row.
@@ -70,12 +76,12 @@ def work_bytes(
     shape = attention_workspace_bytes(model, limits, itemsize) + rotation_bytes(model, limits)
     if itemsize == 2:
         shape += product_workspace_bytes(model, limits)
-    work = _PIECES_BYTES + step + shape + gather_bytes(model, limits, itemsize)
+    work = _PIECES_BYTES + step + shape + gather_bytes(model, limits, itemsize, graphs=graphs)
     if not graphs:
         return work
     # Graphs have a decoder of their own: its workspace, its table and its scratch.
     own = shape + _tokens_bytes(model) * limits.rows_max + _CUBLAS_BYTES
-    own += segment_buffer_bytes(model, limits, itemsize) + segment_graph_bytes(model, limits)
+    own += mixed_buffer_bytes(model, limits, itemsize) + mixed_graph_bytes(model, limits)
     return work + own + row_state_bytes(limits) + graph_pool_bytes(model, limits, itemsize)
 
 
@@ -102,10 +108,13 @@ def attention_workspace_bytes(
     return 4 * (splits * model.heads * (model.head_dim + 1) + arrivals)
 
 
-def gather_bytes(model: Dimensions, limits: Limits, itemsize: int) -> int:
+def gather_bytes(model: Dimensions, limits: Limits, itemsize: int, *, graphs: bool = False) -> int:
     """ops.attention_triton's scratch of gathered rows, which Hopper alone makes: where a step may
-    have a row with query tokens enough. Graphs, which only decode, have none of their own."""
-    if min(limits.prefill_tokens, limits.context_tokens) < gather_config.QUERY_TOKENS_MIN:
+    have a row with query tokens enough, or graphs of steps with prompts, which gather all rows.
+    Eager steps and graphs have one."""
+    longest = min(limits.prefill_tokens, limits.context_tokens)
+    all_rows = graphs and bool(_token_ladder(model, limits))
+    if longest < gather_config.QUERY_TOKENS_MIN and not all_rows:
         return 0
     context = limits.table_columns * limits.page_tokens
     shape = model.heads, model.kv_heads, model.head_dim
@@ -177,18 +186,28 @@ def graph_pool_bytes(model: Dimensions, limits: Limits, itemsize: int) -> int:
     return captured + hidden + draw_bytes(model, limits) + nodes * _NODE_BYTES
 
 
-def segment_buffer_bytes(model: Dimensions, limits: Limits, itemsize: int) -> int:
-    """device.segments': token ids and the scratch of the largest bucket. Attention, its workspace
-    and the table of rotations are the eager steps'."""
+def mixed_buffer_bytes(model: Dimensions, limits: Limits, itemsize: int) -> int:
+    """device.mixed's at most, of the largest bucket: its scratch; tokens, positions and slots in
+    eight bytes each, and the last token of each row; page tables and index arrays. Attention, its
+    workspace and the table of rotations are the eager steps'."""
     ladder = _token_ladder(model, limits)
+    if not ladder:
+        return 0
+    tokens, rows_max = ladder[-1], limits.rows_max
     row = itemsize * row_elements(**_layer(model))
-    return ladder[-1] * (row + 8) if ladder else 0
+    ones, prompts = decode_rows(tokens, rows_max), prompt_rows(tokens, rows_max)
+    context = limits.table_columns * limits.page_tokens
+    # A tile has a token at least; each array begins on a line of its own.
+    words = (ones + prompts) * limits.table_columns + _ONE_WORDS * ones + _PROMPT_WORDS * prompts
+    words += _TILE_WORDS * (tokens + prompts) + 64
+    words += gather_config.scratch_tokens(rows_max, context) // gather_config.ALIGN
+    return tokens * (row + 3 * 8) + 8 * rows_max + 4 * words
 
 
-def segment_graph_bytes(model: Dimensions, limits: Limits) -> int:
-    """The graphs of device.segments themselves; their captures allocate nothing."""
-    graphs = len(_token_ladder(model, limits)) * (model.layers + 1)
-    return graphs * _SEGMENT_NODES * _NODE_BYTES
+def mixed_graph_bytes(model: Dimensions, limits: Limits) -> int:
+    """The graphs of device.mixed themselves; their captures allocate nothing."""
+    nodes = len(_token_ladder(model, limits)) * (_LAYER_NODES * model.layers + 32)
+    return nodes * _NODE_BYTES
 
 
 def _token_ladder(model: Dimensions, limits: Limits) -> tuple[int, ...]:

@@ -60,8 +60,8 @@ FOUND_BY = ("promotion", "scrub", "store")
 TIER_FAILURES = ("failed", "bad_sum", "late")
 TIER_SKIPS = ("busy", "full", "disk_busy")
 ROLES = ("api", "core", "worker", "standby", "keeper")
-# What was replayed: a whole step of decode, or what a step with prompts computes between its
-# attentions; and what drew behind it: the kernel of plain draws, or the general sampler.
+# What was replayed: a step of decode, or one with prompts; and what drew behind it: the kernel of
+# plain draws, or the general sampler.
 STEPS = ("decode", "mixed")
 SAMPLERS = ("fast", "general")
 # wire.envelope.Refusal, which needs numpy and is not imported here; a test holds them together.
@@ -74,6 +74,8 @@ EAGER = (
     "not_captured",
     "too_many_rows",
     "too_many_tokens",
+    "too_many_prompts",
+    "too_many_gathered",
     "pool_epoch",
     "weights_epoch",
     "address_moved",

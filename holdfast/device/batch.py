@@ -65,21 +65,29 @@ class Drawing:
 
 
 @dataclass(frozen=True, slots=True)
-class StepBatch:
-    """One step of any shape, t query tokens of n plan rows, k of which draw a token.
+class StepEnds:
+    """Where the rows of a step of t query tokens end, n plan rows of which k draw a token.
 
-    tokens, positions: int64[t], device. attention: see ops.attention.
     last_tokens: int64[k], device, index into t of each drawing row's last query token.
     last_waiting: int64[n - k], device, the same of the waiting rows. Whatever is not finite in a
     chunk is so in its last token too: full attention sees it all.
     """
 
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    attention: AttentionBatch
     last_tokens: torch.Tensor
     last_waiting: torch.Tensor
     drawing: Drawing
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch(StepEnds):
+    """One step of any shape.
+
+    tokens, positions: int64[t], device. attention: see ops.attention.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    attention: AttentionBatch
 
 
 class Fetch(Protocol):

@@ -6,6 +6,7 @@ Decides what goes together on a device. Called by proc.worker and `LLM`; owns no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,14 +23,14 @@ from holdfast.device.graphs import (
     StepGraphs,
 )
 from holdfast.device.memory import DeviceMemory
+from holdfast.device.mixed import HostMixed, MixedDecoder, MixedGraphs, MixedLayout
 from holdfast.device.runner import DecoderLike, Runner
-from holdfast.device.segments import SegmentDecoder, Segments
 from holdfast.errors import OptionError
 from holdfast.model.decoder import Decoder
 from holdfast.model.layer_ops import LayerOps, make_ops
 from holdfast.model.spec import ModelSpec
+from holdfast.ops.mixed_config import token_buckets
 from holdfast.ops.sampler import Sampler
-from holdfast.ops.segment_config import token_buckets
 
 
 def build_engine(
@@ -82,12 +83,26 @@ def build_engine(
         rows_max=limits.rows_max,
     )
     if ladder:
-        # Attention between segments is launched eagerly: it is the eager decoder's, with what that
-        # stages and gathers in, and the scratch alone is baked in.
-        made["segments"] = decoder.beside(), ladder
+        # Attention is the eager decoder's, with its workspaces and what it gathers in; the scratch
+        # is of its own, since larger steps make the eager one grow and move.
+        beside = decoder.beside()
+        attention = beside.ops.attention if kernels == "triton" else None
+        made["mixed"] = Mixed(beside, ladder, beside.rehearsal(), attention)
     replayed = Decoder(spec, weights, ops)
     made["graphs_rehearsal"] = replayed.rehearsal()
     return build_runner(limits, decoder, memory, graphs=replayed, **made, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """Graphs of steps with prompts, to be made: a decoder of their own, the tokens of their
+    buckets, what runs in the decoder's place before a capture (MixedGraphs' `rehearsal`), and the
+    decoder's attention."""
+
+    decoder: MixedDecoder
+    ladder: Sequence[int]
+    rehearsal: MixedDecoder | None = None
+    attention: Any = None
 
 
 def build_runner(
@@ -99,7 +114,7 @@ def build_runner(
     graphs_rehearsal: GraphDecoder | None = None,
     attention: BucketAttention | None = None,
     draw: Draw | None = None,
-    segments: tuple[SegmentDecoder, Sequence[int]] | None = None,
+    mixed: Mixed | None = None,
     **options: Any,
 ) -> Runner:
     """A runner over a decoder, not warm yet; `options` are Runner's own.
@@ -108,29 +123,45 @@ def build_runner(
     graphs_rehearsal what runs in its place before a capture (StepGraphs' `rehearsal`).
     attention, draw: of the graphs. With attention that reads the bucket on the device row state
     lies there too; without any it is the reference, planned on the host, which no GPU can capture.
-    Without `draw` the general sampler runs behind each body. segments: a decoder of their own and
-    the tokens of their buckets; None: steps with prompts run eagerly.
+    Without `draw` the general sampler runs behind each body. mixed: None: steps with prompts run
+    eagerly.
     Raises OptionError("--graphs") where graphs are asked for and cannot be had.
     """
     if graphs is None:
         return Runner(limits, decoder, memory, **options)
     device = memory.pool.device
     rows: Rows
+    layout: MixedLayout | None = None
     if attention is None:
         if device.type != "cpu":
             raise OptionError("--graphs", HOST_PLANNED)
         rows = HostRows(limits, device)
         attention = ReferenceAttention(rows, limits, device)
         draw = draw or ReferenceDraw(Sampler(limits.vocab_size, device))
+        if mixed is not None:
+            layout = HostMixed(rows, limits, device, mixed.ladder[-1])
     else:
-        # Imported late: it imports triton.
+        # Imported late: they import triton.
         from holdfast.device.device_rows import DeviceRows
+        from holdfast.device.mixed_kernels import DeviceMixed
 
         rows = DeviceRows(limits, device)
+        if mixed is not None:
+            given = memory.pool, mixed.decoder.embed.dtype, mixed.ladder[-1]
+            layout = DeviceMixed(rows, mixed.attention, limits, *given)
     capture: Capture = Rerun() if device.type == "cpu" else CudaCapture(device)
-    made_segments = None
-    if segments is not None:
-        made_segments = Segments(*segments, memory.pool, memory.weights, capture=capture)
+    made_mixed = None
+    if mixed is not None and layout is not None:
+        made_mixed = MixedGraphs(
+            limits,
+            mixed.decoder,
+            mixed.ladder,
+            layout,
+            memory.pool,
+            memory.weights,
+            capture=capture,
+            rehearsal=mixed.rehearsal,
+        )
     made = StepGraphs(
         limits,
         rows,
@@ -141,6 +172,6 @@ def build_runner(
         attention=attention,
         draw=draw,
         rehearsal=graphs_rehearsal,
-        segments=made_segments,
+        mixed=made_mixed,
     )
     return Runner(limits, decoder, memory, rows=rows, graphs=made, **options)

@@ -2,7 +2,7 @@
 
 `CudaCapture` records CUDA graphs; `Rerun` stands for it where there are none and simply runs the
 bound function again, so that everything around a replay (admission, padding, the manifest) is the
-same code on a CPU. Called by device.graphs and device.segments; it knows no steps.
+same code on a CPU. Called by device.graphs and device.mixed; it knows no steps.
 """
 
 from __future__ import annotations

@@ -138,17 +138,17 @@ class DeviceRows:
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        """Of every buffer that a graph's kernels are given: a part of wire.envelope.Footing."""
-        own = (
-            self.records,
-            self.length,
-            self.page_table,
-            self.pages_len,
-            self.tokens,
-            self.frames.device,
-            self._widths,
-        )
-        return (*(buffer.data_ptr() for buffer in own), *self._buckets.addresses)
+        """Of every buffer that a decode graph's kernels are given: a part of
+        wire.envelope.Footing."""
+        own = self.records, self.pages_len, self._widths
+        buckets = self._buckets.addresses
+        return (*self.ragged_addresses, *(buffer.data_ptr() for buffer in own), *buckets)
+
+    @property
+    def ragged_addresses(self) -> tuple[int, ...]:
+        """The same of what `launch_ragged` and `launch_mixed` read."""
+        own = self.frames.device, self.length, self.page_table, self.tokens
+        return tuple(buffer.data_ptr() for buffer in own)
 
     @property
     def lags(self) -> bool:
@@ -171,7 +171,7 @@ class DeviceRows:
         for _ in self.frames.upload(nothing):
             self._apply(slice(0, 1), slice(0, 1), slice(0, 1))
         self._launch_digest()
-        self._launch_ragged(*(torch.zeros(1, dtype=torch.int64, device=self.device),) * 4)
+        self.launch_ragged(*(torch.zeros(1, dtype=torch.int64, device=self.device),) * 4)
         self.stage_bucket(1)
         for placed in (False, True):
             self._advance(placed=placed)
@@ -254,8 +254,7 @@ class DeviceRows:
 
         Penalties look at drawn tokens in the mirror: who stages a row with any does not lag.
         """
-        drawing = self.table.records[plan.rows[plan.samples != 0]]
-        require(not (self.lags and penalised(drawing).any()), f"step {plan.step} draws by a past")
+        self.require_past(plan)
         table, rows, query_lens = self.table, plan.rows, plan.query_lens
         starts = table.length[rows]
         ends = starts + query_lens
@@ -264,7 +263,7 @@ class DeviceRows:
             torch.empty(size, dtype=torch.int64, device=self.device)
             for size in (total, total, total, n)
         )
-        self._launch_ragged(tokens, positions, slots, lasts)
+        self.launch_ragged(tokens, positions, slots, lasts)
         columns = int(self.limits.pages_for_tokens(int(ends.max())))
         # Group 0 is full attention, the only kind there is yet (Limits.groups).
         attention = AttentionBatch(
@@ -280,13 +279,19 @@ class DeviceRows:
             drawing=Drawing.of(table, plan),
         )
 
-    def _launch_ragged(
+    def require_past(self, plan: StepPlan) -> None:
+        """Raise InvariantError where the step draws by tokens that the mirror does not have."""
+        drawing = self.table.records[plan.rows[plan.samples != 0]]
+        require(not (self.lags and penalised(drawing).any()), f"step {plan.step} draws by a past")
+
+    def launch_ragged(
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
         slots: torch.Tensor,
         lasts: torch.Tensor,
     ) -> None:
+        """Stage the query tokens of the last frame's step. May be captured."""
         kernels.stage_ragged[(self._programs,)](
             self.frames.device,
             self.length,
@@ -299,6 +304,33 @@ class DeviceRows:
             ROWS_MAX=self.limits.rows_max,
             COLUMNS=self.limits.table_columns,
             TOKEN_COLUMNS=self.tokens.shape[1],
+            PAGE_TOKENS=self.limits.page_tokens,
+            BLOCK=_BLOCK,
+        )
+
+    def launch_mixed(
+        self,
+        rows: torch.Tensor,
+        seen: torch.Tensor,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        page_table: torch.Tensor,
+    ) -> None:
+        """Stage what a bucket of the last frame's step has besides: the page table of each of
+        `rows`, and padding. May be captured. As ops.kernels.rows.stage_mixed has them."""
+        kernels.stage_mixed[(rows.numel(),)](
+            self.frames.device,
+            self.page_table,
+            rows,
+            seen,
+            tokens,
+            positions,
+            slots,
+            page_table,
+            tokens.numel(),
+            ROWS_MAX=self.limits.rows_max,
+            COLUMNS=self.limits.table_columns,
             PAGE_TOKENS=self.limits.page_tokens,
             BLOCK=_BLOCK,
         )

@@ -8,8 +8,8 @@ Owns, for each bucket of wire.envelope.buckets, two captures over the same buffe
 A step whose rows ask for no more than a temperature is body and tail; for any other the general
 sampler runs behind the body, on the same hidden states. A step that decodes and is not admitted
 runs the very same two functions eagerly in the same bucket, so it computes the same bits. A step
-with prompts is computed in device.segments, where there are any and they have room for it; one of
-any other shape is the runner's. `admit` of wire.envelope decides; every refusal is counted by its
+with prompts is computed in device.mixed, where there are such graphs and one has room; one of any
+other shape is the runner's. `admit` of wire.envelope decides; every refusal is counted by its
 reason. The address manifest is every buffer that a kernel was given, compared before each replay.
 
 Called by device.runner from one thread, one step at a time. Knows no links and no results.
@@ -26,10 +26,10 @@ import numpy as np
 import torch
 
 from holdfast.config import Limits
-from holdfast.device.batch import Rows, StepBatch
+from holdfast.device.batch import Rows, StepEnds
 from holdfast.device.buckets import Bucket
 from holdfast.device.capture import Capture, Work
-from holdfast.device.segments import LAYOUT, Segments
+from holdfast.device.mixed import LAYOUT, MixedGraphs
 from holdfast.errors import require
 from holdfast.ops.attention import AttentionBatch
 from holdfast.ops.sampler import Sampler, SamplerInputs
@@ -38,9 +38,9 @@ from holdfast.wire.envelope import (
     Envelope,
     Footing,
     Graphs,
+    MixedEnvelope,
     Refusal,
     StepShape,
-    TokenEnvelope,
     admit,
     bucket_of,
     buckets,
@@ -168,13 +168,13 @@ class BucketStep:
 
 @dataclass(frozen=True, slots=True)
 class BatchStep:
-    """A step that was computed as its batch has it, t query tokens; nothing of it is drawn.
+    """A step that was computed as its plan has it, t query tokens; nothing of it is drawn.
 
-    hidden: [>= t, hidden]. replayed: in captured segments.
+    hidden: [>= t, hidden]. replayed: from a captured graph.
     """
 
     hidden: torch.Tensor
-    batch: StepBatch
+    ends: StepEnds
     replayed: bool
 
 
@@ -194,11 +194,11 @@ class StepGraphs:
         attention: BucketAttention,
         draw: Draw | None,
         rehearsal: GraphDecoder | None = None,
-        segments: Segments | None = None,
+        mixed: MixedGraphs | None = None,
     ) -> None:
         """pool, weights: the memory that the decoder reads. draw: None where the general sampler
         draws for all rows. rehearsal: runs before a capture in the decoder's place, with its
-        scratch, and takes the same kernels; None: the decoder itself. segments: over the same
+        scratch, and takes the same kernels; None: the decoder itself. mixed: over the same
         memory, captured with the buckets; None: steps with prompts are the runner's."""
         require(
             attention.on_device or not capture.bakes,
@@ -213,7 +213,7 @@ class StepGraphs:
         self._capture = capture
         self._attention = attention
         self._draw = draw
-        self._segments = segments
+        self._mixed = mixed
         self.ladder = buckets(limits.rows_max)
         self._hidden: torch.Tensor | None = None
         self._plan: StepPlan | None = None
@@ -244,16 +244,16 @@ class StepGraphs:
         progress: Callable[[int, int], None] | None = None,
         rest: Callable[[], None] = lambda: None,
     ) -> None:
-        """Capture every bucket, the largest first, on no row, and then segments. progress(done,
-        total) of captures; rest: called after each, and after each bucket of segments.
+        """Capture every bucket, the largest first, on no row, and then those of steps with
+        prompts. progress(done, total) of captures; rest: called after each.
 
         Writes the trash page and no other.
         """
         self._plan = None
-        tails, segments = self._draw is not None, self._segments
+        tails, mixed = self._draw is not None, self._mixed
         total, done = len(self.ladder) * (1 + tails), 0
-        if segments is not None:
-            total += segments.captures
+        if mixed is not None:
+            total += len(mixed.ladder)
         for rows in reversed(self.ladder):
             self._bodies[rows] = self._capture.capture(
                 functools.partial(self._body, rows),
@@ -266,9 +266,9 @@ class StepGraphs:
             done += 1 + tails
             if progress is not None:
                 progress(done, total)
-        if segments is not None:
+        if mixed is not None:
             began = done
-            segments.capture(
+            mixed.capture(
                 lambda more: None if progress is None else progress(began + more, total), rest
             )
         context = self._limits.table_columns * self._limits.page_tokens
@@ -289,8 +289,8 @@ class StepGraphs:
         lengths = self._rows.table.length[plan.rows]
         shape = shape_of(plan.query_lens, lengths, lengths, plan.drafts)
         graph = admit(shape, self.footing, self._graphs)
-        if graph is Refusal.PREFILL and self._segments is not None:
-            return self._run_segments(plan, self._segments)
+        if graph is Refusal.PREFILL and self._mixed is not None:
+            return self._run_mixed(plan, self._mixed)
         replay = isinstance(graph, Envelope)
         if not replay:
             self._count(self.eager, graph.value)
@@ -309,16 +309,16 @@ class StepGraphs:
         require(self._hidden is not None, "a body leaves hidden states")
         return BucketStep(self._hidden[:rows], drawn)
 
-    def _run_segments(self, plan: StepPlan, segments: Segments) -> BatchStep | None:
-        tokens = int(plan.query_lens.sum())
-        found = segments.admit(tokens)
-        replay = isinstance(found, TokenEnvelope)
+    def _run_mixed(self, plan: StepPlan, mixed: MixedGraphs) -> BatchStep | None:
+        shape = mixed.shape_of(plan)
+        found = mixed.admit(shape)
+        replay = isinstance(found, MixedEnvelope)
         if not replay:
             self._count(self.eager, found.value)
-            if not segments.holds(tokens):
+            if not mixed.holds(shape):
                 return None
-        batch = self._rows.stage(plan)
-        return BatchStep(segments.run(batch, found), batch, replay)
+        hidden, ends = mixed.run(plan, shape, found)
+        return BatchStep(hidden, ends, replay)
 
     def _fits(self, shape: StepShape) -> bool:
         room = self._limits.table_columns * self._limits.page_tokens

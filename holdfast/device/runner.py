@@ -81,7 +81,7 @@ class RunnerStats:
 
     compiles: kernels compiled by steps after `mark_ready`, 0 in a sound engine; compiled_last: the
     last of them. graph_steps: decode steps replayed, by the sampler behind them (device.graphs);
-    mixed_steps: the same of steps with prompts, whose segments were replayed (device.segments);
+    mixed_steps: the same of steps with prompts, from device.mixed's graphs;
     eager_steps: decided to run eagerly, by the reason (wire.envelope.Refusal). All of them stay
     empty without graphs.
     """
@@ -304,18 +304,19 @@ class Runner:
         if step is None:
             batch = self.rows.stage(plan)
             given = batch.tokens, batch.positions, batch.attention
-            step = BatchStep(self.decoder.forward(*given, self.memory.pool), batch, replayed=False)
+            hidden = self.decoder.forward(*given, self.memory.pool)
+            step = BatchStep(hidden, batch, replayed=False)
         if isinstance(step, BucketStep) and step.drawn:
             self.rows.settle(plan, placed=False, moved=True)
             return False, None
         hidden = step.hidden
         if isinstance(step, BatchStep):
-            drawing, last_waiting = step.batch.drawing, step.batch.last_waiting
+            drawing, last_waiting = step.ends.drawing, step.ends.last_waiting
             plainly, logits = self._plainly(drawing), None
             if drawing.rows.size:
                 # Plain draws take the product's own type, as behind graphs: no other kernel.
                 head = self.decoder.raw_logits if plainly else self.decoder.logits
-                logits = head(hidden[step.batch.last_tokens])
+                logits = head(hidden[step.ends.last_tokens])
             if step.replayed:
                 counts, sampler = self.stats.mixed_steps, FAST if plainly else GENERAL
                 counts[sampler] = counts.get(sampler, 0) + 1

@@ -35,11 +35,11 @@ NEEDS = Needs(
     graphs=True,
     options=("--page-tokens", str(PAGE), "--max-context-tokens", str(CONTEXT)),
 )
-# A step with prompts is no decode step, and may be longer than all segments; any other reason is a
-# fast path that was lost.
-ORDINARY = ("prefill", "too_many_tokens")
+# A step with prompts is no decode step, and may be more than the graphs of those have room for; any
+# other reason is a fast path that was lost.
+ORDINARY = ("prefill", "too_many_tokens", "too_many_prompts", "too_many_gathered")
 MOVED = {"reason": "address_moved"}
-# Steps of graphs; steps with prompts have segments.
+# Steps of graphs; those with prompts have their own.
 DECODE = {"kind": "decode"}
 # Rows of one wave beside rows that are as long as the context.
 WAVES = (1, 9, 3, 17)

@@ -1,8 +1,8 @@
 """The decoder: one forward pass for Llama 3, Qwen2 and Qwen3.
 
 Owns the order of operations; how each is computed is model.layer_ops' (the torch reference, or
-kernels). A step is a row of segments with an attention between each two, whoever drives it:
-`forward`, or device.segments, which captures them. Built by device.runner's callers from a spec and
+kernels). Who captures a step lays it out in buffers of its own and records `begin` and `compute`,
+which `forward` is made of. Built by device.runner's callers from a spec and
 views of the weights slab; forward takes everything else it reads as arguments. Invariant: on a CPU
 in float32, with the reference, a token's hidden state and logits are the same bits in every batch,
 chunking and cache layout (see model.layers and ops.attention for what that takes). Knows no
@@ -18,7 +18,7 @@ import torch
 
 from holdfast.model.layer_ops import LayerOps, ReferenceOps, Step
 from holdfast.model.spec import ModelSpec
-from holdfast.ops.attention import AttentionBatch, StaticBatch
+from holdfast.ops.attention import AttentionBatch, MixedBatch, StaticBatch
 
 # All layers of a model have the same shapes, biases and alignment (model.weights.WeightsLayout).
 _REHEARSED_LAYERS = 2
@@ -29,16 +29,14 @@ class Stream:
     """What flows through a step of N rows, `padded_rows` of its tokens or more.
 
     tokens: int64[t], t <= N; x: [N, hidden], the residual stream; attended: [N, heads * head_dim],
-    what the last attention left; hidden: [N, hidden], what the last segment leaves. qkv: [N, (heads
-    + 2 * kv_heads) * head_dim], what the last segment left for the next attention, None before the
-    first. Valid until its ops compute another step, but for a `hidden` that was given.
+    what the last attention left; hidden: [N, hidden], the normed states that a step ends with.
+    Valid until its ops compute another step, but for a `hidden` that was given.
     """
 
     tokens: torch.Tensor
     x: torch.Tensor
     attended: torch.Tensor
     hidden: torch.Tensor
-    qkv: torch.Tensor | None = None
 
 
 class Layer:
@@ -120,7 +118,7 @@ class Decoder:
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        attention: AttentionBatch | StaticBatch,
+        attention: AttentionBatch | MixedBatch | StaticBatch,
         pool: torch.Tensor,
     ) -> torch.Tensor:
         """Compute t query tokens and store their K and V in the pool.
@@ -129,20 +127,28 @@ class Decoder:
         Returns the normed hidden states [t, hidden], a tensor of its own.
         """
         step = self.begin(positions, attention, pool)
-        return self.compute(tokens, step, pool)
-
-    @torch.inference_mode()
-    def compute(self, tokens: torch.Tensor, step: Step, pool: torch.Tensor) -> torch.Tensor:
-        """`forward` of a step that its ops worked out before: what a graph captures."""
         hidden = torch.empty(
             (step.rows, self.spec.hidden_size), dtype=self.embed.dtype, device=self.embed.device
         )
-        stream = self.stream(tokens, step.rows, hidden)
-        for index in range(len(self.layers)):
-            self.segment(index, stream)
-            self.attend(index, stream, step, pool)
-        self.segment(len(self.layers), stream)
+        self.compute(self.stream(tokens, step.rows, hidden), step, pool)
         return hidden[: tokens.numel()]
+
+    @torch.inference_mode()
+    def compute(self, stream: Stream, step: Step, pool: torch.Tensor) -> None:
+        """All of a step that its ops worked out before, in a stream of as many rows.
+
+        Rows of padding come to `stream.hidden` as whatever they are: all but attention works row by
+        row, and attention knows the step's own tokens alone, so nothing of them reaches another.
+        """
+        ops, count = self.ops, stream.tokens.numel()
+        torch.index_select(self.embed, 0, stream.tokens, out=stream.x[:count])
+        stream.x[count:].zero_()
+        delta = None
+        for layer in self.layers:
+            qkv = layer.before(stream.x, delta, ops)
+            layer.attend(step, qkv, pool, ops, stream.attended)
+            delta = layer.after(stream.x, stream.attended, ops)
+        ops.add_norm(stream.x, delta, self.norm, out=stream.hidden)
 
     def stream(self, tokens: torch.Tensor, rows: int, hidden: torch.Tensor | None = None) -> Stream:
         """A stream of so many rows in the scratch of its ops, and `hidden` there too unless given:
@@ -156,44 +162,17 @@ class Decoder:
             hidden=take("hidden", shape, dtype) if hidden is None else hidden,
         )
 
-    @property
-    def segments(self) -> int:
-        """Pieces that a step falls into between its attentions, the first and the last included."""
-        return len(self.layers) + 1
-
-    # Here and in `attend` the caller is in inference mode: entering it costs microseconds a layer.
-    def segment(self, index: int, stream: Stream) -> None:
-        """All that a step computes between attention of layer `index` - 1 and of `index`: before
-        the first it embeds, behind the last it norms. Of a step it knows the number of rows alone,
-        and reads and writes nothing but the stream, its ops' scratch and weights."""
-        ops, count = self.ops, stream.tokens.numel()
-        delta = None
-        if index == 0:
-            torch.index_select(self.embed, 0, stream.tokens, out=stream.x[:count])
-            stream.x[count:].zero_()
-        else:
-            delta = self.layers[index - 1].after(stream.x, stream.attended, ops)
-        if index < len(self.layers):
-            stream.qkv = self.layers[index].before(stream.x, delta, ops)
-        else:
-            ops.add_norm(stream.x, delta, self.norm, out=stream.hidden)
-
     @torch.inference_mode()
     def begin(
         self,
         positions: torch.Tensor,
-        attention: AttentionBatch | StaticBatch,
+        attention: AttentionBatch | MixedBatch | StaticBatch,
         pool: torch.Tensor,
         rows: int | None = None,
     ) -> Step:
         """Work out a step of t tokens at positions int64[t], in a stream of `rows` >= t; None for
         what products want."""
         return self.ops.begin(positions, attention, pool, self.embed.dtype, rows)
-
-    def attend(self, index: int, stream: Stream, step: Step, pool: torch.Tensor) -> None:
-        """Attention of a layer, between its two segments: the one piece that knows the step."""
-        assert stream.qkv is not None, "attention before the first segment"
-        self.layers[index].attend(step, stream.qkv, pool, self.ops, stream.attended)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

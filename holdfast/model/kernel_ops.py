@@ -19,7 +19,7 @@ import torch
 from holdfast.model.layer_ops import Attention, ReferenceAttention
 from holdfast.model.layers import rotation_frequencies
 from holdfast.model.spec import ModelSpec
-from holdfast.ops.attention import AttentionBatch, Scratch, StaticBatch
+from holdfast.ops.attention import AttentionBatch, MixedBatch, Scratch, StaticBatch
 from holdfast.ops.kernels import gate, norm, rope
 from holdfast.ops.kernels.small_matmul import SmallMatmul
 
@@ -75,7 +75,7 @@ class KernelOps:
     def begin(
         self,
         positions: torch.Tensor,
-        attention: AttentionBatch | StaticBatch,
+        attention: AttentionBatch | MixedBatch | StaticBatch,
         pool: torch.Tensor,
         dtype: torch.dtype,
         rows: int | None = None,

@@ -31,6 +31,7 @@ from holdfast.model.spec import ModelSpec
 from holdfast.ops.attention import (
     AttentionBatch,
     AttentionPlan,
+    MixedBatch,
     Scratch,
     StaticBatch,
     append_kv,
@@ -42,7 +43,8 @@ from holdfast.ops.attention import (
 class Attention(Protocol):
     """Attention over pages, as any backend offers it. A plan is what all layers of a step share.
 
-    on_device: takes a StaticBatch too, and then reads everything of the step on the device.
+    on_device: takes a StaticBatch or a MixedBatch too, and then reads everything of the step on the
+    device.
     addresses: of its workspaces.
     """
 
@@ -53,7 +55,7 @@ class Attention(Protocol):
 
     def plan(
         self,
-        batch: AttentionBatch | StaticBatch,
+        batch: AttentionBatch | MixedBatch | StaticBatch,
         pool: torch.Tensor,
         heads: int,
         kv_heads: int,
@@ -108,7 +110,7 @@ class LayerOps(Protocol):
     def begin(
         self,
         positions: torch.Tensor,
-        attention: AttentionBatch | StaticBatch,
+        attention: AttentionBatch | MixedBatch | StaticBatch,
         pool: torch.Tensor,
         dtype: torch.dtype,
         rows: int | None = None,

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,6 +136,26 @@ class StaticBatch:
     slots: torch.Tensor
     page_tokens: int
     query_len: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Query tokens of the step, padding included."""
+        return self.slots.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class MixedBatch:
+    """One step of any mix of rows whose layout lies on the device, in buffers that a captured graph
+    reads again: as StaticBatch is, of rows that are not alike.
+
+    page_table: int32[r, W], a table for each row that `index` names; slots: int64[N], -1 for
+    padding. index: the arrays of the backend's own grids (ops.mixed_arrays).
+    """
+
+    page_table: torch.Tensor
+    slots: torch.Tensor
+    page_tokens: int
+    index: Any
 
     @property
     def tokens(self) -> int:

@@ -4,7 +4,8 @@ Owns the workspace of its kernels and the arithmetic of a plan: rows that are al
 (decode, verify) go to the split kernel, which asks nothing of the host but the number of rows; all
 others to a prefill kernel, over tiles. On Hopper rows with query tokens enough have their K and V
 gathered (ops.kernels.gather_config says which), for the kernel that is faster then; the others, and
-those that the scratch has no room for, are read from their pages. The choice is one of shapes.
+those that the scratch has no room for, are read from their pages. The choice is one of shapes. A
+MixedBatch, whose grids a graph has baked in, has all its prompts gathered or none (`prompt_cut`).
 `plan` and `attend` stand where ops.attention's do;
 `decode` takes static buffers, for graphs and for eager steps of the same shape, which so compute
 the same bits. Imported only where triton is (ops.kernels.available).
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 
 from holdfast.errors import require
-from holdfast.ops.attention import AttentionBatch, Scratch, StaticBatch
+from holdfast.ops.attention import AttentionBatch, MixedBatch, Scratch, StaticBatch
 from holdfast.ops.contracts import require_launchable
 from holdfast.ops.kernels.decode_attention import DecodeAttention, DecodeConfig
 from holdfast.ops.kernels.gather_config import ALIGN, QUERY_TOKENS_MIN, fits, scratch_tokens
@@ -36,8 +37,9 @@ from holdfast.ops.kernels.prefill_attention import (
     TILE_FIELDS,
     PrefillAttention,
     PrefillConfig,
-    cut_tiles,
+    tiles_of,
 )
+from holdfast.ops.mixed_arrays import MixedIndex, PromptCut
 from holdfast.ops.pinned import Uploads
 
 
@@ -128,7 +130,7 @@ class TritonAttention:
         self._gather_query_tokens = gather_query_tokens
         self._gather_tokens = scratch_tokens(rows_max, context_max)
         self._upload_words = rows_max * (columns + 2 + PLACE_FIELDS + 2 * TILE_FIELDS)
-        self._upload_words += self._gather_tokens // ALIGN
+        self._upload_words += self._gather_tokens // ALIGN + 1
         # Pinned by the first step that is laid out here, one of a warm-up. Attention of graphs has
         # static batches alone, and never any.
         self._uploads: Uploads | None = None
@@ -136,19 +138,28 @@ class TritonAttention:
             make_gathered = _warp_prefill
         self._make_gathered = make_gathered if fits(heads, kv_heads, head_dim, itemsize) else None
         self._gathered: GatheredAttention | None = None
+        self._gather_scratch: torch.Tensor | None = None
 
     @property
     def addresses(self) -> tuple[int, ...]:
         """What a captured graph has of this object: a part of its address manifest."""
-        return self._decode.addresses
+        gathered = () if self._gather_scratch is None else (self._gather_scratch.data_ptr(),)
+        return (*self._decode.addresses, *gathered)
 
     @property
     def workspace_bytes(self) -> int:
         return self._decode.workspace_bytes
 
+    def prompt_cut(self, pool: torch.Tensor, dtype: torch.dtype) -> PromptCut:
+        """How the prompts of a MixedBatch are computed, activations of `dtype` over this pool:
+        gathered wherever they can be. Makes what that takes."""
+        if self._gathers(pool, dtype):
+            return PromptCut(self._gathered_attention(pool).tile_tokens, self._gather_tokens)
+        return PromptCut(self._prefill.tile_tokens, 0)
+
     def plan(
         self,
-        batch: AttentionBatch | StaticBatch,
+        batch: AttentionBatch | MixedBatch | StaticBatch,
         pool: torch.Tensor,
         heads: int,
         kv_heads: int,
@@ -156,7 +167,7 @@ class TritonAttention:
         scratch: Scratch,
     ) -> TritonPlan:
         """Lay a step out: its index arrays go to the device in one copy, from pinned memory and
-        into memory of the plan's own. Of a StaticBatch they lie there, and nothing is launched.
+        into memory of the plan's own. Of a static batch they lie there, and nothing is launched.
 
         The arguments are those of ops.attention.plan_attention; scratch is left alone.
         Raises InvariantError when the step is not of the shape this object was made for, or a row
@@ -172,12 +183,14 @@ class TritonAttention:
         require_pool(pool, kv_heads, decode.head_dim, batch.page_tokens)
         if isinstance(batch, StaticBatch):
             return self._static_plan(batch)
+        if isinstance(batch, MixedBatch):
+            return self._mixed_plan(batch)
         lens, starts = batch.query_lens, batch.starts
         rows, query_len = self._decode_rows(lens)
         others = np.setdiff1d(np.arange(lens.size), rows, assume_unique=True)
         taken = self._gathered_rows(lens[others], starts[others], pool, dtype)
         paged, gathered = others[~taken], others[taken]
-        tiles = _tiles_of(lens, starts, paged, self._prefill.tile_tokens)
+        tiles = tiles_of(lens, starts, paged, self._prefill.tile_tokens)
         tiles[0] += rows.size
         order = np.concatenate((rows, paged, gathered))
         table = self._table(batch, pool.shape[0])[order]
@@ -185,7 +198,7 @@ class TritonAttention:
         if gathered.size:
             assert self._gathered is not None
             arrays += place_rows((starts + lens)[gathered], starts[gathered])
-            arrays.append(_tiles_of(lens, starts, gathered, self._gathered.tile_tokens))
+            arrays.append(tiles_of(lens, starts, gathered, self._gathered.tile_tokens))
         if self._uploads is None:
             self._uploads = Uploads(self.device, self._upload_words)
         table_arg, lengths, first_tokens, tiles_arg, *of_gathered = self._uploads.put(
@@ -300,6 +313,22 @@ class TritonAttention:
             tiles=batch.lengths.new_empty((TILE_FIELDS, 0)),
         )
 
+    def _mixed_plan(self, batch: MixedBatch) -> TritonPlan:
+        index: MixedIndex = batch.index
+        rows, table = index.first_tokens.numel(), batch.page_table
+        gathered, tiles = None, index.tiles
+        if index.used.numel():
+            own = index.places, index.owners, index.used, index.tiles
+            gathered, tiles = Gathered(table[rows:], *own), tiles[:, :0]
+        return TritonPlan(
+            page_table=table,
+            lengths=index.seen[:rows],
+            first_tokens=index.first_tokens,
+            query_len=1,
+            tiles=tiles,
+            gathered=gathered,
+        )
+
     def _decode_rows(self, lens: np.ndarray) -> tuple[np.ndarray, int]:
         """(int64[d] rows for the split kernel, the query tokens of each).
 
@@ -316,14 +345,24 @@ class TritonAttention:
         self, lens: np.ndarray, starts: np.ndarray, pool: torch.Tensor, dtype: torch.dtype
     ) -> np.ndarray:
         """bool[n]: which of these rows are gathered. Makes what computes them where it has to."""
-        if self._make_gathered is None or dtype != pool.dtype:
+        if not self._gathers(pool, dtype):
             return np.zeros(lens.size, bool)
         taken = choose_rows(lens, starts, self._gather_tokens, self._gather_query_tokens)
-        if self._gathered is None and taken.any():
+        if taken.any():
+            self._gathered_attention(pool)
+        return taken
+
+    def _gathers(self, pool: torch.Tensor, dtype: torch.dtype) -> bool:
+        return self._make_gathered is not None and dtype == pool.dtype
+
+    def _gathered_attention(self, pool: torch.Tensor) -> GatheredAttention:
+        if self._gathered is None:
+            assert self._make_gathered is not None
             heads, kv_heads, head_dim = self._decode.heads, pool.shape[4], pool.shape[5]
             scratch = pool.new_empty((2, kv_heads, self._gather_tokens, head_dim))
             self._gathered = self._make_gathered(scratch, heads=heads, kv_heads=kv_heads)
-        return taken
+            self._gather_scratch = scratch
+        return self._gathered
 
     def _table(self, batch: AttentionBatch, pages: int) -> np.ndarray:
         """int32[n, W]: the columns that the step uses at most. Only used entries are judged."""
@@ -335,18 +374,6 @@ class TritonAttention:
             f"a step reads pages {held.min()} to {held.max()} of a pool of {pages}",
         )
         return table
-
-
-def _tiles_of(
-    lens: np.ndarray, starts: np.ndarray, which: np.ndarray, tile_tokens: int
-) -> np.ndarray:
-    """int32[4, T]: `cut_tiles` of the rows `which`, int64[k], numbered as they stand there; their
-    tokens are where the batch of all rows has them."""
-    tiles = cut_tiles(lens[which], starts[which], tile_tokens)
-    first = (np.cumsum(lens, dtype=np.int64) - lens)[which]
-    behind = first - (np.cumsum(lens[which], dtype=np.int64) - lens[which])
-    tiles[1] += behind[tiles[0]].astype(np.int32)
-    return tiles
 
 
 @cache

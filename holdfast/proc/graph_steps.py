@@ -1,9 +1,9 @@
 """GraphSteps: what the workers' graphs did, as counters, and a line the first time one did not.
 
 Every step that no graph was admitted for has a reason (wire.envelope.Refusal). Some belong to
-serving: a prompt is no decode step, and a long one is no segments'. Any other says that a fast path
-is lost, and is told once for the life of the server. Owned by the supervisor; what it is told comes
-from proc.worker.
+serving: a prompt is no decode step, and some have no room in a graph. Any other says that a fast
+path is lost, and is told once for the life of the server. Owned by the supervisor; what it is told
+comes from proc.worker.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ _ORDINARY = {
     Refusal.PREFILL,
     Refusal.MIXED_QUERY_LENS,
     Refusal.TOO_MANY_TOKENS,
+    Refusal.TOO_MANY_PROMPTS,
+    Refusal.TOO_MANY_GATHERED,
 }
 
 

@@ -3,8 +3,8 @@
 A graph has baked in more than its shape. Its `Envelope` states all of it, and `admit` is the only
 way to a replay: a pure, total function of a description of the step, of what holds in the process
 now, and of the captured envelopes. It returns the smallest admissible one, or why there is none;
-whoever asked then runs the step eagerly, and counts the reason under its name. Steps with prompts
-are no graph's, but what they compute between their attentions may be: `admit_tokens` judges that.
+whoever asked then runs the step eagerly, and counts the reason under its name. Graphs of steps with
+prompts have room for so many tokens, prompts and gathered positions: `admit_mixed` judges those.
 
 What a window does to a graph: while every query token sees at most `window` tokens, a layer with a
 window reads from the first page on (`WITHIN`); once every one of them can see `window` or more, it
@@ -45,7 +45,9 @@ class Refusal(enum.StrEnum):
     BYTES_MOVED = "bytes_moved"  # copies or seals in the step that may not run beside a replay
     NOT_CAPTURED = "not_captured"  # this query length, attention kind or layout
     TOO_MANY_ROWS = "too_many_rows"
-    TOO_MANY_TOKENS = "too_many_tokens"  # of a step with prompts, for the largest segments
+    TOO_MANY_TOKENS = "too_many_tokens"  # of a step with prompts, for the largest graph of those
+    TOO_MANY_PROMPTS = "too_many_prompts"  # in one step
+    TOO_MANY_GATHERED = "too_many_gathered"  # tokens that a step's prompts see
     POOL_EPOCH = "pool_epoch"
     WEIGHTS_EPOCH = "weights_epoch"
     ADDRESS_MOVED = "address_moved"
@@ -84,16 +86,19 @@ class Envelope(NamedTuple):
     footing: Footing
 
 
-class TokenEnvelope(NamedTuple):
-    """Where the captured segments of one token bucket may be replayed.
+class MixedEnvelope(NamedTuple):
+    """Where one captured graph of steps with prompts may be replayed.
 
-    A segment is what a step computes between two attentions: of the step it knows the number of
-    query tokens alone, `tokens` with padding. Attention is launched between segments over the
-    step's own lengths, tables and windows, so nothing of these is here, and the footing has no
-    address that attention alone is given.
+    tokens: its bucket of query tokens, padding included. prompt_rows: rows of more than one query
+    token; rows of one are as many as there are tokens, or as any step has. gathered_tokens:
+    positions of the scratch that prompts' K and V are gathered in. context_tokens: as an Envelope
+    has it. Its kernels mask windows on the device, so it is right in every phase.
     """
 
     tokens: int
+    prompt_rows: int
+    gathered_tokens: int
+    context_tokens: int
     footing: Footing
 
 
@@ -113,6 +118,18 @@ class StepShape(NamedTuple):
     prefill: bool
     moves_bytes: bool
     seen_min: int
+    seen_max: int
+
+
+class MixedShape(NamedTuple):
+    """What admission needs to know of a step with prompts; the words are MixedEnvelope's.
+
+    gathered_tokens: 0 where prompts are read from their pages. seen_max: as a StepShape has it.
+    """
+
+    tokens: int
+    prompt_rows: int
+    gathered_tokens: int
     seen_max: int
 
 
@@ -212,25 +229,42 @@ def admit(step: StepShape, now: Footing, graphs: Graphs) -> Envelope | Refusal:
     return _REASONS[furthest]
 
 
-def admit_tokens(
-    tokens: int, now: Footing, captured: Sequence[TokenEnvelope]
-) -> TokenEnvelope | Refusal:
-    """The smallest bucket whose segments may be replayed for a step of so many query tokens, or the
-    reason why none may: `admit` for steps that it refuses with PREFILL. captured: rising."""
-    if tokens <= 0:
+def admit_mixed(
+    step: MixedShape, now: Footing, captured: Sequence[MixedEnvelope]
+) -> MixedEnvelope | Refusal:
+    """The smallest graph that may be replayed for a step with prompts, or the reason why none may:
+    `admit` for steps that it refuses with PREFILL. captured: by rising tokens."""
+    if step.tokens <= 0:
         return Refusal.EMPTY
     kind = (now.layout, now.attention)
     captured = [one for one in captured if (one.footing.layout, one.footing.attention) == kind]
     if not captured:
         return Refusal.NOT_CAPTURED
-    furthest = -1
+    furthest = 0
     for one in captured:
-        if one.tokens >= tokens:
-            met = _footing_met(one.footing, now)
-            if met == _FOOTING:
+        met = _room_met(step, one)
+        if met == _ROOM:
+            met = _ROOM + _footing_met(one.footing, now) - _POOL
+            if met == _MIXED_CONTEXT and step.seen_max <= one.context_tokens:
                 return one
-            furthest = max(furthest, met)
-    return Refusal.TOO_MANY_TOKENS if furthest < 0 else _REASONS[furthest]
+        furthest = max(furthest, met)
+    return _MIXED_REASONS[furthest]
+
+
+def has_room(step: MixedShape, graph: MixedEnvelope) -> bool:
+    """Whether the step fits the graph's buffers, whatever the graph stands on."""
+    return _room_met(step, graph) == _ROOM and step.seen_max <= graph.context_tokens
+
+
+def _room_met(step: MixedShape, graph: MixedEnvelope) -> int:
+    """The first of a graph's bounds that the step is beyond, but for the context, or _ROOM."""
+    if step.tokens > graph.tokens:
+        return 0
+    if step.prompt_rows > graph.prompt_rows:
+        return 1
+    if step.gathered_tokens > graph.gathered_tokens:
+        return 2
+    return _ROOM
 
 
 # How far a graph with enough rows gets, and the reason to give when none gets further.
@@ -244,6 +278,19 @@ _REASONS = (
     Refusal.ADDRESS_MOVED,
     Refusal.CONTEXT_TOO_LONG,
     Refusal.WINDOW_PHASE,
+)
+
+
+# How far a graph of steps with prompts gets: its room, then its footing, then the context.
+_ROOM, _MIXED_CONTEXT = 3, 6
+_MIXED_REASONS = (
+    Refusal.TOO_MANY_TOKENS,
+    Refusal.TOO_MANY_PROMPTS,
+    Refusal.TOO_MANY_GATHERED,
+    Refusal.POOL_EPOCH,
+    Refusal.WEIGHTS_EPOCH,
+    Refusal.ADDRESS_MOVED,
+    Refusal.CONTEXT_TOO_LONG,
 )
 
 

@@ -330,10 +330,17 @@ def test_each_part_of_what_graphs_take_grows_with_what_it_is_made_of() -> None:
     # An idle standby with graphs stays below the 3 GiB that it may take, its context included.
     assert GPU_CONTEXT_BYTES + work() < 3 * GIB
     assert 0 < work() - work(graphs=False) < 400 * MIB
-    # Of segments: rows of the largest bucket, which is as long as the host would be waited for.
-    assert gpu_work.segment_buffer_bytes(Eight(), wide(), 2) == 512 * (2 * (4 + 2.5 + 9) * 4096 + 8)
-    assert gpu_work.segment_buffer_bytes(Eight(), wide(prefill_tokens=8), 2) < 16 * MIB
-    assert 16 * MIB < gpu_work.segment_graph_bytes(Eight(), wide()) < 32 * MIB
+    # Of steps with prompts: rows of the largest bucket, which is as long as the host would be
+    # waited for, and its page tables; four graphs of 36 layers.
+    rows = 512 * (2 * (4 + 2.5 + 9) * 4096 + 24)
+    tables = (64 + 16) * 2560 * 4
+    assert 0 < gpu_work.mixed_buffer_bytes(Eight(), wide(), 2) - rows - tables < 32 << 10
+    assert gpu_work.mixed_buffer_bytes(Eight(), wide(prefill_tokens=8), 2) < 18 * MIB
+    assert 32 * MIB < gpu_work.mixed_graph_bytes(Eight(), wide()) < 64 * MIB
+    # They gather prompts of any length, where eager steps gather long ones.
+    short = wide(prefill_tokens=8)
+    assert gpu_work.gather_bytes(Eight(), short, 2) == 0
+    assert gpu_work.gather_bytes(Eight(), short, 2, graphs=True) == 128 * MIB
 
 
 @pytest.mark.parametrize("rows, page_tokens, context", [(5, 16, 512), (64, 7, 1000), (1, 1, 64)])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from holdfast.config import Limits
-from holdfast.device.build import build_runner
+from holdfast.device.build import Mixed, build_runner
 from holdfast.device.memory import DeviceMemory
 from holdfast.device.runner import Runner
 from holdfast.model.decoder import Decoder
@@ -71,14 +71,14 @@ def make_runner(
     token_buckets: tuple[int, ...] = (),
     **options: Any,
 ) -> Runner:
-    """token_buckets: of segments, beside graphs; none: steps with prompts run eagerly."""
+    """token_buckets: of graphs of steps with prompts; none: those run eagerly."""
     memory = DeviceMemory.allocate(spec, limits)
     layout = WeightsLayout.of(spec, "float32")
     load_weights(spec, memory.weights, layout)
     views = layout.views(memory.weights)
     decoder, replayed = Decoder(spec, views), Decoder(spec, views) if graphs else None
     if token_buckets:
-        options["segments"] = decoder.beside(), token_buckets
+        options["mixed"] = Mixed(decoder.beside(), token_buckets)
     return build_runner(limits, decoder, memory, graphs=replayed, **options)
 
 

@@ -26,7 +26,7 @@ SCRIPT = """
 import json, sys
 from holdfast import LLM, SamplingParams
 from holdfast.device import build
-from holdfast.gpu_work import segment_buffer_bytes
+from holdfast.gpu_work import mixed_buffer_bytes
 from holdfast.ops import pinned
 from holdfast.ops.sampler import plain_rows
 from mixed_steps import MixedSteps
@@ -74,15 +74,16 @@ with LLM(folder, load="dummy", threads=1, rows_max=5, pages=60, page_tokens=4,
             found.append([choice.token_ids, choice.finish_reason, logprobs])
         assert made[0].in_flight == 0, "who has all answers left a step behind"
 stats = made[0].stats
-segments = made[0]._graphs and made[0]._graphs._segments
+whole = made[0]._graphs and made[0]._graphs._mixed
 static = []
-if segments is not None:
-    scratch = segments._decoder.ops.scratch._buffers.values()
-    counted = segment_buffer_bytes(segments._decoder.spec, made[0].limits, 4)
-    static = [sum(held.nbytes for held in (segments._tokens, *scratch)), counted]
+if whole is not None:
+    scratch = whole._decoder.ops.scratch._buffers.values()
+    counted = mixed_buffer_bytes(whole._decoder.spec, made[0].limits, 4)
+    buffers = sum(held.nbytes for held in (whole._hidden, *scratch)) + whole._layout.nbytes
+    static = [buffers, counted]
 flights = [in_flight.count(1), in_flight.count(2)]
 print(json.dumps({"found": found, "flights": flights, "graphs": stats.graph_steps,
-                  "segments": stats.mixed_steps, "static": static,
+                  "mixed_steps": stats.mixed_steps, "static": static,
                   "eager": stats.eager_steps, "needed": needed, "mixed": mixed.count}))
 """
 
@@ -112,15 +113,15 @@ def test_kernels_and_graphs_say_what_the_reference_says(folder: Path) -> None:
     assert expected["graphs"] == {}
     found = answers(folder, kernels="triton", graphs=True, staged=True)
     assert found["found"] == expected["found"]
-    # Steps were replayed with both samplers behind them, those with prompts in segments, and no
+    # Steps were replayed with both samplers behind them, those with prompts too, and no
     # step ran without.
     assert found["graphs"]["fast"] > 5 and found["graphs"]["general"] > 3
-    assert found["segments"]["fast"] > 1 and found["segments"]["general"] > 0
-    assert sum(found["segments"].values()) >= found["mixed"] > 0
+    assert found["mixed_steps"]["fast"] > 1 and found["mixed_steps"]["general"] > 0
+    assert sum(found["mixed_steps"].values()) >= found["mixed"] > 0
     assert found["eager"] == {}
-    # What plan counts for segments is what they have.
+    # What plan counts for steps with prompts is what they have; of tiles it knows a bound.
     made, counted = found["static"]
-    assert made == counted > 0
+    assert 0.95 * counted < made <= counted
     # Nearly every plan was launched before the result of the one before was collected.
     alone, ahead = found["flights"]
     assert ahead > 4 * alone > 0
@@ -132,7 +133,7 @@ def test_kernels_and_graphs_say_what_the_reference_says(folder: Path) -> None:
 def test_kernels_without_graphs_say_what_the_reference_says(folder: Path) -> None:
     expected, found = answers(folder), answers(folder, kernels="triton")
     assert found["found"] == expected["found"]
-    assert found["graphs"] == found["eager"] == found["segments"] == {}
+    assert found["graphs"] == found["eager"] == found["mixed_steps"] == {}
     assert found["flights"][1] == 0, "rows on the host: a second plan has nothing to run beside"
 
 

@@ -109,8 +109,8 @@ class Scene:
 
     def _counts(self) -> dict[str, int]:
         stats = self.provoked.runner.stats
-        replayed, segments = (sum(d.values()) for d in (stats.graph_steps, stats.mixed_steps))
-        return {**stats.eager_steps, "replayed": replayed, "segments": segments}
+        replayed, mixed = (sum(d.values()) for d in (stats.graph_steps, stats.mixed_steps))
+        return {**stats.eager_steps, "replayed": replayed, "mixed": mixed}
 
 
 def scenes(folder: Path, kernels: str) -> dict[str, Any]:
@@ -180,13 +180,13 @@ def found(request: pytest.FixtureRequest, checkpoint) -> dict[str, Any]:
 def test_moved_buffers_are_computed_eagerly_and_replayed_where_they_were_put_back(found) -> None:
     scene = found["move-buffer"]
     assert scene["right"] == [True] * 3
-    assert scene["before"] == {"segments": 1, "address_moved": 2, "replayed": 2}
-    assert scene["after"] == {"segments": 1, "address_moved": 2, "replayed": 3}
+    assert scene["before"] == {"mixed": 1, "address_moved": 2, "replayed": 2}
+    assert scene["after"] == {"mixed": 1, "address_moved": 2, "replayed": 3}
 
 
 def test_a_manifest_that_moves_along_has_the_old_buffers_replayed(found) -> None:
     scene = found["move-buffer-unseen"]
-    assert scene["before"] == {"segments": 1, "replayed": 4}
+    assert scene["before"] == {"mixed": 1, "replayed": 4}
     # Rows in device memory are staged by the replay itself, into where it reads.
     assert scene["right"][1] == (found.get("kernels") == "triton")
 
@@ -195,7 +195,7 @@ def test_an_envelope_that_is_a_page_too_short_is_counted_at_its_end(found) -> No
     scene = found["narrow-envelope"]
     assert scene["right"] == [True] * 3
     # The longest row sees 6 tokens in its first step and 13 in its eighth; 12 have room.
-    assert scene["before"] == {"segments": 1, "context_too_long": 1, "replayed": 7}
+    assert scene["before"] == {"mixed": 1, "context_too_long": 1, "replayed": 7}
     assert scene["after"]["replayed"] == 8
 
 

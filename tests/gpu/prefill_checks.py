@@ -225,11 +225,37 @@ def nothing_compiles() -> None:
     assert count.count == 0, f"compiled {count.count}, the last {count.last}"
 
 
+def empty_tiles() -> None:
+    """A bucket of a graph: more tiles, rows and pieces of the scratch than any of its steps has.
+    Warps that have nothing to do must not wait for one another."""
+    from mixed_twin import Bucket
+
+    mixes = [
+        ([1] * 30 + [200], [*range(100, 130), 0]),
+        ([2], [0]),
+        ([33, 1, 129, 300], [0, 400, 500, 0]),
+        ([1, 1], [5, 900]),
+        ([64, 1], [1001, 3]),
+        ([2, 3, 4, 5, 6, 7, 8, 9], [0, 127, 128, 129, 0, 255, 1000, 1]),
+    ]
+    for window in (0, 100):
+        attention, bucket = made(BIG), None
+        for seed, (lens, starts) in enumerate(mixes):
+            step = Step(BIG, lens, starts, dtype=torch.bfloat16, seed=seed)
+            bucket = bucket or Bucket(attention, step.pool.to(DEVICE), tokens=512, rows_max=64)
+            assert bucket.arrays.cut.gathered_tokens > 0
+            out = bucket.attend(step, window)
+            count = step.qkv.shape[0]
+            expected = step.windowed(window) if window else step.reference()
+            judge(("empty tiles", window, lens), out[:count], expected, lens)
+            assert bool(out[count:].isnan().all()), "a program of nothing wrote a row"
+
+
 ALL = {
     check.__name__: check
     for check in (
         edges, chunks, groups, windows, many_rows, no_room, half, layers, persistent, large_pool,
-        nothing_compiles,
+        nothing_compiles, empty_tiles,
     )
 }  # fmt: skip
 

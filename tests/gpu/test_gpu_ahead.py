@@ -70,7 +70,7 @@ def test_no_step_of_plain_rows_waits_for_the_device_and_nothing_compiles(runners
             found.append([result.token_ids for result in results])
             stats = runner.stats
         assert not any(waited), f"{sum(waited)} of {len(waited)} launches waited; {stats}"
-        # All steps are replayed, those with a prompt in segments; some of them decode as well.
+        # All steps are replayed, those with a prompt too; some of them decode as well.
         assert not stats.eager_steps
         assert set(stats.mixed_steps) == {"fast"} and stats.mixed_steps["fast"] >= mixed.count > 0
         assert stats.graph_steps["fast"] and set(stats.graph_steps) == {"fast"}

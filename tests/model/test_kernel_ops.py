@@ -74,7 +74,9 @@ def test_padding_of_a_batch_stores_nothing_and_disturbs_no_row(of_kernels):
     requests.pool.fill_(0.0)
     step = decoder.ops.begin(positions, batch, requests.pool, torch.float32)
     batch.slots[3] = -1
-    hidden = decoder.compute(torch.tensor([*text, 0]), step, requests.pool)
+    stream = decoder.stream(torch.tensor([*text, 0]), step.rows)
+    decoder.compute(stream, step, requests.pool)
+    hidden = stream.hidden
     torch.testing.assert_close(decoder.logits(hidden)[:3], expected, atol=1e-5, rtol=1e-5)
     page = requests.table[0, 0]
     stored = requests.pool[page]

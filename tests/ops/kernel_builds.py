@@ -142,6 +142,7 @@ def gathered(heads: int, kv_heads: int, head_dim: int, layers: int, window: int 
             page_table=meta(4, 2560, dtype=torch.int32),
             places=meta(3, 4, dtype=torch.int32),
             owners=meta(256, dtype=torch.int32),
+            used=meta(1, dtype=torch.int32),
             tiles=meta(4, 512, dtype=torch.int32),
         )
         WarpPrefill(scratch, heads=heads, kv_heads=kv_heads).run(

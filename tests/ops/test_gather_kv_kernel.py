@@ -73,6 +73,8 @@ class Twin:
         self.rows.append(rows.places.shape[1])
         _, kv_heads, _, head_dim = self.scratch.shape
         for row, first, tokens, position in rows.tiles.T.tolist():
+            if tokens == 0:
+                continue
             place = int(rows.places[0, row])
             high = -(-(position + tokens) // 128) * 128
             low = max(0, position - window + 1) // 128 * 128 if window else 0
@@ -99,18 +101,25 @@ def run(make, step: Step, *, window: int = 0, **limits) -> tuple[torch.Tensor, o
 
 
 @pytest.mark.parametrize("window", [0, 5], ids=["", "window"])
-@pytest.mark.parametrize("page_tokens", [1, 3, 16])
-def test_the_scratch_has_each_row_in_order_and_zeros_around_it(module, page_tokens, window):
+@pytest.mark.parametrize(("page_tokens", "programs"), [(1, 1024), (3, 1), (16, 16)])
+def test_the_scratch_has_each_row_in_order_and_zeros_around_it(
+    module, page_tokens, programs, window, monkeypatch
+):
+    """However few programs there are to bring it."""
+    monkeypatch.setattr(module, "_PROGRAMS_MAX", programs)
     step = Step(Shape(page_tokens=page_tokens), [4, 140, 1, 128], [0, 150, 0, 0])
     lengths, starts = step.lengths, step.starts
-    places, owners = module.place_rows(lengths, starts)
+    places, owners, used = module.place_rows(lengths, starts)
     assert places.tolist() == [[0, 128, 512, 640], [4, 290, 1, 128], starts.tolist()]
-    assert owners.tolist() == [0, 1, 1, 1, 2, 3]
+    assert owners.tolist() == [0, 1, 1, 1, 2, 3] and used.tolist() == [6]
+    assert module.positions_of(lengths) == 6 * 128
+    # What lies behind those in use, as in a graph's buffer, is nobody's.
+    owners = np.append(owners, np.int32([3, 1 << 20]))
     before = [max(0, start - window + 1) if window else 0 for start in starts]
     step.forget(before, column_page=0)
     scratch = torch.full((2, 2, 1024, 16), NAN)
     tiles = torch.empty(4, 0, dtype=torch.int32)
-    on_device = (torch.from_numpy(array) for array in (step.table, places, owners))
+    on_device = (torch.from_numpy(array) for array in (step.table, places, owners, used))
     rows = module.Gathered(*on_device, tiles)
     module.gather_kv(step.pool, LAYER, rows, scratch, window=window)
     for row, (place, length) in enumerate(zip(*places[:2].tolist(), strict=True)):
@@ -204,7 +213,8 @@ def test_gathered_rows_fit_the_scratch_and_none_that_fits_alone_before_them_is_l
     lens, starts = np.array(rows, np.int32).reshape(-1, 2).T
     room *= gather_config.ALIGN
     taken = choose_rows(lens, starts, room)
-    places, owners = place_rows((lens + starts)[taken], starts[taken])
+    places, owners, used = place_rows((lens + starts)[taken], starts[taken])
+    assert used.tolist() == [owners.size]
     assert owners.size * gather_config.ALIGN <= room
     assert bool((lens[taken] >= gather_config.QUERY_TOKENS_MIN).all())
     ends = places[0] + np.array([gather_config.aligned(n) for n in places[1]], np.int64)

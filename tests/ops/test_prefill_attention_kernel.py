@@ -144,7 +144,9 @@ def test_bfloat16_chunks_are_served_within_their_precision(module):
 
 def test_tiles_cover_each_query_token_once_and_the_longest_come_first(module):
     lens, starts = np.array([1, 40, 16, 17], np.int32), np.array([9, 0, 200, 3], np.int32)
-    row, first, count, position = module.cut_tiles(lens, starts, 16)
+    from holdfast.ops.kernels.prefill_attention import cut_tiles
+
+    row, first, count, position = cut_tiles(lens, starts, 16)
     covered = np.concatenate([np.arange(f, f + c) for f, c in zip(first, count, strict=True)])
     assert sorted(covered.tolist()) == list(range(74))
     assert count.max() == 16 and bool((np.diff(position + count) <= 0).all())

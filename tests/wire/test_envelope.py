@@ -14,13 +14,15 @@ from holdfast.wire.envelope import (
     Envelope,
     Footing,
     Graphs,
+    MixedEnvelope,
+    MixedShape,
     Refusal,
     StepShape,
-    TokenEnvelope,
     admit,
-    admit_tokens,
+    admit_mixed,
     bucket_of,
     buckets,
+    has_room,
     in_phase,
     shape_of,
 )
@@ -263,39 +265,56 @@ def test_admission_agrees_with_a_brute_force_oracle(shape, graphs):
     assert judge(shape, *graphs) == oracle(shape, graphs)
 
 
-def segments(tokens=128, **footing) -> TokenEnvelope:
-    return TokenEnvelope(tokens, NOW._replace(**footing))
+def mixed(tokens=128, prompts=4, gathered=1024, **footing) -> MixedEnvelope:
+    return MixedEnvelope(tokens, prompts, gathered, 512, NOW._replace(**footing))
+
+
+def prompts_of(tokens=5, prompts=1, gathered=128, seen=20) -> MixedShape:
+    return MixedShape(tokens, prompts, gathered, seen)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "bucket"), [(1, 128), (127, 128), (128, 128), (129, 256), (256, 256), (257, 640)]
+    ("tokens", "bucket"), [(1, 128), (128, 128), (129, 256), (256, 256), (257, 640), (640, 640)]
 )
-def test_a_step_with_prompts_has_the_smallest_segments_that_hold_its_tokens(tokens, bucket):
-    captured = [segments(128), segments(256), segments(640)]
-    assert admit_tokens(tokens, NOW, captured) == segments(bucket)
+def test_a_step_with_prompts_has_the_smallest_graph_that_holds_its_tokens(tokens, bucket):
+    captured = [mixed(128), mixed(256), mixed(640)]
+    assert admit_mixed(prompts_of(tokens), NOW, captured) == mixed(bucket)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "captured", "reason"),
+    ("shape", "captured", "reason"),
     [
-        (0, [segments()], "empty"),
-        (5, [], "not_captured"),
-        (5, [segments(layout="layer-major")], "not_captured"),
-        (5, [segments(attention="fa2")], "not_captured"),
-        (129, [segments()], "too_many_tokens"),
-        (5, [segments(pool_epoch=2)], "pool_epoch"),
-        (5, [segments(weights_epoch=4)], "weights_epoch"),
-        (5, [segments(addresses=(100, 201))], "address_moved"),
-        (129, [segments(), segments(256, addresses=())], "address_moved"),
-        # As `admit` has it: the reason is of the segments that came furthest.
-        (5, [segments(pool_epoch=2), segments(256, weights_epoch=2)], "weights_epoch"),
-        (5, [segments(addresses=()), segments(256, pool_epoch=2)], "address_moved"),
+        (prompts_of(0), [mixed()], "empty"),
+        (prompts_of(), [], "not_captured"),
+        (prompts_of(), [mixed(layout="layer-major")], "not_captured"),
+        (prompts_of(), [mixed(attention="fa2")], "not_captured"),
+        (prompts_of(129), [mixed()], "too_many_tokens"),
+        (prompts_of(prompts=5), [mixed()], "too_many_prompts"),
+        (prompts_of(gathered=1152), [mixed()], "too_many_gathered"),
+        (prompts_of(seen=513), [mixed()], "context_too_long"),
+        (prompts_of(), [mixed(pool_epoch=2)], "pool_epoch"),
+        (prompts_of(), [mixed(weights_epoch=4)], "weights_epoch"),
+        (prompts_of(), [mixed(addresses=(100, 201))], "address_moved"),
+        (prompts_of(129), [mixed(), mixed(256, addresses=())], "address_moved"),
+        (prompts_of(seen=513), [mixed(addresses=())], "address_moved"),
+        # As `admit` has it: the reason is of the graph that came furthest.
+        (prompts_of(prompts=5), [mixed(), mixed(256, prompts=8, pool_epoch=2)], "pool_epoch"),
+        (prompts_of(), [mixed(pool_epoch=2), mixed(256, weights_epoch=2)], "weights_epoch"),
+        (prompts_of(), [mixed(addresses=()), mixed(256, pool_epoch=2)], "address_moved"),
     ],
 )
-def test_segments_that_may_not_be_replayed_have_one_reason(tokens, captured, reason):
-    assert admit_tokens(tokens, NOW, captured) is Refusal(reason)
+def test_a_step_with_prompts_that_no_graph_may_be_replayed_for_has_one_reason(
+    shape, captured, reason
+):
+    assert admit_mixed(shape, NOW, captured) is Refusal(reason)
 
 
-def test_segments_that_are_too_small_or_moved_do_not_hide_larger_ones_that_hold():
-    captured = [segments(128), segments(256, addresses=()), segments(640)]
-    assert admit_tokens(200, NOW, captured) == segments(640)
+def test_graphs_that_are_too_small_or_moved_do_not_hide_larger_ones_that_hold():
+    captured = [mixed(128), mixed(256, addresses=()), mixed(640, prompts=9)]
+    assert admit_mixed(prompts_of(200), NOW, captured) == captured[-1]
+    assert admit_mixed(prompts_of(prompts=9), NOW, captured) == captured[-1]
+
+
+def test_whether_a_graph_has_room_is_no_matter_of_where_it_stands():
+    assert has_room(prompts_of(), mixed(pool_epoch=9))
+    assert not has_room(prompts_of(seen=513), mixed()) and not has_room(prompts_of(129), mixed())

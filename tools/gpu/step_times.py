@@ -8,7 +8,8 @@ so that prompts keep coming as in a loaded server. For steps of decode, of both,
 alone: how long `Runner.launch` kept the host (p50, p99), and how long the step took from its start
 on the device, or from its launch where the device waited for that, to its result (`device_ns`). A
 launch that takes longer than the step before it leaves the device idle: that share of all steps is
-`starved`, and the rate is output tokens a second of the whole run.
+`starved`, and the rate is output tokens a second of the whole run. Steps that no graph was admitted
+for are told by their reason.
 """
 
 from __future__ import annotations
@@ -30,18 +31,22 @@ LIMITS = {"prefill_tokens": 8192, "context_tokens": 4096}
 
 
 class Steps:
-    """Times of the steps of every runner, while it is entered."""
+    """Times of the steps of a runner, while it is entered."""
 
     def __init__(self) -> None:
         self.kinds: list[str] = []
         self.launch_s: list[float] = []
         self.device_s: list[float] = []
+        self._runner: Runner | None = None
+        self._eager: dict[str, int] = {}
 
     def __enter__(self) -> Steps:
         self._launch, self._collect = Runner.launch, Runner.collect
         seen = self
 
         def launch(runner: Runner, plan: StepPlan) -> None:
+            if seen._runner is None:
+                seen._runner, seen._eager = runner, dict(runner.stats.eager_steps)
             started_s = time.perf_counter()
             seen._launch(runner, plan)
             seen.launch_s.append(time.perf_counter() - started_s)
@@ -57,6 +62,13 @@ class Steps:
 
     def __exit__(self, *_: object) -> None:
         Runner.launch, Runner.collect = self._launch, self._collect
+
+    @property
+    def eager(self) -> dict[str, int]:
+        """Eager steps by their reason, of the one runner that was seen, since it was entered."""
+        now = {} if self._runner is None else self._runner.stats.eager_steps
+        moved = {reason: count - self._eager.get(reason, 0) for reason, count in now.items()}
+        return {reason: count for reason, count in moved.items() if count}
 
     def table(self) -> list[dict[str, float | str]]:
         by_kind = defaultdict(list)
@@ -104,7 +116,8 @@ def run(model: Path, mixed: int, asked: argparse.Namespace) -> dict:
             llm.generate(work, [params] * asked.requests, tenant="measured")
             seconds = time.perf_counter() - started_s
     rate = asked.requests * asked.output / seconds
-    return {"model": model.name, "mixed_tokens": mixed, "rate": rate, "steps": steps.table()}
+    found = {"model": model.name, "mixed_tokens": mixed, "rate": rate, "steps": steps.table()}
+    return found | {"input": asked.input, "output": asked.output, "eager": steps.eager}
 
 
 def main() -> None:
@@ -131,6 +144,7 @@ def main() -> None:
                 device = f"device {row['device_p50_ms']:.2f} / {row['device_p99_ms']:.2f} ms"
                 shown = f"{row['steps']:6} {launch}, {device}, starved {row['starved']:.0%}"
                 print(f"  {row['kind']:8}{shown}", flush=True)
+            print(f"  eager: {found[-1]['eager'] or 'none'}", flush=True)
     asked.json.write_text(json.dumps(found, indent=1) + "\n")
 
 

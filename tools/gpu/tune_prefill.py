@@ -72,7 +72,8 @@ class Case:
         self.table = on_device(order.reshape(rows, columns).astype(np.int32))
         self.qkv, self.out = noise(rows * query_len), blank(rows * query_len)
         lengths = self.lens + self.starts
-        self.places, self.owners = map(on_device, place_rows(lengths, self.starts))
+        placed = place_rows(lengths, self.starts)
+        self.places, self.owners, self.used = map(on_device, placed)
         self.scratch = torch.zeros(
             (2, KV_HEADS, self.owners.numel() * ALIGN, HEAD_DIM),
             dtype=torch.bfloat16,
@@ -85,7 +86,7 @@ class Case:
         gather_kv(self.pool, layer, self.gathered(self.places), self.scratch)
 
     def gathered(self, tiles: torch.Tensor) -> Gathered:
-        return Gathered(self.table, self.places, self.owners, tiles)
+        return Gathered(self.table, self.places, self.owners, self.used, tiles)
 
     def attention(self, config: object) -> Launch:
         """launch of a layer, the gather left out."""

@@ -161,13 +161,17 @@ def _attend_split(
     PARTS: tl.constexpr = Q_LEN * GROUP
 
     length = tl.load(lengths + row)
+    # Padding among prompts has no place in `out`, where all tokens may be somebody's. (`and` of a
+    # constant and a tensor would be no branch at all.)
+    if SCATTERED:  # noqa: SIM102
+        if length == 0:
+            return
     end, first, blocks = _cut(
         length, window, columns, splits, parts, blocks_min, blocks_max, Q_LEN, BLOCK, PAGE_TOKENS
     )
     begin = first + split * blocks * BLOCK
     stop = tl.minimum(end, begin + blocks * BLOCK)
-    # `and` of a constant and a tensor would be no branch at all. The first part of an empty row
-    # stays, to write its zeros.
+    # The first part of an empty row stays, to write its zeros.
     if SPLIT:  # noqa: SIM102
         if (begin >= end) & (split > 0):
             return
@@ -342,9 +346,10 @@ class DecodeAttention:
         tokens in the row's pages *with* the step's own, so that query token i is at position
         length - query_len + i; 0 for padding, whose result is 0. out: [>= tokens, heads *
         head_dim] of q's type. window: positions a token sees, itself included; 0 for all.
-        first_tokens: int32[n], the row in q and out of each row's first query token; without them
-        row i's is i * query_len. All but `layer`, `window` and `query_len` lie on the device, and
-        their contents are read there alone. Shapes are `check`ed where buffers are made.
+        first_tokens: int32[n], the row in q and out of each row's first query token, where padding
+        has none and no result; without them row i's is i * query_len. All but `layer`, `window` and
+        `query_len` lie on the device, and their contents are read there alone. Shapes are `check`ed
+        where buffers are made.
         """
         rows = lengths.numel()
         config = self._configs[rows - 1]

@@ -25,8 +25,11 @@ from holdfast.ops.kernels.paged_kv import padded_head, pages_of
 
 # Fields of a row in the scratch, the rows of `place_rows`' places.
 PLACE_FIELDS = 3
-# Positions that a program copies of one head of K or V.
+# Positions that a program copies of one head of K or V at a time.
 _BLOCK = 64
+# Programs of a launch at most: eight an SM on an H200, so that 128 KiB of each SM are under way. A
+# graph's launch has as many however little there is to gather.
+_PROGRAMS_MAX = 1024
 
 
 @triton.jit(do_not_specialize=["page_table", "rows", "layer", "table_stride", "tokens", "window"])
@@ -35,6 +38,7 @@ def _gather(
     page_table,
     places,
     owners,
+    used,
     scratch,
     rows,
     layer,
@@ -50,44 +54,50 @@ def _gather(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK positions of the scratch, of one head of K or V. tokens: of the whole scratch."""
+    """One head of K or V: every so manieth BLOCK of the positions of the scratch that are in use.
+    tokens: of the whole scratch."""
     plane = tl.program_id(0)
-    at_scratch = tl.program_id(1) * BLOCK
-    row = tl.load(owners + at_scratch // ALIGNED)
-    begin = at_scratch - tl.load(places + row)
-    length = tl.load(places + rows + row)
-    low = 0
-    if WINDOWED:
-        low = tl.maximum(tl.load(places + 2 * rows + row) - window + 1, 0)
-    if begin + BLOCK > low // ALIGNED * ALIGNED:
-        TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
-        lane = tl.arange(0, HEAD_PAD)
-        position = begin + tl.arange(0, BLOCK)
-        held = (position >= low) & (position < length)
-        in_head = (lane < HEAD_DIM)[None, :]
-        table_row = page_table + row.to(tl.int64) * table_stride
-        page = pages_of(table_row, position, held, PAGE_TOKENS)
-        start = (layer * 2 + plane // KV_HEADS) * (PAGE_TOKENS * TOKEN_STRIDE)
-        start += plane % KV_HEADS * HEAD_DIM
-        at = page.to(tl.int64) * PAGE_STRIDE + (position % PAGE_TOKENS) * TOKEN_STRIDE
-        values = tl.load(
-            pool + start + at[:, None] + lane[None, :], mask=held[:, None] & in_head, other=0.0
-        )
-        to = plane.to(tl.int64) * tokens + at_scratch + tl.arange(0, BLOCK)
-        tl.store(scratch + to[:, None] * HEAD_DIM + lane[None, :], values, mask=in_head)
+    TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
+    lane = tl.arange(0, HEAD_PAD)
+    in_head = (lane < HEAD_DIM)[None, :]
+    start = (layer * 2 + plane // KV_HEADS) * (PAGE_TOKENS * TOKEN_STRIDE)
+    start += plane % KV_HEADS * HEAD_DIM
+    # How much is in use lies on the device, so that a captured launch serves every step.
+    blocks = tl.load(used) * (ALIGNED // BLOCK)
+    for block in range(tl.program_id(1), blocks, tl.num_programs(1)):
+        at_scratch = block * BLOCK
+        row = tl.load(owners + at_scratch // ALIGNED)
+        begin = at_scratch - tl.load(places + row)
+        length = tl.load(places + rows + row)
+        low = 0
+        if WINDOWED:
+            low = tl.maximum(tl.load(places + 2 * rows + row) - window + 1, 0)
+        if begin + BLOCK > low // ALIGNED * ALIGNED:
+            position = begin + tl.arange(0, BLOCK)
+            held = (position >= low) & (position < length)
+            table_row = page_table + row.to(tl.int64) * table_stride
+            page = pages_of(table_row, position, held, PAGE_TOKENS)
+            at = page.to(tl.int64) * PAGE_STRIDE + (position % PAGE_TOKENS) * TOKEN_STRIDE
+            values = tl.load(
+                pool + start + at[:, None] + lane[None, :], mask=held[:, None] & in_head, other=0.0
+            )
+            to = plane.to(tl.int64) * tokens + at_scratch + tl.arange(0, BLOCK)
+            tl.store(scratch + to[:, None] * HEAD_DIM + lane[None, :], values, mask=in_head)
 
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
     """The rows of a step that are gathered, g of them, on the device; all packed but page_table.
 
-    page_table: int32[g, W], of these rows alone; places, owners: of `place_rows`; tiles:
-    int32[4, T] of prefill_attention.cut_tiles, rows as places numbers them.
+    page_table: int32[g, W], of these rows alone; places, owners, used: of `place_rows`, owners with
+    room behind what is in use; tiles: int32[4, T] of prefill_attention.cut_tiles, rows as places
+    numbers them, a tile of no token where there is none.
     """
 
     page_table: torch.Tensor
     places: torch.Tensor
     owners: torch.Tensor
+    used: torch.Tensor
     tiles: torch.Tensor
 
 
@@ -103,16 +113,24 @@ def choose_rows(
     return wanted & (np.cumsum(np.where(wanted, spans, 0)) <= room)
 
 
-def place_rows(lengths: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(places int32[3, n], owners int32[B]).
+def place_rows(
+    lengths: np.ndarray, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(places int32[3, n], owners int32[B], used int32[1]).
 
     places: (place in the scratch, tokens, position of the first query token) of each row; owners:
-    the row of each ALIGN positions of the scratch that are in use. lengths: int32[n], tokens of a
-    row with the step's own, 1 at least; starts: int32[n].
+    the row of each ALIGN positions of the scratch that are in use; used: how many these are.
+    lengths: int32[n], tokens of a row with the step's own, 1 at least; starts: int32[n].
     """
     spans = _spans(lengths.astype(np.int64))
     places = np.stack((np.cumsum(spans) - spans, lengths, starts)).astype(np.int32)
-    return places, np.repeat(np.arange(lengths.size, dtype=np.int32), spans // ALIGN)
+    owners = np.repeat(np.arange(lengths.size, dtype=np.int32), spans // ALIGN)
+    return places, owners, np.array([owners.size], np.int32)
+
+
+def positions_of(lengths: np.ndarray) -> int:
+    """Positions of the scratch that rows of so many tokens take, int[n] with the step's own."""
+    return int(_spans(lengths.astype(np.int64)).sum())
 
 
 def _spans(lengths: np.ndarray) -> np.ndarray:
@@ -129,13 +147,15 @@ def gather_kv(
     window + 1 become zeros or stay as they are, for no tile covers them; 0 for none.
     """
     _, kv_heads, tokens, head_dim = scratch.shape
+    planes, blocks = 2 * kv_heads, rows.owners.numel() * (ALIGN // _BLOCK)
     launch(
         _gather,
-        (2 * kv_heads, rows.owners.numel() * (ALIGN // _BLOCK)),
+        (planes, min(blocks, max(_PROGRAMS_MAX // planes, 1))),
         pool,
         rows.page_table,
         rows.places,
         rows.owners,
+        rows.used,
         scratch,
         rows.places.shape[1],
         layer,

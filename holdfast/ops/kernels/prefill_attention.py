@@ -125,12 +125,15 @@ def _attend_tile(
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One tile and kv head. tiles: int32[4, tiles_len] of `cut_tiles`."""
+    """One tile and kv head. tiles: int32[4, tiles_len] of `cut_tiles`; one of no token is none."""
     kv_head = tl.program_id(0)
     tile = tl.program_id(1)
     row = tl.load(tiles + tile)
     first_token = tl.load(tiles + tiles_len + tile)
     tokens = tl.load(tiles + 2 * tiles_len + tile)
+    # A graph has more tiles than most steps.
+    if tokens == 0:
+        return
     first_position = tl.load(tiles + 3 * tiles_len + tile)
     TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
 
@@ -218,6 +221,18 @@ def cut_tiles(query_lens: np.ndarray, starts: np.ndarray, tokens: int) -> np.nda
     # In the order that a kernel reads, which a fancy index alone would not give.
     tiles = np.stack((row, first, length, position)).astype(np.int32)
     return np.ascontiguousarray(tiles[:, order])
+
+
+def tiles_of(
+    lens: np.ndarray, starts: np.ndarray, which: np.ndarray, tile_tokens: int
+) -> np.ndarray:
+    """int32[4, T]: `cut_tiles` of the rows `which`, int64[k], numbered as they stand there; their
+    tokens are where the batch of all rows has them."""
+    tiles = cut_tiles(lens[which], starts[which], tile_tokens)
+    first = (np.cumsum(lens, dtype=np.int64) - lens)[which]
+    behind = first - (np.cumsum(lens[which], dtype=np.int64) - lens[which])
+    tiles[1] += behind[tiles[0]].astype(np.int32)
+    return tiles
 
 
 class PrefillAttention:

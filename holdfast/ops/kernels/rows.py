@@ -2,8 +2,9 @@
 
 Everything a kernel needs to know of a step comes from a *frame* in device memory, so launches are
 the same in every step and a captured graph reads the step that was copied last. Grids are fixed;
-programs walk the counts that they read in the frame. No integer is an argument: what is fixed for
-a process (the table's shape) is a compile-time constant, the rest is in the frame.
+programs walk the counts that they read in the frame. No integer is an argument but the tokens of a
+bucket, which never specialise: what is fixed for a process (the table's shape) is a compile-time
+constant, the rest is in the frame.
 
     frame, int32 words (R = rows_max; device.device_rows writes it):
     0            rows n | clears c | admits a | page writes w
@@ -387,6 +388,47 @@ def stage_ragged(
             slot = page * PAGE_TOKENS + position % PAGE_TOKENS
             tl.store(out_slots + out, slot, mask=held)
         tl.store(out_lasts + place, (offset + query_len - 1).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["bucket"])
+def stage_mixed(
+    frame,
+    page_table,
+    rows,
+    seen,
+    out_tokens,
+    out_positions,
+    out_slots,
+    out_page_table,
+    bucket,
+    ROWS_MAX: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What a bucket of so many query tokens has besides `stage_ragged`'s. Of each row of the table
+    that int32 `rows` names, one a program, the columns of its `seen` tokens in group 0; below 0 is
+    none. And padding: token 0 at position 0, which is stored nowhere."""
+    program = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    row = tl.load(rows + program).to(tl.int64)
+    if row >= 0:
+        width = tl.minimum(tl.cdiv(tl.load(seen + program), PAGE_TOKENS), COLUMNS)
+        target = out_page_table + program.to(tl.int64) * COLUMNS
+        for start in range(0, width, BLOCK):
+            column = start + lane
+            pages = tl.load(page_table + row * COLUMNS + column, mask=column < width, other=0)
+            tl.store(target + column, pages, mask=column < width)
+    count = tl.load(frame)
+    last = frame + _HEADER + tl.maximum(count - 1, 0)
+    used = tl.load(last + 3 * ROWS_MAX) + tl.load(last + ROWS_MAX)
+    used = tl.where(count > 0, used, 0)
+    nothing = tl.zeros([BLOCK], tl.int64)
+    for start in range(used + program * BLOCK, bucket, tl.num_programs(0) * BLOCK):
+        out = start + lane
+        tl.store(out_tokens + out, nothing, mask=out < bucket)
+        tl.store(out_positions + out, nothing, mask=out < bucket)
+        tl.store(out_slots + out, nothing - 1, mask=out < bucket)
 
 
 @triton.jit

@@ -8,7 +8,8 @@ group multiplies: the scheme of FlashAttention-3 (Shah et al., 2024). Blocks are
 last to the first, so that those of the causal edge come first. Scores stay as the product gives
 them; the factor goes into the exponent.
 
-Nothing waits for ever: a tile has a query token at least, hence a block; the copying warp and both
+Nothing waits for ever: a tile without a query token (a graph has more tiles than most steps) has
+nothing copied and nobody waits for it; any other has a block at least. The copying warp and both
 groups walk the blocks high - 1 .. low one by one, whatever a group's rows see of them, and wait
 only for each other's word on the stage of that block. A block's number in the program (`base` and
 what came since) gives its stage and the parity of its turn, the same to all three.
@@ -283,23 +284,25 @@ def _consume(
                         TILES_FIRST,
                     )
                 )  # fmt: skip
-                _attend(
-                    q, out, q_tiles, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty,
-                    first_head, first_token, tokens, first_position, base, low, whole, whole_end,
-                    high, window, factor, PART, WINDOWED, HEADS, HEAD_DIM, HEAD_PAD, Q_STRIDE,
-                    OUT_STRIDE, BLOCK, STAGES, PERSISTENT,
-                )  # fmt: skip
+                if tokens > 0:
+                    _attend(
+                        q, out, q_tiles, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty,
+                        first_head, first_token, tokens, first_position, base, low, whole,
+                        whole_end, high, window, factor, PART, WINDOWED, HEADS, HEAD_DIM, HEAD_PAD,
+                        Q_STRIDE, OUT_STRIDE, BLOCK, STAGES, PERSISTENT,
+                    )  # fmt: skip
                 base += high - low
     else:
         _, first_head, first_token, tokens, first_position, low, whole, whole_end, high = _work(
             tiles, tiles_len, gl.program_id(0), window, WINDOWED, HEADS, PARTS, BLOCK, TILES_FIRST
         )
-        _attend(
-            q, out, q_tiles, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty,
-            first_head, first_token, tokens, first_position, 0, low, whole, whole_end, high,
-            window, factor, PART, WINDOWED, HEADS, HEAD_DIM, HEAD_PAD, Q_STRIDE, OUT_STRIDE,
-            BLOCK, STAGES, PERSISTENT,
-        )  # fmt: skip
+        if tokens > 0:
+            _attend(
+                q, out, q_tiles, k_tiles, v_tiles, k_ready, k_empty, v_ready, v_empty,
+                first_head, first_token, tokens, first_position, 0, low, whole, whole_end, high,
+                window, factor, PART, WINDOWED, HEADS, HEAD_DIM, HEAD_PAD, Q_STRIDE, OUT_STRIDE,
+                BLOCK, STAGES, PERSISTENT,
+            )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["tiles_len", "tokens_max", "window"])

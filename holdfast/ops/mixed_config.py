@@ -1,16 +1,17 @@
-"""Which steps with prompts are computed in captured segments: the token buckets of a model.
+"""Which steps with prompts are computed in captured graphs: the token buckets of a model, and what
+each has room for.
 
-A segment is all that a step computes between two attentions (model.decoder `segment`), captured for
-one number of tokens. Pure numbers, without torch or triton, so that gpu_work counts what
-device.segments captures. Called by both (the latter through device.build).
+A graph is a whole step of one number of tokens, its attention included, whose grids are as large as
+the bucket's room. Pure numbers, without torch or triton, so that gpu_work counts what device.mixed
+captures. Called by both (the latter through device.build) and by ops.mixed_arrays.
 
 The bound. Graphs help where the host would be what the GPU waits for. Launching a step of prompts
 eagerly keeps the host busy for EAGER_LAYER_S a layer, whatever the number of tokens; its products
 keep the GPU busy for 2 * parameters * tokens / FLOPS, and the rest of the step comes on top. So
 from tokens_max = EAGER_LAYER_S * FLOPS / (2 * parameters of a layer) on the GPU is what waits for
 nobody, and a graph would spare nothing: the number of layers cancels. Qwen3-0.6B (15.7e6 a layer):
-7,788 tokens, of which GRAPHS_MAX leaves 2,304 (as many as a step of 256 rows and a chunk of
-2,048 has); Qwen3-8B (193e6): 634, so 512.
+7,788 tokens, of which LAYERS_MAX leaves 2,560 (a step of 256 rows and a chunk of 2,048 has 2,304);
+Qwen3-8B (193e6): 634, so 512.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ _FINE_TOKENS_MAX = 1024
 EAGER_LAYER_S = 350e-6
 # Of cuBLAS in bfloat16 on an H200, at these shapes (8192 cubed: 786e12).
 FLOPS = 700e12
-# Graphs of all buckets, layers + 1 each: some 10 nodes and a third of a millisecond to capture
-# (estimates). Where there would be more the largest buckets go, which gain least.
-GRAPHS_MAX = 400
+# Layers of all graphs: some 16 nodes and half a millisecond to capture each (estimates). Where
+# there would be more the largest buckets go, which gain least.
+LAYERS_MAX = 400
+# Prompts of a bucket: PROMPT_ROWS and one more for each so many tokens. A prompt of the bucket is a
+# tile of attention more that is launched in every step, taken or not.
+PROMPT_ROWS, PROMPT_TOKENS = 8, 64
 
 
 def token_buckets(
@@ -57,7 +61,17 @@ def token_buckets(
         tokens += ALIGN if tokens < _FINE_TOKENS_MAX else 2 * ALIGN
     if most:
         ladder.append(most)
-    return tuple(ladder[: GRAPHS_MAX // (layers + 1)])
+    return tuple(ladder[: LAYERS_MAX // layers])
+
+
+def prompt_rows(tokens: int, rows_max: int) -> int:
+    """Rows of more than one query token that a graph of so many tokens has room for."""
+    return min(PROMPT_ROWS + tokens // PROMPT_TOKENS, rows_max)
+
+
+def decode_rows(tokens: int, rows_max: int) -> int:
+    """Rows of one query token, likewise: as many as a step can have."""
+    return min(tokens, rows_max)
 
 
 def layer_parameters(
@@ -78,6 +92,6 @@ def layer_parameters(
 def row_elements(
     *, hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int
 ) -> int:
-    """Of a token's row in the buffers of segments: stream, delta, normed and hidden; q, k and v;
+    """Of a token's row in the scratch of a step: stream, delta, normed and hidden; q, k and v;
     attended; both halves of the gate, and gated."""
     return 4 * hidden + 2 * (heads + kv_heads) * head_dim + 3 * intermediate

@@ -1,7 +1,8 @@
-"""device.segments on the CPU: steps with prompts, computed between their attentions by replays.
+"""device.mixed on the CPU: steps with prompts, computed by replays.
 
 A `Rerun` stands for CUDA graphs, so this is the logic around a replay. The judge is a runner
 without graphs: on a CPU in float32 rows of padding change no bit, so results are compared whole.
+tests/device/test_mixed_kernels.py has the same over row state on the device and kernels.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import torch
 from devicekit import VOCAB, Hand, Request, make_runner
 
 from holdfast.config import Limits
-from holdfast.device.build import build_engine
+from holdfast.device.build import Mixed, build_engine, build_runner
 from holdfast.device.capture import Rerun
 from holdfast.device.memory import DeviceMemory
+from holdfast.device.mixed import MixedGraphs
 from holdfast.errors import InvariantError
 from holdfast.model.decoder import Decoder
 from holdfast.model.weights import WeightsLayout
-from holdfast.ops.segment_config import token_buckets
+from holdfast.ops.mixed_config import prompt_rows, token_buckets
 from holdfast.wire.envelope import Graphs
 from holdfast.wire.plan import ROW_NOT_FINITE, StepResult
 
@@ -42,25 +44,24 @@ def prompt_of(seed: int, length: int) -> list[int]:
 
 
 class Recorder(Rerun):
-    """Rerun that counts what is replayed, by bucket and segment; of bodies and tails nothing."""
+    """Rerun that notes what is captured and replayed, by bucket; of decode's bodies and tails
+    nothing."""
 
     def __init__(self) -> None:
-        self.rehearsed: list[tuple[int, int]] = []
-        self.captured: list[tuple[int, int]] = []
-        self.replays: list[tuple[int, int]] = []
+        self.captured: list[int] = []
+        self.rehearsed: list[int] = []
+        self.replays: list[int] = []
 
     def capture(self, work, rehearsal=None):
         (rehearsal or work)()
-        if work.func.__name__ != "segment":
+        if len(work.args) < 2 or not isinstance(work.func.__self__, MixedGraphs):
             return work
-        index, stream = work.args
-        name = (stream.tokens.numel(), index)
-        self.captured.append(name)
-        if rehearsal is None:
-            self.rehearsed.append(name)
+        tokens = work.args[0]
+        self.captured.append(tokens)
+        self.rehearsed.append(len(rehearsal.args[1].layers))
 
         def replay() -> None:
-            self.replays.append(name)
+            self.replays.append(tokens)
             work()
 
         return replay
@@ -69,13 +70,13 @@ class Recorder(Rerun):
 def recorded(spec, ladder=LADDER, **options) -> tuple[Hand, Recorder]:
     runner = make_runner(spec, LIMITS, graphs=True, token_buckets=ladder, **options)
     recorder = Recorder()
-    runner._graphs._capture = runner._graphs._segments._capture = recorder
+    runner._graphs._capture = runner._graphs._mixed._capture = recorder
     runner.warm_up()
     return Hand(runner), recorder
 
 
 class Pair:
-    """The same plans for a runner without graphs and for one with segments."""
+    """The same plans for a runner without graphs and for one with graphs of steps with prompts."""
 
     def __init__(self, spec) -> None:
         self.plain = Hand(make_runner(spec, LIMITS))
@@ -102,11 +103,8 @@ class Pair:
         return other
 
     def replayed(self) -> list[int]:
-        """Buckets of the replays since this was asked last, each of all its segments in order."""
-        names, self.recorder.replays = self.recorder.replays, []
-        segments = self.graphed.runner._graphs._segments._decoder.segments
-        buckets = [names[at][0] for at in range(0, len(names), segments)]
-        assert names == [(bucket, at) for bucket in buckets for at in range(segments)]
+        """Buckets of the replays since this was asked last."""
+        buckets, self.recorder.replays = self.recorder.replays, []
         return buckets
 
     @property
@@ -159,9 +157,21 @@ def test_chunks_beside_rows_that_decode_say_what_they_say_without_graphs(pair):
     assert sum(pair.stats.graph_steps.values()) == 4
 
 
+def test_more_prompts_than_a_bucket_has_room_for_take_a_larger_one_or_none(pair):
+    assert [prompt_rows(tokens, 9) for tokens in LADDER] == [8, 8, 8]
+    for row in range(1, 10):
+        pair.admit(row, Request(prompt_of(row, 6)))
+    pair.run([(row, 2, 0) for row in range(1, 9)])
+    pair.run([(row, 2, 0) for row in range(1, 10)])
+    # The ninth row decodes, so to speak: it has one token.
+    pair.run([*((row, 2, int(row < 9)) for row in range(1, 9)), (9, 1, 0)])
+    assert pair.replayed() == [16, 40]
+    assert pair.stats.eager_steps == {"too_many_prompts": 1}
+
+
 def test_padding_that_is_not_finite_reaches_no_row_of_the_step(pair):
     """What attention leaves behind a step's tokens is anybody's, here as bad as it can be."""
-    ops = pair.graphed.runner._graphs._segments._decoder.ops
+    ops = pair.graphed.runner._graphs._mixed._decoder.ops
     attend, padded = ops.attend, []
 
     def spoilt(step, *given) -> None:
@@ -197,31 +207,33 @@ def test_a_row_that_is_not_finite_fails_alone_in_its_bucket(pair):
 def test_a_moved_buffer_is_refused_counted_and_computed_in_the_same_bucket(pair):
     pair.admit(1, Request(prompt_of(1, 20)))
     pair.run([(1, 9, 0)])
-    segments = pair.graphed.runner._graphs._segments
-    old = segments._tokens
-    segments._tokens = old.clone()
+    mixed = pair.graphed.runner._graphs._mixed
+    old = mixed._hidden
+    mixed._hidden = old.clone()
     rows: list[int] = []
-    begin = segments._decoder.begin
-    segments._decoder.begin = lambda *given: rows.append(given[3]) or begin(*given)
+    begin = mixed._decoder.begin
+    mixed._decoder.begin = lambda *given: rows.append(given[3]) or begin(*given)
     pair.run([(1, 10, 0)])
     assert pair.replayed() == [16] and rows == [16]
     assert pair.stats.eager_steps == {"address_moved": 1}
-    segments._tokens = old
+    mixed._hidden = old
     pair.run([(1, 1, 1)])
     pair.admit(2, Request(prompt_of(1, 7)))
     pair.run([(2, 7, 1)])
     assert pair.replayed() == [8]
 
 
-def test_weights_that_moved_are_noticed(pair):
-    segments = pair.graphed.runner._graphs._segments
-    segments._weights = segments._weights.clone()
-    pair.admit(1, Request(prompt_of(1, 5)))
-    pair.run([(1, 5, 1)])
+@pytest.mark.parametrize("name", ["_weights", "_pool"])
+def test_memory_that_moved_is_noticed(pair, name):
+    mixed = pair.graphed.runner._graphs._mixed
+    setattr(mixed, name, getattr(mixed, name).clone())
+    # Not of the pair: what is stored in a pool elsewhere is not the runner's.
+    pair.graphed.admit(1, Request(prompt_of(1, 5)), pair.graphed.fresh_pages(5))
+    pair.graphed.run([(1, 5, 1)])
     assert pair.replayed() == [] and pair.stats.eager_steps == {"address_moved": 1}
 
 
-def test_graphs_that_are_disabled_have_no_segments_either(pair):
+def test_graphs_that_are_disabled_are_so_for_steps_with_prompts_too(pair):
     pair.graphed.runner._graphs._graphs = Graphs((), LIMITS.windows, enabled=False)
     pair.admit(1, Request(prompt_of(1, 5)))
     pair.run([(1, 5, 1)])
@@ -243,59 +255,57 @@ def test_padding_changes_no_page_but_those_of_the_step(spec):
         assert changed == set(pages[first : last + 1])
 
 
-def test_the_largest_bucket_is_captured_first_so_that_no_scratch_moves_behind_a_graph(spec):
-    hand, recorder = recorded(spec)
-    segments = hand.runner._graphs._segments
-    assert recorder.captured == [(tokens, at) for tokens in (40, 16, 8) for at in range(3)]
-    for name in ("tokens", "x", "attended", "hidden"):
-        streams = [captured.stream for captured in segments._captured.values()]
-        assert len({getattr(stream, name).data_ptr() for stream in streams}) == 1, name
-
-
-def test_every_segment_is_captured_and_counted_and_few_of_them_are_rehearsed(spec):
+def test_the_largest_bucket_is_captured_first_and_each_is_counted_rehearsed_and_rested_after(spec):
     deep = replace(spec, layers=4)
     memory = DeviceMemory.allocate(deep, LIMITS)
     memory.weights.view(torch.float32).normal_(std=0.05)
     views = WeightsLayout.of(deep, "float32").views(memory.weights)
-    runner = build_engine(deep, LIMITS, views, memory, graphs=True)
+    decoder = Decoder(deep, views)
+    beside = decoder.beside()
+    runner = build_runner(
+        LIMITS,
+        decoder,
+        memory,
+        graphs=Decoder(deep, views),
+        mixed=Mixed(beside, LADDER, beside.rehearsal()),
+    )
     recorder = Recorder()
-    runner._graphs._capture = runner._graphs._segments._capture = recorder
+    runner._graphs._capture = runner._graphs._mixed._capture = recorder
     seen: list[tuple[int, int]] = []
     rests: list[int] = []
     runner.warm_up(lambda *told: seen.append(told), lambda: rests.append(len(recorder.captured)))
-    ladder = token_buckets(
-        layers=4,
-        hidden=spec.hidden_size,
-        intermediate=spec.intermediate_size,
-        heads=spec.heads,
-        kv_heads=spec.kv_heads,
-        head_dim=spec.head_dim,
-        prefill_tokens=LIMITS.prefill_tokens,
-        rows_max=LIMITS.rows_max,
-    )
-    assert ladder == (128,)
-    assert recorder.captured == [(tokens, at) for tokens in reversed(ladder) for at in range(5)]
-    assert recorder.rehearsed == [(tokens, at) for tokens in reversed(ladder) for at in (0, 1, 4)]
-    # Every capture is counted, and after a bucket there is one rest.
-    assert seen[-1][0] == seen[-1][1] == 2 * len(runner._graphs.ladder) + 5 * len(ladder)
-    assert seen[-1][0] - seen[-2][0] == 5
-    assert [count for count in rests if count] == [5 * at for at in range(1, len(ladder) + 1)]
+    # No scratch moves behind a graph.
+    assert recorder.captured == [40, 16, 8]
+    assert recorder.rehearsed == [2, 2, 2], "a standby computes two layers, whatever the model has"
+    assert seen[-1][0] == seen[-1][1] == 2 * len(runner._graphs.ladder) + 3
+    assert [count for count in rests if count] == [1, 2, 3]
+    assert not bool(memory.pool.any()), "a capture wrote a page that is not the trash page"
 
 
-def test_segments_that_leave_their_result_in_several_places_are_never_captured(spec):
-    """As the reference's, whose products are tensors of their own."""
+def test_an_engine_has_the_buckets_of_its_model(spec):
+    memory = DeviceMemory.allocate(spec, LIMITS)
+    views = WeightsLayout.of(spec, "float32").views(memory.weights)
+    runner = build_engine(spec, LIMITS, views, memory, graphs=True)
+    shape = {
+        "hidden": spec.hidden_size,
+        "intermediate": spec.intermediate_size,
+        "heads": spec.heads,
+        "kv_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+    }
+    room = {"prefill_tokens": LIMITS.prefill_tokens, "rows_max": LIMITS.rows_max}
+    assert runner._graphs._mixed.ladder == token_buckets(layers=2, **shape, **room) == (128,)
 
+
+def test_a_layout_that_is_planned_on_the_host_is_never_captured(spec):
     class Baking(Rerun):
         bakes = True
 
     runner = make_runner(spec, LIMITS, graphs=True, token_buckets=LADDER)
-    segments = runner._graphs._segments
-    segments._capture = Baking()
-    kept = []
-    product = segments._decoder.ops.linear
-    segments._decoder.ops.linear = lambda *given: kept.append(product(*given)) or kept[-1]
-    with pytest.raises(InvariantError, match="leave q, k and v in 2 places"):
-        segments.capture(lambda done: None, lambda: None)
+    mixed = runner._graphs._mixed
+    given = LIMITS, mixed._decoder, LADDER, mixed._layout, mixed._pool, mixed._weights
+    with pytest.raises(InvariantError, match="plans on the host"):
+        MixedGraphs(*given, capture=Baking())
 
 
 def test_a_stream_beside_another_is_not_moved_by_larger_steps_of_it(spec):
