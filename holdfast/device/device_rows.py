@@ -27,6 +27,7 @@ from holdfast.device.frame import Frames
 from holdfast.errors import require
 from holdfast.ops.attention import AttentionBatch
 from holdfast.ops.kernels import rows as kernels
+from holdfast.ops.kernels.launch import launch
 from holdfast.ops.pinned import DeviceEvent, await_event
 from holdfast.wire.plan import StepPlan
 from holdfast.wire.rows import RowTable
@@ -192,11 +193,20 @@ class DeviceRows:
         """The deltas of the frame that was copied last, in their order."""
         frame, shape = self.frames.device, self._table_shape
         if (count := clears.stop - clears.start) > 0:
-            kernels.clear_rows[(min(count, self._programs),)](
-                frame, self.records, self.length, self.page_table, self.pages_len, **shape
+            launch(
+                kernels.clear_rows,
+                (min(count, self._programs),),
+                frame,
+                self.records,
+                self.length,
+                self.page_table,
+                self.pages_len,
+                **shape,
             )
         if (count := admits.stop - admits.start) > 0:
-            kernels.admit_rows[(min(count, self._programs),)](
+            launch(
+                kernels.admit_rows,
+                (min(count, self._programs),),
                 frame,
                 self.records,
                 self.length,
@@ -210,7 +220,9 @@ class DeviceRows:
                 BLOCK=_BLOCK,
             )
         if (count := writes.stop - writes.start) > 0:
-            kernels.write_pages[(min(-(-count // _BLOCK), self._programs),)](
+            launch(
+                kernels.write_pages,
+                (min(-(-count // _BLOCK), self._programs),),
                 frame,
                 self.page_table,
                 self.pages_len,
@@ -225,7 +237,9 @@ class DeviceRows:
             self._launch_digest()
 
     def _launch_digest(self) -> None:
-        kernels.digest_rows[(self._programs,)](
+        launch(
+            kernels.digest_rows,
+            (self._programs,),
             self.frames.device,
             self.records,
             self.length,
@@ -292,7 +306,9 @@ class DeviceRows:
         lasts: torch.Tensor,
     ) -> None:
         """Stage the query tokens of the last frame's step. May be captured."""
-        kernels.stage_ragged[(self._programs,)](
+        launch(
+            kernels.stage_ragged,
+            (self._programs,),
             self.frames.device,
             self.length,
             self.page_table,
@@ -319,7 +335,9 @@ class DeviceRows:
     ) -> None:
         """Stage what a bucket of the last frame's step has besides: the page table of each of
         `rows`, and padding. May be captured. As ops.kernels.rows.stage_mixed has them."""
-        kernels.stage_mixed[(rows.numel(),)](
+        launch(
+            kernels.stage_mixed,
+            (rows.numel(),),
             self.frames.device,
             self.page_table,
             rows,
@@ -354,7 +372,9 @@ class DeviceRows:
     def stage_bucket(self, rows: int) -> None:
         """Fill the bucket's buffers for the step of the last frame. May be captured."""
         static = self._buckets
-        kernels.stage_bucket[(rows,)](
+        launch(
+            kernels.stage_bucket,
+            (rows,),
             self.frames.device,
             self.records,
             self.length,
@@ -392,7 +412,9 @@ class DeviceRows:
 
     def _advance(self, *, placed: bool) -> None:
         block = min(_BLOCK, 1 << (self.limits.rows_max - 1).bit_length())
-        kernels.advance_rows[(-(-self.limits.rows_max // block),)](
+        launch(
+            kernels.advance_rows,
+            (-(-self.limits.rows_max // block),),
             self.frames.device,
             self.length,
             self.tokens,

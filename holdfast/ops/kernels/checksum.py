@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from holdfast.ops.kernels.launch import ceil_div
+from holdfast.ops.kernels.launch import ceil_div, launch
 
 GOLDEN = 0x9E37_79B9_7F4A_7C15
 # Pairs of words that a program reads at once (16 KiB, 64 bytes a thread), and how often: 128 KiB a
@@ -81,7 +81,9 @@ def row_sums(memory: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     words, stride = memory.shape[1], memory.stride(0)
     sums = torch.zeros(rows.numel(), dtype=torch.int64, device=memory.device)
     parts = ceil_div(words, 2 * _TILE * _TILES)
-    _sum_rows[(rows.numel() * parts,)](
+    launch(
+        _sum_rows,
+        (rows.numel() * parts,),
         memory.view(torch.int64),
         rows,
         sums,

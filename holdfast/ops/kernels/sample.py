@@ -30,6 +30,8 @@ import torch
 import triton
 import triton.language as tl
 
+from holdfast.ops.kernels.launch import ceil_div, launch, power_of_two
+
 # Logits of a program: 38 programs for a row of 151,936.
 _TILE = 4096
 # Logits that are judged at once in a draw: 8 a lane with 4 warps.
@@ -187,7 +189,7 @@ class KeyedDraws:
     def __init__(self, vocab_size: int, rows_max: int, device: torch.device | str) -> None:
         self.vocab_size = vocab_size
         self.rows_max = rows_max
-        self.tiles = triton.cdiv(vocab_size, _TILE)
+        self.tiles = ceil_div(vocab_size, _TILE)
         cells = rows_max * self.tiles
         self._tops = torch.zeros(cells, dtype=torch.float32, device=device)
         self._leaders = torch.zeros(cells, dtype=torch.int32, device=device)
@@ -218,12 +220,21 @@ class KeyedDraws:
         rows = logits.shape[0]
         assert rows <= self.rows_max, f"{rows} rows, made for {self.rows_max}"
         assert logits.shape[1] == self.vocab_size and logits.is_contiguous(), tuple(logits.shape)
-        tiles_block = triton.next_power_of_2(self.tiles)
+        tiles_block = power_of_two(self.tiles)
         sizes = {"VOCAB": self.vocab_size, "TILES": self.tiles}
-        _lead[(rows * self.tiles,)](
-            logits, self._tops, self._leaders, **sizes, TILE=_TILE, num_warps=_WARPS
+        launch(
+            _lead,
+            (rows * self.tiles,),
+            logits,
+            self._tops,
+            self._leaders,
+            **sizes,
+            TILE=_TILE,
+            num_warps=_WARPS,
         )
-        _draw[(rows * self.tiles,)](
+        launch(
+            _draw,
+            (rows * self.tiles,),
             logits,
             seeds.view(torch.int64),
             positions,
@@ -239,7 +250,9 @@ class KeyedDraws:
             NOISE_MAX=NOISE_MAX,
             num_warps=_WARPS,
         )
-        _join[(rows,)](
+        launch(
+            _join,
+            (rows,),
             temperature,
             self._tops,
             self._leaders,
