@@ -15,8 +15,10 @@ import numpy as np
 
 from holdfast.config import Limits
 from holdfast.errors import WorkerFault
-from holdfast.wire.plan import StepPlan, handle_groups, handle_pages
+from holdfast.wire.plan import PAGE_WRITE, StepPlan, handle_groups, handle_pages
 from holdfast.wire.rows import RowTable, first_column
+
+_WRITE_FIELDS = PAGE_WRITE.names
 
 
 def check_deltas(plan: StepPlan, table: RowTable, epoch: int, last_step: int) -> None:
@@ -32,13 +34,11 @@ def check_deltas(plan: StepPlan, table: RowTable, epoch: int, last_step: int) ->
     rows = limits.rows_total
     _within(plan, "clears", plan.clears, 1, rows)
     for name, handles in (("seals", plan.seals), ("zeros", plan.zeros)):
-        _within(plan, f"the group of {name}", handle_groups(handles), 0, limits.groups)
-        _within(plan, f"the page of {name}", handle_pages(handles), 1, limits.pages)
-    writes = plan.page_writes
-    _within(plan, "the group of page writes", writes["group"], 0, limits.groups)
-    _within(plan, "the row of page writes", writes["row"], 1, rows)
-    _within(plan, "the column of page writes", writes["column"], 0, limits.table_columns)
-    _within(plan, "the page of page writes", writes["page"], 0, limits.pages)
+        if handles.size:
+            _within(plan, f"the group of {name}", handle_groups(handles), 0, limits.groups)
+            _within(plan, f"the page of {name}", handle_pages(handles), 1, limits.pages)
+    if plan.page_writes.size:
+        _check_page_writes(plan, limits)
     if plan.admits.size:
         _check_admits(plan, table)
 
@@ -58,22 +58,23 @@ class HeldColumns:
         """The plan's deltas were applied to the table."""
         if plan.clears.size:
             self._known[:, plan.clears] = 0
-        given = plan.page_writes[plan.page_writes["page"] == 0]
-        if given.size:
+        pages = plan.page_writes["page"]
+        if np.count_nonzero(pages) != pages.size:
+            given = plan.page_writes[pages == 0]
             np.minimum.at(self._known, (given["group"], given["row"]), given["column"])
 
     def missing(
         self, table: RowTable, group: int, rows: np.ndarray, columns: np.ndarray
     ) -> np.ndarray:
         """bool[n]: whether some of the first `columns` int[n] of the rows int[n] hold no page."""
-        missing = columns > self._known[group, rows]
-        at = np.flatnonzero(missing)
-        if at.size:
-            width = int(columns[at].max())
-            unused = np.arange(width) >= columns[at, None]
-            held = (unused | (table.page_table[group, rows[at], :width] != 0)).all(axis=1)
-            self._known[group, rows[at[held]]] = columns[at[held]]
-            missing[at[held]] = False
+        known = self._known[group, rows]
+        missing = columns > known
+        if np.count_nonzero(missing):
+            at = np.flatnonzero(missing)
+            new = _pages_between(table, group, rows[at], known[at], columns[at])
+            held = at[(new != 0).all(axis=1)]
+            self._known[group, rows[held]] = columns[held]
+            missing[held] = False
         return missing
 
 
@@ -97,13 +98,33 @@ def check_rows(plan: StepPlan, table: RowTable, held: HeldColumns) -> None:
     owner, tokens_len = table.records["owner"][rows], table.records["tokens_len"][rows]
     starts = table.length[rows]
     ends = starts + query_lens
-    _no_row(plan, owner == 0, "is free")
+    if np.count_nonzero(owner) != rows.size:
+        _no_row(plan, owner == 0, "is free")
     _no_row(plan, ends > limits.context_tokens, "grows past the context")
-    known = np.maximum(tokens_len, starts + 1)
-    _no_row(plan, ends > known, "computes tokens that nobody knows yet")
-    early = (plan.samples != 0) & (ends < tokens_len)
-    _no_row(plan, early, "samples before the end of its known tokens")
+    # The token at a row's length is known, or drawn by the step before; of those behind it, the
+    # prompt's.
+    wide = query_lens > 1
+    if np.count_nonzero(wide):
+        _no_row(plan, wide & (ends > tokens_len), "computes tokens that nobody knows yet")
+    early = ends < tokens_len
+    if np.count_nonzero(early):
+        _no_row(plan, early & (plan.samples != 0), "samples before the end of its known tokens")
     _check_pages(plan, table, held, starts, ends)
+
+
+def _check_page_writes(plan: StepPlan, limits: Limits) -> None:
+    # The four numbers of a write at once, as they lie; one after another only to name the wrong.
+    four = plan.page_writes.view(np.int32).reshape(-1, len(_WRITE_FIELDS))
+    bounds = (
+        (0, limits.groups),
+        (1, limits.rows_total),
+        (0, limits.table_columns),
+        (0, limits.pages),
+    )
+    least, most = np.minimum.reduce(four).tolist(), np.maximum.reduce(four).tolist()
+    for name, a, b, (low, high) in zip(_WRITE_FIELDS, least, most, bounds, strict=True):
+        if a < low or b >= high:
+            _within(plan, f"the {name} of page writes", plan.page_writes[name], low, high)
 
 
 def _check_admits(plan: StepPlan, table: RowTable) -> None:
@@ -155,7 +176,7 @@ def _check_pages(
 ) -> None:
     """Every page that the step reads or writes is held, and what it writes is its row's own."""
     size, rows = table.limits.page_tokens, plan.rows
-    first, behind = starts // size, (ends + size - 1) // size
+    first, behind = starts // size, (ends - 1) // size + 1
     for group, window in enumerate(table.limits.windows):
         if window:
             low = first_column(starts, window, size)
@@ -165,10 +186,11 @@ def _check_pages(
             missing = held.missing(table, group, rows, behind)
         _no_row(plan, missing, "needs a page that it does not hold")
         targets = _pages_between(table, group, rows, first, behind)
-        targets = np.sort(targets[targets > 0])
-        if (targets[1:] == targets[:-1]).any():
-            twice = targets[1:][targets[1:] == targets[:-1]][0]
-            raise _refusal(plan, f"writes page {twice} for two rows")
+        if targets.size > 1:
+            targets = np.sort(targets[targets > 0])
+            same = targets[1:] == targets[:-1]
+            if np.count_nonzero(same):
+                raise _refusal(plan, f"writes page {targets[1:][same][0]} for two rows")
         for name, handles in (("seals", plan.seals), ("zeros", plan.zeros)):
             if not handles.size:
                 continue
@@ -200,6 +222,14 @@ def _within(
     plan: StepPlan, name: str, values: np.ndarray, low: int, high: int | np.ndarray
 ) -> None:
     """Refuse unless low <= values < high."""
+    if values.size == 0:
+        return
+    if (
+        isinstance(high, int)
+        and np.minimum.reduce(values) >= low
+        and np.maximum.reduce(values) < high
+    ):
+        return
     outside = (values < low) | (values >= high)
     if outside.any():
         bound = high if isinstance(high, int) else np.asarray(high)[outside][0]
@@ -208,12 +238,12 @@ def _within(
 
 def _distinct(plan: StepPlan, name: str, values: np.ndarray) -> None:
     # All of them are places in the table by now; sorting takes five times as long.
-    if values.size and np.bincount(values).max() > 1:
+    if values.size > 1 and np.maximum.reduce(np.bincount(values)) > 1:
         raise _refusal(plan, f"{name} are not distinct")
 
 
 def _no_row(plan: StepPlan, bad: np.ndarray, what: str) -> None:
-    if bad.any():
+    if np.count_nonzero(bad):
         at = int(np.flatnonzero(bad)[0])
         raise _refusal(plan, f"row {plan.rows[at]} (query length {plan.query_lens[at]}) {what}")
 

@@ -60,9 +60,7 @@ class DeviceFetch:
         self._slot = slot
         table, which = rows.table, np.flatnonzero(plan.samples)
         drawing = plan.rows[which]
-        self._drawn = _Drawn(
-            which, drawing, table.records["owner"][drawing], table.length[drawing].copy()
-        )
+        self._drawn = _Drawn(which, drawing, table.records["owner"][drawing], table.length[drawing])
 
     @property
     def ready(self) -> bool:

@@ -25,6 +25,7 @@ from holdfast.wire.plan import ADMIT, StepPlan
 _DELTA_WORDS = 1 << 16
 _ADMIT_WORDS = RECORD_WORDS + 3
 _WRITE_WORDS = 4
+_NO_ADMITS = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Places:
     def of(cls, plan: StepPlan) -> Places:
         n = plan.rows.size
         if np.count_nonzero(plan.samples) == n == np.count_nonzero(plan.query_lens == 1):
-            order = np.arange(n)  # As nearly every step is; the rest of this costs 10 us.
+            order = np.arange(n, dtype=np.int32)  # As nearly every step is; the rest costs 10 us.
             return cls(order, order)
         drawing = plan.samples != 0
         drawn = np.cumsum(drawing)
@@ -73,6 +74,8 @@ class Frames:
         words = self._first + self._room
         self._ring = Ring(device, words)
         self.device = torch.zeros(words, dtype=torch.int32, device=device)
+        self._words = words
+        self._fronts: dict[int, torch.Tensor] = {}
 
     def upload(self, plan: StepPlan) -> Iterator[Deltas]:
         """Copy the plan, frame by frame; each must be used before the next is asked for.
@@ -83,14 +86,21 @@ class Frames:
         for deltas in self._cut(plan):
             slot = self._ring.take()
             used = self._write(slot.words, plan, deltas, shape)
-            self.device[:used].copy_(slot.tensor[:used], non_blocking=True)
+            # Of a few sizes, whose views are kept; no kernel reads what lies behind `used`.
+            size = min(1 << (used - 1).bit_length(), self._words)
+            target = self._fronts.get(size)
+            if target is None:
+                target = self._fronts[size] = self.device[:size]
+            target.copy_(slot.front(size), non_blocking=True)
             slot.copied()
             yield deltas
 
     def _cut(self, plan: StepPlan) -> list[Deltas]:
         clears, writes = plan.clears.size, plan.page_writes.size
-        sizes = _admit_words(plan.admits)
-        total = clears + int(sizes.sum()) + _WRITE_WORDS * writes
+        total, sizes = clears + _WRITE_WORDS * writes, _NO_ADMITS
+        if plan.admits.size:
+            sizes = _admit_words(plan.admits)
+            total += int(sizes.sum())
         if total <= self._room:
             return [Deltas(slice(0, clears), slice(0, plan.admits.size), slice(0, writes))]
         # All deltas in the order in which they apply, each with its words; greedily.
@@ -125,19 +135,20 @@ class Frames:
         clears = plan.clears[deltas.clears]
         admits = plan.admits[deltas.admits]
         writes = plan.page_writes[deltas.writes]
-        at = self._first
-        starts = []
-        for values in (clears, admits.view(np.int32)):
-            starts.append(at)
-            words[at : at + values.size] = values
-            at += values.size
-        starts.append(at)
+        at = clears_at = self._first
+        if clears.size:
+            at += clears.size
+            words[clears_at:at] = clears
+        admits_at = lists_at = at
         if admits.size:
-            at = self._write_lists(words, plan, deltas.admits, at)
-        starts.append(at)
-        values = writes.view(np.int32)
-        words[at : at + values.size] = values
-        at += values.size
+            lists_at += RECORD_WORDS * admits.size
+            words[admits_at:lists_at] = admits.view(np.int32)
+            at = self._write_lists(words, plan, deltas.admits, lists_at)
+        writes_at = at
+        if writes.size:
+            at += _WRITE_WORDS * writes.size
+            words[writes_at:at] = writes.view(np.int32)
+        starts = clears_at, admits_at, lists_at, writes_at
         words[:8] = (n, clears.size, admits.size, writes.size, *starts)
         return at
 

@@ -280,9 +280,9 @@ class StepGraphs:
             self._limits.windows,
         )
 
-    def run(self, plan: StepPlan) -> BucketStep | BatchStep | None:
+    def run(self, plan: StepPlan, *, alike: bool) -> BucketStep | BatchStep | None:
         """Compute a step of n >= 1 rows in a bucket of rows, or of tokens; None when its shape is
-        no bucket's, and then nothing was computed.
+        no bucket's, and then nothing was computed. alike: Rows.alike has all of its rows.
 
         The plan was applied; afterwards its rows are to be settled, or drawn for and settled.
         """
@@ -300,7 +300,7 @@ class StepGraphs:
         self._rows.prepare(plan, rows)
         self._plan = plan
         self._bodies[rows]() if replay else self._body(rows)
-        drawn = self._draw is not None and self._rows.alike.all_of(self._rows.table, plan)
+        drawn = alike and self._draw is not None
         if drawn:
             self._tails[rows]() if replay else self._tail(rows)
         if replay:

@@ -198,7 +198,8 @@ class Runner:
         self.rows.apply(plan, self.epoch, self.step)
         self.step = plan.step
         self.rows.begin_digest(plan)
-        self.memory.zero_pages(handle_pages(plan.zeros))
+        if plan.zeros.size:
+            self.memory.zero_pages(handle_pages(plan.zeros))
         sums = self.memory.begin_seal_sums(handle_pages(plan.seals))
         placed, logprobs = True, None
         if plan.rows.size:
@@ -297,10 +298,12 @@ class Runner:
 
     def _forward(self, plan: StepPlan) -> tuple[bool, _Logprobs | None]:
         """Compute the plan's rows and draw for those that sample; whether the draws are placed."""
-        if self.rows.lags and _looks_back(self.rows, plan):
+        # Rows that are alike ask for no penalties either, so nobody looks back.
+        alike = self.rows.alike.all_of(self.rows.table, plan)
+        if not alike and self.rows.lags and _looks_back(self.rows, plan):
             for flight in self._flights:
                 self._fetched(flight)
-        step = None if self._graphs is None else self._graphs.run(plan)
+        step = None if self._graphs is None else self._graphs.run(plan, alike=alike)
         if step is None:
             batch = self.rows.stage(plan)
             given = batch.tokens, batch.positions, batch.attention

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from holdfast.ops import kernels
-from holdfast.ops.pinned import DeviceEvent, Event, await_event
+from holdfast.ops.pinned import DeviceEvent, Event, Uploads, await_event
 
 SEED = 0x9AE1_6A3B_2F90_404F
 GOLDEN = 0x9E37_79B9_7F4A_7C15
@@ -31,16 +32,36 @@ _ONLY = np.zeros(1, np.int64)
 class PendingSums:
     """Sums on their way to the host. sums: int64[k], bits of what was added up, host."""
 
-    def __init__(self, sums: torch.Tensor, constant: np.uint64, event: Event | None = None) -> None:
+    def __init__(
+        self, sums: torch.Tensor, constant: np.uint64, landing: _Landing | None = None
+    ) -> None:
+        """landing: whose memory the sums come to, which is free again once they were taken."""
         self._sums = sums
         self._constant = constant
-        self._event = event
+        self._landing = landing
 
     def take(self) -> np.ndarray:
-        """uint64[k]; waits for the copy. Raises WorkerFault when it never ends."""
-        if self._event is not None:
-            await_event(self._event, "a copy of checksums")
-        return self._sums.numpy().view(np.uint64) + self._constant
+        """uint64[k]; waits for the copy. Once. Raises WorkerFault when it never ends."""
+        if self._landing is not None:
+            await_event(self._landing.event, "a copy of checksums")
+        found = self._sums.numpy().view(np.uint64) + self._constant
+        if self._landing is not None:
+            self._landing.free.append(self._landing)
+        return found
+
+
+# Asking torch for nothing takes 10 us of a step that seals nothing.
+_NO_SUMS = PendingSums(torch.empty(0, dtype=torch.int64), np.uint64(0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Landing:
+    """Pinned memory that sums are copied to, int64[words], the event of the copy, and the list of
+    memory like this that nobody uses."""
+
+    sums: torch.Tensor
+    event: Event
+    free: list[_Landing]
 
 
 class PageSums:
@@ -53,6 +74,8 @@ class PageSums:
         # is GOLDEN * (1 + .. + words), and 1 for each odd place (see ops.kernels.checksum).
         mixes = GOLDEN * (words * (words + 1) // 2) + words // 2
         self._constant = np.uint64((mixes + SEED) % (1 << 64))
+        self._uploads = Uploads(self._device)
+        self._free: list[_Landing] = []
         # A device without triton is slower, never wrong: `kernel` says which it is.
         self.kernel = self._device.type != "cpu" and words % 4 == 0 and kernels.available()
 
@@ -74,26 +97,34 @@ class PageSums:
     def begin(self, pool: torch.Tensor, pages: np.ndarray) -> PendingSums:
         """The same, launched on the current stream and fetched later."""
         if pages.size == 0:
-            return PendingSums(torch.empty(0, dtype=torch.int64), np.uint64(0))
+            return _NO_SUMS
         if pool.device.type == "cpu":
             sums = torch.from_numpy(
                 self._of_host(pool.numpy().view(np.uint32), pages).view(np.int64)
             )
             return PendingSums(sums, np.uint64(0))
-        # Pinned both ways (torch reuses such memory after its copy is over), so nobody waits.
-        index = torch.from_numpy(pages.astype(np.int64)).pin_memory()
-        index = index.to(device=pool.device, non_blocking=True)
+        # Pinned both ways, so nobody waits.
+        [index] = self._uploads.put(pages.astype(np.int64))
         if self.kernel and pool.stride(0) % 4 == 0 and pool.data_ptr() % 16 == 0:
             from holdfast.ops.kernels.checksum import row_sums
 
             sums = row_sums(pool, index)
         else:
             sums = torch.cat(self._of_device(pool, index))
-        found = torch.empty(pages.size, dtype=torch.int64, pin_memory=True)
+        landing = self._land(pages.size)
+        found = landing.sums[: pages.size]
         found.copy_(sums, non_blocking=True)
-        event = DeviceEvent(pool.device)
-        event.record()
-        return PendingSums(found, self._constant, event)
+        landing.event.record()
+        return PendingSums(found, self._constant, landing)
+
+    def _land(self, words: int) -> _Landing:
+        # What is never taken, as after a fault, stays with its taker; what is too small goes.
+        while self._free:
+            if (one := self._free.pop()).sums.numel() >= words:
+                return one
+        room = 1 << (words - 1).bit_length()
+        sums = torch.empty(room, dtype=torch.int64, pin_memory=True)
+        return _Landing(sums, DeviceEvent(self._device), self._free)
 
     def _of_host(self, pool: np.ndarray, pages: np.ndarray) -> np.ndarray:
         sums = np.empty(pages.size, np.uint64)

@@ -22,7 +22,8 @@ from holdfast.errors import WorkerFault
 SLOTS = 3
 # A copy waits behind two steps at most; the supervisor's deadline of a step is shorter than this.
 _TIMEOUT_S = 600.0
-# A decode step takes a millisecond and more: looking costs 1 us, sleeping less is not exact.
+# A sleep of 20 us takes 70, as Linux puts waking up off by 50: too long for what is nearly over.
+_SPIN_S = 100e-6
 _LOOK_S = 20e-6
 # Each array of an upload begins on such a line: kernels are compiled for aligned pointers.
 _LINE_BYTES = 16
@@ -46,22 +47,33 @@ class DeviceEvent:
         """device: with its number."""
         self._device = device
         self._event = torch.cuda.Event()
+        # The stream of the last record, by its number: as a rule the next is the same.
+        self._number: int | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def query(self) -> bool:
         return self._event.query()
 
     def record(self) -> None:
-        self._event.record(torch.cuda.current_stream(self._device))
+        number = torch._C._cuda_getCurrentRawStream(self._device.index)
+        if number != self._number:
+            self._number = number
+            self._stream = torch.cuda.current_stream(self._device)
+        self._event.record(self._stream)
 
 
 def await_event(event: Event, what: str) -> None:
     """Wait until the stream has come to the event. Raises WorkerFault("`what` is not over ...") at
     the deadline, and what the GPU has to say."""
-    end_s = time.monotonic() + _TIMEOUT_S
+    if event.query():
+        return
+    began_s = now_s = time.monotonic()
     while not event.query():
-        if time.monotonic() > end_s:
+        if now_s - began_s > _TIMEOUT_S:
             raise WorkerFault(f"{what} is not over after {_TIMEOUT_S:.0f} s")
-        time.sleep(_LOOK_S)
+        if now_s - began_s > _SPIN_S:
+            time.sleep(_LOOK_S)
+        now_s = time.monotonic()
 
 
 class Slot:
@@ -77,6 +89,7 @@ class Slot:
         pinned = self._device.type == "cuda"
         self.tensor = torch.zeros(words, dtype=torch.int32, pin_memory=pinned)
         self.words = self.tensor.numpy()
+        self._fronts: dict[int, torch.Tensor] = {}
 
     def wait(self) -> None:
         """Until the slot may be written. Raises WorkerFault when its copy never ends."""
@@ -87,6 +100,13 @@ class Slot:
         """Have room for so many at least; after `wait`, since the old buffer goes."""
         if words > self.words.size:
             self._allocate(1 << (words - 1).bit_length())
+
+    def front(self, words: int) -> torch.Tensor:
+        """int32[words]: the first words of the buffer. Few sizes: each view is kept."""
+        found = self._fronts.get(words)
+        if found is None:
+            found = self._fronts[words] = self.tensor[:words]
+        return found
 
     def copied(self) -> None:
         """A copy from the slot was just launched on the current stream."""
