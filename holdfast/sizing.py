@@ -27,14 +27,12 @@ KV_SHARE = 0.25
 # of less memory than this their scratch would be missed by the KV cache.
 LARGE_GPU_BYTES = 40 * GIB
 LARGE_GPU_ROWS, LARGE_GPU_PREFILL_TOKENS = 256, 8192
-# Tokens of a step that decodes and takes prompts, on a GPU: every stream waits for them. As many, a
-# power of two, as an H200 multiplies in 25 ms (bf16, as fast as cuBLAS does on random numbers),
-# within these bounds. Shorter steps fill its tiles badly and longer ones gain nothing: with decode
-# rows on top, Qwen3-8B at 64 streams gave 7,043 tok/s and a p99 of 28 ms with 1,024, 6,765 and
-# 52 ms with 2,048 (on two days); Qwen3-0.6B at 256 streams 31,599 and 15.7 ms with 1,024, 34,096
-# and 14.1 ms with 2,048.
-_MIXED_S, _OPERATIONS_PER_S = 0.025, 7e14
-GPU_MIXED_MIN, GPU_MIXED_MAX = 256, 2048
+# Tokens of a step that takes prompts beside as many rows that decode as it likes (the scheduler
+# gives fewer rows fewer), on a GPU: every stream waits for them. As many, a power of two, as an H200
+# multiplies in 50 ms (bf16, as fast as cuBLAS does on random numbers), within these bounds. Shorter
+# steps fill its tiles badly and longer ones gain nothing: core.scheduler has the figures.
+_MIXED_S, _OPERATIONS_PER_S = 0.05, 7e14
+GPU_MIXED_MIN, GPU_MIXED_MAX = 256, 4096
 # Resident memory of the processes beside the slabs, with room above what `ps` showed on Linux with
 # torch 2.13 CPU and the bundled model: worker 292 MiB, core 32, supervisor 53, keeper 17, api
 # process 77.

@@ -160,7 +160,7 @@ class EngineOptions:
             BATCH_PANEL,
             "Tokens of a step that decodes and takes prompts: fewer keep streams even, more start "
             "prompts sooner",
-            "GPU 25 ms, at most 2048; CPU --prefill-tokens",
+            "GPU 50 ms, at most 4096; CPU --prefill-tokens",
             min=0,
         ),
     ] = None
