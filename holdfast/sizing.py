@@ -28,9 +28,9 @@ KV_SHARE = 0.25
 LARGE_GPU_BYTES = 40 * GIB
 LARGE_GPU_ROWS, LARGE_GPU_PREFILL_TOKENS = 256, 8192
 # Tokens of a step that takes prompts beside as many rows that decode as it likes (the scheduler
-# gives fewer rows fewer), on a GPU: every stream waits for them. As many, a power of two, as an H200
-# multiplies in 50 ms (bf16, as fast as cuBLAS does on random numbers), within these bounds. Shorter
-# steps fill its tiles badly and longer ones gain nothing: core.scheduler has the figures.
+# gives fewer rows fewer), on a GPU: every stream waits for them. As many, a power of two, as an
+# H200 multiplies in 50 ms (bf16, as cuBLAS does random numbers), within these bounds. Shorter steps
+# fill its tiles badly and longer ones gain nothing: core.scheduler has the figures.
 _MIXED_S, _OPERATIONS_PER_S = 0.05, 7e14
 GPU_MIXED_MIN, GPU_MIXED_MAX = 256, 4096
 # Resident memory of the processes beside the slabs, with room above what `ps` showed on Linux with

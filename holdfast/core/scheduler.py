@@ -43,7 +43,7 @@ from holdfast.wire.rows import RowTable
 # (64 rows: 4 pages a step, of which the array calls alone cost 40 us).
 PAGE_AHEAD_TOKENS = 4
 
-# Tokens of a mixed step for each row that decodes in it, from a quarter of limits.mixed_tokens up to
+# Tokens of a mixed step for each row that decodes in it, from a quarter of limits.mixed_tokens to
 # all of it. Few streams do not gain by long steps and wait for them: Qwen3-8B at 64 streams gave
 # 6,816 tok/s and a p99 of 17 ms between tokens with 512, 6,765 and 52 with 2,048. Many pay for
 # short ones: at 256 streams 10,023 tok/s with 1,024, 10,347 with 2,048, 10,216 with 3,072 (H200).

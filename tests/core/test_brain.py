@@ -123,8 +123,8 @@ def test_a_step_that_decodes_and_takes_prompts_has_at_most_its_own_bound_of_toke
     while not {2, 3} <= set(d.ends):
         d.tick()
     beside, _ = prompt_tokens_of_plans(d)
-    # One row gets eight tokens a step, or a quarter of the bound; a page's worth of prompts at least, for
-    # which the smallest bound has no room beside the row. That of all steps is no bound.
+    # One row gets eight tokens a step, or a quarter of the bound; a page's worth of prompts at
+    # least, for which the smallest bound has no room beside the row. That of all steps is none.
     most = mixed if mixed == 64 else min(mixed, max(mixed // 4, 8))
     assert max(beside) == max(most - 1, 4), "the decode row is part of --mixed-tokens"
     d.run()
