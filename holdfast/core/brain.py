@@ -167,7 +167,8 @@ class Brain:
         return deadline_s if deadline_s < math.inf else None
 
     def take_output(self) -> list[Output]:
-        """(api, link.Kind, payload) in order; whoever takes it sends it."""
+        """(api, message) in order; whoever takes it sends it (core.replies.framed), or reads it
+        before the next `commit`."""
         return self._replies.take()
 
     # --- messages ---
@@ -320,7 +321,8 @@ class Brain:
         """Settle the oldest unanswered plan.
 
         One that was committed already is counted and dropped; those of another epoch never get
-        past the link. Raises WorkerFault when the result cannot be of the plan: the epoch must end.
+        past the link. Output may hold arrays of the result: they stay as they are until it is
+        taken. Raises WorkerFault when the result cannot be of the plan: the epoch must end.
         """
         require(result.epoch == self.epoch, f"result of epoch {result.epoch} in {self.epoch}")
         if not self._flights or self.suspended:

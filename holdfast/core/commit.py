@@ -25,7 +25,6 @@ from holdfast.core.running import Chain
 from holdfast.core.scheduler import Scheduler
 from holdfast.errors import WorkerFault
 from holdfast.kv.ledger import Ledger
-from holdfast.wire.link import Kind
 from holdfast.wire.messages import End, TokenBatch
 from holdfast.wire.plan import ROW_OK, StepPlan, StepResult, handle_groups
 from holdfast.wire.rows import drawn_slots
@@ -36,7 +35,7 @@ SEAL_TOGETHER = 32
 SEAL_EVERY_STEPS = 4
 
 # Plain integers: reading a member of an IntEnum costs a microsecond in Python 3.11.
-_STOP, _LENGTH, _TOKENS = int(End.STOP), int(End.LENGTH), int(Kind.TOKENS)
+_STOP, _LENGTH = int(End.STOP), int(End.LENGTH)
 
 
 class Commit:
@@ -209,7 +208,7 @@ class Commit:
                 batch.top_ids = result.top_ids.reshape(-1, top_k)[chosen].reshape(-1)
                 batch.top_logprobs = result.top_logprobs.reshape(-1, top_k)[chosen].reshape(-1)
         if self.limits.api_processes == 1 and not self.muted:
-            self.output.append((0, _TOKENS, batch.encode()))
+            self.output.append((0, batch))
             return
         apis = run.api[rows]
         for api in sorted(set(apis.tolist())):
@@ -217,7 +216,7 @@ class Commit:
             if self.muted:
                 mine &= [request not in self.muted for request in ids.tolist()]
             if np.count_nonzero(mine):
-                self.output.append((api, _TOKENS, batch.of(mine).encode()))
+                self.output.append((api, batch.of(mine)))
 
     def _fail_rows(self, rows: np.ndarray) -> None:
         """NaN rows end alone; what they wrote is zeroed before anybody can own it (0 * NaN)."""
