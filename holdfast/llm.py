@@ -313,6 +313,8 @@ class LLM:
                 tokens = news.tokens
                 count(tokens - counted)
                 counted = tokens
+                if not news.closed:
+                    continue
                 back = []
                 while news.closed:
                     job = news.closed.popleft()

@@ -233,9 +233,11 @@ class LocalEngine:
         for _ in range(heard):
             message, sinks = self._inbox.popleft()
             self._receive(message, sinks)
-        brain.expire(time.monotonic())
-        while (plan := brain.plan(time.monotonic())) is not None:
+        now_s = time.monotonic()
+        brain.expire(now_s)
+        while (plan := brain.plan(now_s)) is not None:
             self._device.launch(plan)
+            now_s = time.monotonic()
         moved = self._commit() or heard
         # The last request may end while a step beyond it computes, which nobody will ask for.
         if not brain.live:
@@ -279,7 +281,8 @@ class LocalEngine:
         self._brain.receive(0, message, time.monotonic())
 
     def _tokens(self, batch: TokenBatch) -> None:
-        sinks, extras = self._sinks, _logprobs_of(batch)
+        sinks = self._sinks
+        extras = _logprobs_of(batch) if batch.logprobs.size else ()
         columns = zip(
             batch.requests.tolist(),
             batch.indexes.tolist(),
@@ -324,7 +327,7 @@ class LocalEngine:
 
 
 def _logprobs_of(batch: TokenBatch) -> list[tuple[float, list[int], list[float]]]:
-    """Of each token what Drawn has of logprobs; empty when no row of the step asked."""
+    """What Drawn has of logprobs, of each token of a step whose rows asked for any."""
     width = batch.top_k
     top_ids, top_values = batch.top_ids.tolist(), batch.top_logprobs.tolist()
     return [

@@ -199,10 +199,11 @@ class Ledger:
         """The result of `step` is in: leases released at or before it drop. Called every step."""
         self._clock += 1
         self._acknowledged = step
-        for due in sorted(at for at in self._retired if at <= step):
-            for group, handles in self._retired.pop(due):
-                self._retiring[group] -= handles.size
-                self._drop(group, self.pools[group].pages_of(handles))
+        if self._retired:
+            for due in sorted(at for at in self._retired if at <= step):
+                for group, handles in self._retired.pop(due):
+                    self._retiring[group] -= handles.size
+                    self._drop(group, self.pools[group].pages_of(handles))
         if self._read:
             for due in sorted(at for at in self._read if at <= step):
                 for group, handles in self._read.pop(due):
