@@ -502,6 +502,17 @@ class _Job:
 class _Sink:
     """One choice: from tokens to text and the answer (local.Sink)."""
 
+    __slots__ = (
+        "_alternatives",
+        "_job",
+        "_number",
+        "_output",
+        "_pieces",
+        "answer",
+        "cached_tokens",
+        "error",
+    )
+
     def __init__(self, job: _Job, number: int, tokenizer: Tokenizer) -> None:
         self._job = job
         self._number = number

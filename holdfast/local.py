@@ -21,7 +21,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import msgspec
 
 from holdfast.config import Limits
 from holdfast.core.brain import Brain
@@ -50,7 +52,7 @@ THREAD_STOP_S = 10.0
 _ENDS = {int(end): end for end in End}
 
 
-class Drawn(NamedTuple):
+class Drawn(msgspec.Struct, frozen=True):
     """One token of one request. top_ids, top_logprobs: most likely first; at least as many as
     this request asked for (a step returns the most that any of its rows asked)."""
 

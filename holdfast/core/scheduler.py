@@ -536,7 +536,7 @@ class Scheduler:
         at = column[:, None] * page_tokens + self._page_range
         tokens = self.mirror.tokens[row[:, None], at].tobytes()
         chains = [run.chains[row_id] for row_id in row.tolist()]
-        heads = [0, *np.cumsum(complete - first)[:-1].tolist()]
+        heads = [0, *(complete - first).cumsum()[:-1].tolist()]
         batch = SealBatch(0, handles, column, tokens, chains, heads)
         self.seals.append(batch)
         self._unbooked.append(batch)
