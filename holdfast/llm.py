@@ -56,6 +56,8 @@ log = logging.getLogger("holdfast.llm")
 NO_DEADLINE_S = 365 * 86400.0
 # How often a wait looks whether the engine is still there.
 WATCH_S = 1.0
+# Reading a member of an IntEnum costs a microsecond in Python 3.11.
+_STOP, _LENGTH = End.STOP, End.LENGTH
 
 Prompt = str | Sequence[int]
 LoadReport = Callable[[str, int, int], None]
@@ -295,20 +297,32 @@ class LLM:
 
     def _finish(self, jobs: list[_Job], count: Callable[[int], None]) -> None:
         """Run jobs to their ends. Admits no more than the queue holds; the rest waits here."""
-        waiting, live = deque(jobs), list[_Job]()
+        news, counted = _News(), 0
+        for job in jobs:
+            job.news = news
+        waiting, live = deque(jobs), dict[_Job, None]()
+        room = self.limits.queue_requests
         try:
             while waiting or live:
-                room = self.limits.queue_requests - sum(job.resolved.choices for job in live)
                 while waiting and (waiting[0].resolved.choices <= room or not live):
                     job = waiting.popleft()
                     room -= job.resolved.choices
                     self._engine.submit(job.start(self._engine), job.sinks)
-                    live.append(job)
+                    live[job] = None
                 self._engine.advance(WATCH_S)
-                count(sum(job.take_count() for job in live))
+                tokens = news.tokens
+                count(tokens - counted)
+                counted = tokens
+                if not news.closed:
+                    continue
+                back = []
+                while news.closed:
+                    job = news.closed.popleft()
+                    del live[job]
+                    room += job.resolved.choices
+                    if job.refused_for_now:
+                        back.append(job)
                 # Full of promised tokens: it comes again once something has ended.
-                back = [job for job in live if job.refused_for_now]
-                live = [job for job in live if job.open and not job.refused_for_now]
                 if back and not live:
                     raise back[0].refusal()
                 waiting.extendleft(reversed(back))
@@ -397,8 +411,21 @@ class LLM:
         return self.tokenizer.encode(text, special=False, field="messages")
 
 
+class _News:
+    """What the thread that steps has to say to the one that runs jobs, so that this one need not
+    ask each of them after each step. tokens: that came so far. closed: jobs that wait for nothing
+    more, ended or refused."""
+
+    __slots__ = ("closed", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.closed: deque[_Job] = deque()
+
+
 class _Job:
-    """One prompt on its way: its sinks, one a choice, and what they have heard."""
+    """One prompt on its way: its sinks, one a choice, and what they have heard. `news`: who is told
+    of it."""
 
     def __init__(
         self, prompt: list[int], resolved: Resolved, tokenizer: Tokenizer, tenant: str
@@ -408,14 +435,10 @@ class _Job:
         self.tenant = tenant
         self.ids: tuple[int, ...] = ()
         self.refused: Refused | None = None
-        self._tokenizer = tokenizer
-        self._hear: Callable[[Delta | None], None] | None = None
-        self.sinks = self._new_sinks()
-
-    def _new_sinks(self) -> tuple[_Sink, ...]:
-        return tuple(
-            _Sink(self, number, self._tokenizer) for number in range(self.resolved.choices)
-        )
+        self.news = _News()
+        self.hear: Callable[[Delta | None], None] | None = None
+        self._left = resolved.choices  # that have not ended
+        self.sinks = tuple(_Sink(self, number, tokenizer) for number in range(resolved.choices))
 
     def start(self, engine: LocalEngine) -> Submit:
         """The message that asks for it, with fresh ids. May be called again after a refusal."""
@@ -435,15 +458,25 @@ class _Job:
 
     def listen(self, hear: Callable[[Delta | None], None]) -> None:
         """Tell each delta to `hear`, which is called by the stepping thread; None: refused."""
-        self._hear = hear
+        self.hear = hear
 
-    def tell(self, delta: Delta | None) -> None:
-        if self._hear is not None:
-            self._hear(delta)
+    def choice_ended(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self.news.closed.append(self)
+
+    def refuse(self, refusal: Refused) -> None:
+        """Said once for each choice."""
+        if self.refused is not None:
+            return
+        self.refused = refusal
+        self.news.closed.append(self)
+        if self.hear is not None:
+            self.hear(None)
 
     @property
     def open(self) -> bool:
-        return self.refused is None and any(s.answer.finish_reason is None for s in self.sinks)
+        return self.refused is None and self._left > 0
 
     @property
     def refused_for_now(self) -> bool:
@@ -461,10 +494,6 @@ class _Job:
         if error is not None:
             raise error
 
-    def take_count(self) -> int:
-        """Tokens that came since the last call."""
-        return sum(sink.take_count() for sink in self.sinks)
-
     def result(self) -> Result:
         cached = max(sink.cached_tokens for sink in self.sinks)
         return Result(self.prompt, [sink.answer for sink in self.sinks], cached)
@@ -473,11 +502,21 @@ class _Job:
 class _Sink:
     """One choice: from tokens to text and the answer (local.Sink)."""
 
+    __slots__ = (
+        "_alternatives",
+        "_job",
+        "_number",
+        "_output",
+        "_pieces",
+        "answer",
+        "cached_tokens",
+        "error",
+    )
+
     def __init__(self, job: _Job, number: int, tokenizer: Tokenizer) -> None:
         self._job = job
         self._number = number
         self._output = ChoiceOutput(tokenizer, job.prompt, job.resolved)
-        self._counted = 0
         self._pieces: list[str] = []
         self.cached_tokens = 0
         self.error: RequestError | None = None
@@ -486,22 +525,24 @@ class _Sink:
         self.answer = Choice(logprobs=[] if wanted >= 0 else None)
 
     def push(self, drawn: Drawn) -> int | None:
+        answer, end = self.answer, drawn.end
         self.cached_tokens = drawn.cached_tokens
-        self.answer.token_ids.append(drawn.token)
+        answer.token_ids.append(drawn.token)
+        self._job.news.tokens += 1
         text = self._output.push(
             drawn.token,
-            ends_by_id=drawn.end is End.STOP,
+            ends_by_id=end is _STOP,
             logprob=drawn.logprob,
             top_ids=drawn.top_ids[: self._alternatives],
             top_logprobs=drawn.top_logprobs[: self._alternatives],
         )
         keep: int | None = None
         if self._output.stopped:
-            self.answer.finish_reason = "stop"
-            keep = len(self.answer.token_ids)
-        elif drawn.end is not End.NONE:
+            answer.finish_reason = "stop"
+            keep = len(answer.token_ids)
+        elif end:
             text += self._output.finish()
-            self.answer.finish_reason = "length" if drawn.end is End.LENGTH else "stop"
+            answer.finish_reason = "length" if end is _LENGTH else "stop"
         self._emit(text, (drawn.token,))
         return keep
 
@@ -512,26 +553,21 @@ class _Sink:
         self._emit(self._output.finish(), ())
 
     def refuse(self, refusal: Refused) -> None:
-        first = self._job.refused is None
-        self._job.refused = refusal
-        if first:
-            self._job.tell(None)
-
-    def take_count(self) -> int:
-        new = len(self.answer.token_ids) - self._counted
-        self._counted += new
-        return new
+        self._job.refuse(refusal)
 
     def _emit(self, text: str, tokens: tuple[int, ...]) -> None:
+        answer, job = self.answer, self._job
         logprobs: tuple[TokenLogprob, ...] = ()
-        if self.answer.logprobs is not None:
+        if answer.logprobs is not None:
             logprobs = tuple(self._output.logprobs())
-            self.answer.logprobs.extend(logprobs)
+            answer.logprobs.extend(logprobs)
         self._pieces.append(text)
-        reason = self.answer.finish_reason
+        reason = answer.finish_reason
         if reason is not None:
-            self.answer.text = "".join(self._pieces)
-        self._job.tell(Delta(self._number, text, tokens, reason, logprobs))
+            answer.text = "".join(self._pieces)
+            job.choice_ended()
+        if job.hear is not None:
+            job.hear(Delta(self._number, text, tokens, reason, logprobs))
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -20,17 +20,16 @@ import mmap
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Protocol
+
+import msgspec
 
 from holdfast.config import Limits
 from holdfast.core.brain import Brain
 from holdfast.core.journal import Journal
 from holdfast.core.metrics import Metrics
 from holdfast.errors import EngineFault, HoldfastError, InvariantError
-from holdfast.wire.link import Kind
 from holdfast.wire.messages import (
     Accepted,
     Cancel,
@@ -39,9 +38,9 @@ from holdfast.wire.messages import (
     Finish,
     Refused,
     Submit,
+    ToApi,
     ToCore,
     TokenBatch,
-    decode_to_api,
 )
 from holdfast.wire.plan import StepPlan, StepResult
 
@@ -49,9 +48,11 @@ from holdfast.wire.plan import StepPlan, StepResult
 EMPTY_ROUNDS_MAX = 1000
 THREAD_STOP_S = 10.0
 
+# By number: to make or read a member of an IntEnum costs a microsecond in Python 3.11.
+_ENDS = {int(end): end for end in End}
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
+
+class Drawn(msgspec.Struct, frozen=True):
     """One token of one request. top_ids, top_logprobs: most likely first; at least as many as
     this request asked for (a step returns the most that any of its rows asked)."""
 
@@ -59,9 +60,9 @@ class Drawn:
     token: int
     end: End
     cached_tokens: int
-    logprob: float | None
-    top_ids: list[int]
-    top_logprobs: list[float]
+    logprob: float | None = None
+    top_ids: Sequence[int] = ()
+    top_logprobs: Sequence[float] = ()
 
 
 class Sink(Protocol):
@@ -169,7 +170,8 @@ class LocalEngine:
         """
         if self._stepping.acquire(timeout=timeout_s):
             try:
-                self._advance()
+                if self.failure is None and not self._closed:
+                    self._guard(self._step)
             finally:
                 self._stepping.release()
         if self.failure is not None:
@@ -199,8 +201,7 @@ class LocalEngine:
             # What is in flight reads and writes memory that is given back next. After a failure
             # nothing more is asked of the device: it may be what has failed.
             if self.failure is None:
-                with self._breaking():
-                    self._commit_all()
+                self._guard(self._commit_all)
 
     def _drive(self) -> None:
         while not self._closed:
@@ -213,20 +214,14 @@ class LocalEngine:
             except HoldfastError:
                 return  # `failure` is set and every sink has heard of it.
 
-    def _advance(self) -> None:
-        if self.failure is not None or self._closed:
-            return
-        with self._breaking():
-            self._step()
-
-    @contextmanager
-    def _breaking(self) -> Iterator[None]:
-        """In the thread that steps. What is raised within ends the engine."""
+    def _guard(self, act: Callable[[], None]) -> None:
+        """Act in the thread that steps. What is raised within ends the engine."""
         try:
-            if self._entered != threading.get_ident():
+            thread = threading.get_ident()
+            if self._entered != thread:
                 self._enter()
-                self._entered = threading.get_ident()
-            yield
+                self._entered = thread
+            act()
         except BaseException as error:
             # Whatever it is, a Ctrl-C between two halves of a step included: plans may be launched
             # and not committed, so this engine cannot go on. Everybody is told, then it goes up.
@@ -236,20 +231,23 @@ class LocalEngine:
             raise
 
     def _step(self) -> None:
-        brain, before = self._brain, len(self._inbox)
-        for _ in range(before):
+        brain, heard = self._brain, len(self._inbox)
+        for _ in range(heard):
             message, sinks = self._inbox.popleft()
             self._receive(message, sinks)
-        brain.expire(time.monotonic())
-        while (plan := brain.plan(time.monotonic())) is not None:
+        now_s = time.monotonic()
+        brain.expire(now_s)
+        while (plan := brain.plan(now_s)) is not None:
             self._device.launch(plan)
-        committed = brain.in_flight > 0
-        moved = self._commit() or committed or before
+            now_s = time.monotonic()
+        moved = self._commit() or heard
         # The last request may end while a step beyond it computes, which nobody will ask for.
         if not brain.live:
             self._commit_all()
-        owed = brain.live or self._sinks
-        self._empty_rounds = 0 if moved or not owed else self._empty_rounds + 1
+        if moved or not (brain.live or self._sinks):
+            self._empty_rounds = 0
+            return
+        self._empty_rounds += 1
         if self._empty_rounds > EMPTY_ROUNDS_MAX:
             raise InvariantError(
                 f"{brain.live} requests are live, {len(self._sinks)} are waited for, and nothing "
@@ -258,17 +256,18 @@ class LocalEngine:
 
     def _commit(self) -> bool:
         """Take the oldest result, if a plan is in flight, and say what the brain has to say:
-        whether it was anything."""
+        whether there was either."""
         brain = self._brain
-        if brain.in_flight:
+        committed = brain.in_flight > 0
+        if committed:
             brain.commit(self._device.collect(), time.monotonic())
         output = brain.take_output()
-        for _, kind, payload in output:
-            if kind == Kind.TOKENS:
-                self._tokens(TokenBatch.decode(payload))
+        for _, message in output:
+            if isinstance(message, TokenBatch):
+                self._tokens(message)
             else:
-                self._message(payload)
-        return bool(output)
+                self._message(message)
+        return committed or bool(output)
 
     def _commit_all(self) -> None:
         """Wait for what is in flight."""
@@ -284,9 +283,8 @@ class LocalEngine:
         self._brain.receive(0, message, time.monotonic())
 
     def _tokens(self, batch: TokenBatch) -> None:
-        width = batch.top_k
-        logprobs = batch.logprobs.tolist() or None
-        top_ids, top_values = batch.top_ids.tolist(), batch.top_logprobs.tolist()
+        sinks = self._sinks
+        extras = _logprobs_of(batch) if batch.logprobs.size else ()
         columns = zip(
             batch.requests.tolist(),
             batch.indexes.tolist(),
@@ -296,29 +294,18 @@ class LocalEngine:
             strict=True,
         )
         for at, (request, index, token, end, cached) in enumerate(columns):
-            sink = self._sinks.get(request)
+            sink = sinks.get(request)
             if sink is None:
                 continue  # Cancelled, or ended by a stop string: later tokens are void.
-            top = slice(at * width, (at + 1) * width)
-            keep = sink.push(
-                Drawn(
-                    index,
-                    token,
-                    End(end),
-                    cached,
-                    None if logprobs is None else logprobs[at],
-                    top_ids[top],
-                    top_values[top],
-                )
-            )
+            extra = extras[at] if extras else ()
+            keep = sink.push(Drawn(index, token, _ENDS[end], cached, *extra))
             if end:
-                del self._sinks[request]
+                del sinks[request]
             elif keep is not None:
-                del self._sinks[request]
+                del sinks[request]
                 self._brain.receive(0, Finish(request, keep), time.monotonic())
 
-    def _message(self, payload: bytes) -> None:
-        message = decode_to_api(payload)
+    def _message(self, message: ToApi) -> None:
         if isinstance(message, Refused):
             for request in message.ids:
                 sink = self._sinks.pop(request, None)
@@ -339,3 +326,13 @@ class LocalEngine:
         sinks, self._sinks = list(self._sinks.values()), {}
         for sink in sinks:
             sink.finish(end, message)
+
+
+def _logprobs_of(batch: TokenBatch) -> list[tuple[float, list[int], list[float]]]:
+    """What Drawn has of logprobs, of each token of a step whose rows asked for any."""
+    width = batch.top_k
+    top_ids, top_values = batch.top_ids.tolist(), batch.top_logprobs.tolist()
+    return [
+        (logprob, top_ids[at * width : (at + 1) * width], top_values[at * width : (at + 1) * width])
+        for at, logprob in enumerate(batch.logprobs.tolist())
+    ]

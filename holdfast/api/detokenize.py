@@ -21,8 +21,6 @@ _WINDOW_IDS_HELD = 8
 # Prompt ids that a window starts with: enough for decoders whose text depends on a neighbour.
 _WINDOW_IDS_BEFORE = 6
 
-_utf8 = codecs.getincrementaldecoder("utf-8")
-
 
 class Detokenizer(Protocol):
     """`pending`: bytes are held back that may become a character."""
@@ -47,23 +45,25 @@ class TableDetokenizer:
     `strip_start`: this is the start of a text and its first blank is dropped.
     """
 
-    __slots__ = ("_decode", "_decoder", "_strip", "_table")
+    __slots__ = ("_held", "_strip", "_table")
 
     def __init__(self, table: Sequence[bytes], *, strip_start: bool = False) -> None:
         self._table = table
-        self._decoder = _utf8("replace")
-        self._decode = self._decoder.decode
+        self._held = b""  # the bytes of a character that is not whole
         self._strip = strip_start
 
     @property
     def pending(self) -> bool:
-        return bool(self._decoder.getstate()[0])
+        return bool(self._held)
 
     def push(self, token: int) -> str:
         """The characters that are whole now."""
         if not 0 <= token < len(self._table):
             return ""
-        text = self._decode(self._table[token])
+        # As codecs' incremental decoder does it, without its own call.
+        data = self._held + self._table[token]
+        text, used = codecs.utf_8_decode(data, "replace")
+        self._held = data[used:]
         if self._strip and text:
             self._strip = False
             return text.removeprefix(" ")

@@ -23,6 +23,7 @@ from holdfast.config import Limits
 from holdfast.core.brain import Brain
 from holdfast.core.journal import Journal
 from holdfast.core.metrics import Metrics
+from holdfast.core.replies import framed
 from holdfast.errors import require
 from holdfast.sim.fake_worker import FakeWorker
 from holdfast.wire.messages import Sampling, Submit
@@ -115,7 +116,8 @@ class Rig:
             answer = self._frames.popleft()
             with watch:
                 self.brain.commit(StepResult.decode(answer), time.monotonic())
-                self.brain.take_output()
+                for _, message in self.brain.take_output():
+                    framed(message)
         else:
             require(frame is not None, "the brain neither plans nor waits for a result")
         return watch.wall_ns / 1000, watch.cpu_ns / 1000

@@ -41,7 +41,7 @@ from holdfast.core.request import Phase, Request
 from holdfast.core.running import RunningRows
 from holdfast.core.scheduler import Scheduler
 from holdfast.core.trust import Moment, Trust
-from holdfast.errors import WorkerFault, require
+from holdfast.errors import InvariantError, WorkerFault, require
 from holdfast.kv.ledger import Ledger
 from holdfast.kv.tiers import Tiers
 from holdfast.wire.copies import CopyAcks, MoveOrders
@@ -100,6 +100,7 @@ class Brain:
         self.waiting = WaitingQueue(limits)
         self.requests: dict[int, Request] = {}
         self._deadlines: list[tuple[float, int]] = []
+        self._deadlines_max = 2 * limits.live_requests
         self._flights: deque[Flight] = deque()
         self.recent: deque[Flight] = deque(maxlen=PLANS_KEPT)
         self.quarantine = Quarantine()
@@ -167,7 +168,8 @@ class Brain:
         return deadline_s if deadline_s < math.inf else None
 
     def take_output(self) -> list[Output]:
-        """(api, link.Kind, payload) in order; whoever takes it sends it."""
+        """(api, message) in order; whoever takes it sends it (core.replies.framed), or reads it
+        before the next `commit`."""
         return self._replies.take()
 
     # --- messages ---
@@ -297,13 +299,14 @@ class Brain:
             return None
         self._flights.append(flight)
         self.faults.launched(flight)
-        prefilled = int(flight.plan.known_lens.sum()) - int(flight.plan.samples.sum())
         self.metrics.add("steps_total")
         if flight.plan.admits.size:
             admits = flight.plan.admits
             self.metrics.add("prefix_query_tokens_total", int(admits["tokens_len"].sum()))
             self.metrics.add("prefix_hit_tokens_total", int(admits["length"].sum()))
-        if prefilled > 0:
+        if flight.prompts:
+            # A row's last known token is decoded, be it of a prompt or drawn.
+            prefilled = int(flight.plan.known_lens.sum()) - int(flight.plan.samples.sum())
             self.metrics.add("tokens_prefilled_total", prefilled)
         return flight.plan
 
@@ -320,9 +323,11 @@ class Brain:
         """Settle the oldest unanswered plan.
 
         One that was committed already is counted and dropped; those of another epoch never get
-        past the link. Raises WorkerFault when the result cannot be of the plan: the epoch must end.
+        past the link. Output may hold arrays of the result: they stay as they are until it is
+        taken. Raises WorkerFault when the result cannot be of the plan: the epoch must end.
         """
-        require(result.epoch == self.epoch, f"result of epoch {result.epoch} in {self.epoch}")
+        if result.epoch != self.epoch:
+            raise InvariantError(f"result of epoch {result.epoch} in {self.epoch}")
         if not self._flights or self.suspended:
             self.metrics.add("stale_results_total")
             return
@@ -427,7 +432,7 @@ class Brain:
             if request is not None and request.deadline_s <= now_s:
                 self._end(request, End.DEADLINE, "the request's deadline passed")
         # Deadlines of ended requests are dropped lazily; keep the heap proportional to the live.
-        if len(self._deadlines) > 2 * self.limits.live_requests:
+        if len(self._deadlines) > self._deadlines_max:
             self._deadlines = [e for e in self._deadlines if e[1] in self.requests]
             heapq.heapify(self._deadlines)
         if self.tiers is not None:

@@ -25,7 +25,6 @@ from holdfast.core.running import Chain
 from holdfast.core.scheduler import Scheduler
 from holdfast.errors import WorkerFault
 from holdfast.kv.ledger import Ledger
-from holdfast.wire.link import Kind
 from holdfast.wire.messages import End, TokenBatch
 from holdfast.wire.plan import ROW_OK, StepPlan, StepResult, handle_groups
 from holdfast.wire.rows import drawn_slots
@@ -36,7 +35,7 @@ SEAL_TOGETHER = 32
 SEAL_EVERY_STEPS = 4
 
 # Plain integers: reading a member of an IntEnum costs a microsecond in Python 3.11.
-_STOP, _LENGTH, _TOKENS = int(End.STOP), int(End.LENGTH), int(Kind.TOKENS)
+_STOP, _LENGTH = int(End.STOP), int(End.LENGTH)
 
 
 class Commit:
@@ -85,7 +84,7 @@ class Commit:
             # Before any token: one that was drawn from a page that has changed is none.
             self._checked(flight, result.seal_sums[flight.sealed.size :])
         mirror.advance(plan, result.tokens, result.accepted)
-        rows, n = plan.rows, plan.rows.size
+        rows, n = flight.rows, flight.rows.size
         live = run.life[rows] == flight.life
         if plan.drafts.size:
             self._roll_back(plan, result, rows, live)
@@ -106,8 +105,10 @@ class Commit:
         for request, end in ends:
             self._ended(request, end, "")
         self.ledger.acknowledge(plan.step)
-        self._book_seals(flight, result)
-        self._release_groups(plan.zeros[: flight.zeros], plan.step)
+        if flight.seals:
+            self._book_seals(flight, result)
+        if flight.zeros:
+            self._release_groups(plan.zeros[: flight.zeros], plan.step)
 
     def _roll_back(
         self, plan: StepPlan, result: StepResult, rows: np.ndarray, live: np.ndarray
@@ -128,7 +129,7 @@ class Commit:
         """Journal and emit the tokens of the `drawn` rows (None = all); returns who ends."""
         run, mirror = self.scheduler.running, self.scheduler.mirror
         plan, slots = flight.plan, drawn
-        rows, tokens, within = plan.rows, result.tokens, None
+        rows, tokens, within = flight.rows, result.tokens, None
         if plan.drafts.size:
             drawn = plan.samples != 0 if drawn is None else drawn
             slots = drawn_slots(plan.drafts, drawn, result.accepted)
@@ -193,6 +194,13 @@ class Commit:
         """One TokenBatch to each api process with rows in the step. slots: where the tokens stood
         in the result, a mask or indexes; None = all of it."""
         run = self.scheduler.running
+        logprobs, top_k = result.logprobs, result.top_k
+        top_ids, top_logprobs = result.top_ids, result.top_logprobs
+        if slots is not None and logprobs.size:
+            logprobs = logprobs[slots]
+            if top_k:
+                top_ids = top_ids.reshape(-1, top_k)[slots].reshape(-1)
+                top_logprobs = top_logprobs.reshape(-1, top_k)[slots].reshape(-1)
         batch = TokenBatch(
             step=flight.plan.step,
             requests=ids,
@@ -200,16 +208,13 @@ class Commit:
             tokens=tokens,
             ends=ends,
             cached=run.cached[rows],
+            top_k=top_k,
+            logprobs=logprobs,
+            top_ids=top_ids,
+            top_logprobs=top_logprobs,
         )
-        if result.logprobs.size:
-            chosen = slice(None) if slots is None else slots
-            batch.logprobs = result.logprobs[chosen]
-            if top_k := result.top_k:
-                batch.top_k = top_k
-                batch.top_ids = result.top_ids.reshape(-1, top_k)[chosen].reshape(-1)
-                batch.top_logprobs = result.top_logprobs.reshape(-1, top_k)[chosen].reshape(-1)
         if self.limits.api_processes == 1 and not self.muted:
-            self.output.append((0, _TOKENS, batch.encode()))
+            self.output.append((0, batch))
             return
         apis = run.api[rows]
         for api in sorted(set(apis.tolist())):
@@ -217,7 +222,7 @@ class Commit:
             if self.muted:
                 mine &= [request not in self.muted for request in ids.tolist()]
             if np.count_nonzero(mine):
-                self.output.append((api, _TOKENS, batch.of(mine).encode()))
+                self.output.append((api, batch.of(mine)))
 
     def _fail_rows(self, rows: np.ndarray) -> None:
         """NaN rows end alone; what they wrote is zeroed before anybody can own it (0 * NaN)."""
@@ -260,8 +265,6 @@ class Commit:
 
     def _book_seals(self, flight: Flight, result: StepResult) -> None:
         """The sums of the plan's seals are in: pages become sealed, shared, and followers go."""
-        if not flight.seals:
-            return
         sealed = flight.sealed
         self.ledger.seal(sealed, result.seal_sums[: sealed.size])
         share, size = self.ledger.share, 4 * self.limits.page_tokens

@@ -46,19 +46,23 @@ class SealBatch:
 class Flight:
     """A launched plan and what its result will be matched with.
 
-    life: int64[n], ids: uint64[n], of plan.rows. zeros: how many of plan.zeros hold a lease until
-    then. reach: int32[n], tokens of each row that have their KV once the plan is over, all of its
-    drafts counted. checks: uint64[k] handles at the end of plan.seals whose sums are known already;
-    verifies: that it is the first look at them after a worker's end.
+    rows: int64[n], plan.rows as numpy wants indexes: int32 are converted at each access, at six
+    times its price. life: int64[n], ids: uint64[n], of these rows. zeros: how many of plan.zeros
+    hold a lease until then. reach: int32[n], tokens of each row that have their KV once the plan is
+    over, all of its drafts counted. prompts: query tokens of rows that do not decode. checks:
+    uint64[k] handles at the end of plan.seals whose sums are known already; verifies: that it is
+    the first look at them after a worker's end.
     """
 
     plan: StepPlan
+    rows: np.ndarray
     life: np.ndarray
     ids: np.ndarray
     seals: list[SealBatch]
     zeros: int
     launched_s: float
     reach: np.ndarray
+    prompts: int
     checks: np.ndarray
     verifies: bool
 
@@ -73,13 +77,15 @@ class Flight:
 class PlanParts:
     """A plan while it is put together.
 
-    rows, query_lens: int32 arrays, one after the other; drafts: uint8 of the first of them, the
-    decode rows, or None. fresh: page sets uint64[groups, k] that the plan is the first to write.
+    rows: int64, query_lens: int32 arrays, one after the other; drafts: uint8 of the first of them,
+    the decode rows, or None. prompts: query tokens of all others. fresh: page sets
+    uint64[groups, k] that the plan is the first to write.
     """
 
     rows: list[np.ndarray] = field(default_factory=list)
     query_lens: list[np.ndarray] = field(default_factory=list)
     drafts: np.ndarray | None = None
+    prompts: int = 0
     writes: list[np.ndarray] = field(default_factory=list)
     fresh: list[np.ndarray] = field(default_factory=list)
     admits: list[tuple] = field(default_factory=list)

@@ -27,10 +27,11 @@ from typing import Any, Protocol
 import msgspec
 
 from holdfast.core.clocks import StepClocks
+from holdfast.core.replies import Output, framed
 from holdfast.errors import LinkClosed, LinkError, WorkerFault
 from holdfast.wire.copies import CopyAcks
 from holdfast.wire.link import Frame, Kind, Link
-from holdfast.wire.messages import ID_MAX, End, Memory, State, ToCore, decode_to_core, encode
+from holdfast.wire.messages import ID_MAX, End, Memory, State, ToCore, decode_to_core
 from holdfast.wire.plan import StepPlan, StepResult
 
 EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h; the supervisor starts a new core from the journal
@@ -62,7 +63,7 @@ class BrainLike(Protocol):
     def plan(self, now_s: float) -> StepPlan | None: ...
     def commit(self, result: StepResult, now_s: float) -> None: ...
     def copied(self, acks: CopyAcks, now_s: float) -> None: ...
-    def take_output(self) -> list[tuple[int, int, bytes]]: ...
+    def take_output(self) -> list[Output]: ...
     def new_epoch(
         self, epoch: int, now_s: float, *, implicates: bool = False, memory: Memory = Memory.LOST
     ) -> None: ...
@@ -299,8 +300,8 @@ class CoreLoop:
         self._report(fault)
 
     def _send_output(self) -> None:
-        for index, kind, payload in self.brain.take_output():
-            self._send(index, kind, payload)
+        for index, message in self.brain.take_output():
+            self._send(index, *framed(message))
 
     def _send(self, index: int, kind: int, payload: bytes) -> None:
         peer = self._apis.get(index)
@@ -324,7 +325,7 @@ class CoreLoop:
         if self._state != (state := State(ready=ready, detail=detail)):
             self._state = state
             for index in sorted(self._apis):
-                self._send(index, Kind.MESSAGE, encode(state))
+                self._send(index, *framed(state))
         if self._draining and not self._drained and self.brain.live == 0:
             self._drained = True
             self._report({"type": "drained"})
@@ -399,7 +400,7 @@ class CoreLoop:
         self.brain.drop_api(index, self._clock(), first_id)
         self._apis[index] = self._register(Link(_socket_of(fds)), ("api", index))
         self._apis[index].process = process
-        self._send(index, Kind.MESSAGE, encode(self._state))
+        self._send(index, *framed(self._state))
 
     def _tell_faults(self, *, last: bool = False) -> None:
         """Hand over what is to be told of faults; the supervisor writes it."""

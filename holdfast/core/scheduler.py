@@ -161,7 +161,7 @@ class Scheduler:
     ) -> Flight:
         run = self.running
         self.step += 1
-        rows = concat(parts.rows, np.int32)
+        rows = concat(parts.rows, np.int64)
         query_lens = concat(parts.query_lens, np.int32)
         planned = run.planned[rows] + query_lens
         run.planned[rows] = planned
@@ -176,7 +176,7 @@ class Scheduler:
         run.total[rows] = total + samples
         seals, self.seals = self.seals, []
         zeros, self.zeros = self.zeros, []
-        leased = sum(handles.size for handles in zeros)
+        leased = sum(handles.size for handles in zeros) if zeros else 0
         for handles in parts.fresh:
             self.ledger.launch(handles)
             if (soiled := self.ledger.soiled(handles)).size:
@@ -185,7 +185,7 @@ class Scheduler:
         plan = StepPlan(
             epoch=epoch,
             step=self.step,
-            rows=rows,
+            rows=rows.astype(np.int32),
             query_lens=query_lens,
             samples=samples.view(np.uint8),
         )
@@ -206,8 +206,19 @@ class Scheduler:
             plan.zeros = concat(zeros, np.uint64)
         if self.tiers is not None and self.tiers.pending:
             plan.copies = self.tiers.take_copies(now_s)
-        life, ids = run.life[rows], run.ids[rows]
-        return Flight(plan, life, ids, seals, leased, now_s, planned, checks, verifies)
+        return Flight(
+            plan,
+            rows,
+            run.life[rows],
+            run.ids[rows],
+            seals,
+            leased,
+            now_s,
+            planned,
+            parts.prompts,
+            checks,
+            verifies,
+        )
 
     # --- decode ---
 
@@ -217,7 +228,10 @@ class Scheduler:
         while True:
             ready = (run.total - run.planned == 1) & (run.total < run.limit)
             rows = ready.nonzero()[0]
-            needy = rows[run.planned[rows] >= run.capacity[rows]]
+            planned = run.planned[rows]
+            needy = rows[planned >= run.capacity[rows]]
+            if needy.size == 0:
+                break
             short = needy.size - self.ledger.available()
             if short <= 0 or self.ledger.coming(needy.size) or run.active <= 1:
                 break
@@ -226,7 +240,7 @@ class Scheduler:
             self.preempt(self._victim())
         if needy.size:
             soon = rows[
-                (run.planned[rows] + PAGE_AHEAD_TOKENS >= run.capacity[rows])
+                (planned + PAGE_AHEAD_TOKENS >= run.capacity[rows])
                 & (run.capacity[rows] < run.limit[rows])
             ]
             if soon.size <= self.ledger.available():
@@ -236,10 +250,11 @@ class Scheduler:
                 keep = np.lexsort((run.order[needy], -run.priority[needy]))
                 stalled = needy[keep[self.ledger.available() :]]
                 needy = np.sort(needy[keep[: self.ledger.available()]])
-                rows = rows[~np.isin(rows, stalled)]
+                go = ~np.isin(rows, stalled)
+                rows, planned = rows[go], planned[go]
             self._give_pages(parts, needy)
         # Longest first: a device begins rows in this order, and what it ends with should be short.
-        rows = rows[np.argsort(-run.planned[rows], kind="stable")]
+        rows = rows[(-planned).argsort(kind="stable")]
         query_lens = self._ones[: rows.size]
         if self.drafts is not None and rows.size:
             depths = self._draft_depths(parts, rows)
@@ -307,7 +322,8 @@ class Scheduler:
             run.pages_len[row] = held + pages
             run.capacity[row] = (held + pages) * page_tokens
             parts.own(row, np.arange(held, held + pages), handles)
-        parts.compute(np.array([row], np.int32), np.array([count], np.int32))
+        parts.compute(np.array([row], np.int64), np.array([count], np.int32))
+        parts.prompts += count
         return count
 
     def _admit(self, parts: PlanParts, budget: int) -> None:
@@ -521,7 +537,7 @@ class Scheduler:
         at = column[:, None] * page_tokens + self._page_range
         tokens = self.mirror.tokens[row[:, None], at].tobytes()
         chains = [run.chains[row_id] for row_id in row.tolist()]
-        heads = [0, *np.cumsum(complete - first)[:-1].tolist()]
+        heads = [0, *(complete - first).cumsum()[:-1].tolist()]
         batch = SealBatch(0, handles, column, tokens, chains, heads)
         self.seals.append(batch)
         self._unbooked.append(batch)

@@ -139,7 +139,7 @@ class Ledger:
         )
 
     def soil(self, group: int, pages: np.ndarray) -> None:
-        """These distinct pages int32[k] hold what is not finite, unless they are sealed (then it
+        """These distinct pages int[k] hold what is not finite, unless they are sealed (then it
         was written to another page of the row) or the trash page."""
         state = self.pools[group].state[pages]
         self._soil.mark(group, pages[(state != _SEALED) & (state != _TRASH)])
@@ -199,10 +199,11 @@ class Ledger:
         """The result of `step` is in: leases released at or before it drop. Called every step."""
         self._clock += 1
         self._acknowledged = step
-        for due in sorted(at for at in self._retired if at <= step):
-            for group, handles in self._retired.pop(due):
-                self._retiring[group] -= handles.size
-                self._drop(group, self.pools[group].pages_of(handles))
+        if self._retired:
+            for due in sorted(at for at in self._retired if at <= step):
+                for group, handles in self._retired.pop(due):
+                    self._retiring[group] -= handles.size
+                    self._drop(group, self.pools[group].pages_of(handles))
         if self._read:
             for due in sorted(at for at in self._read if at <= step):
                 for group, handles in self._read.pop(due):
@@ -235,7 +236,7 @@ class Ledger:
             self._compact_leaves()
 
     def _drop_beside(self, group: int, idle: np.ndarray, *, used: bool) -> None:
-        """Pages int32[k] of a window group have lost their last lease."""
+        """Pages int64[k] of a window group have lost their last lease."""
         pool, cache = self.pools[group], self.windows[group - 1]
         known = cache.indexed[idle]
         pool.give_back(idle[~known])
@@ -284,7 +285,8 @@ class Ledger:
         or None when the chain cannot be indexed further (see PrefixIndex.insert).
         """
         page = handle & 0xFF_FFFF
-        require(self._sealed(handle, page), f"page {page} is shared before it is sealed")
+        if not self._sealed(handle, page):
+            raise InvariantError(f"page {page} is shared before it is sealed")
         return self.index.insert(parent, tokens, handle, page)
 
     def share_beside(self, trie_handle: int, handle: int) -> None:
@@ -374,7 +376,7 @@ class Ledger:
         pool, page = self.pools[group], handle & 0xFF_FFFF
         self.windows[group - 1].remove(handle, page)
         if pool.leases[page] == 0:
-            pool.give_back(np.array([page], np.int32))
+            pool.give_back(np.array([page]))
             self._cached[group] -= 1
             self.evicted += 1
 
@@ -389,7 +391,7 @@ class Ledger:
                 continue
             parent = self.index.remove(handle, page)
             if not self.lent[page]:  # else it is free when it is repaid
-                pool.give_back(np.array([page], np.int32))
+                pool.give_back(np.array([page]))
                 self._cached[0] -= 1
                 self.evicted += 1
                 count -= 1
@@ -468,7 +470,7 @@ class Ledger:
             self.dropped += np.count_nonzero(pool.state == _SEALED) - handles.size
             pool.leases[:] = 0
             gone = ~stays & (pool.state != _FREE) & (pool.state != _TRASH)
-            pool.give_back(np.flatnonzero(gone).astype(np.int32))
+            pool.give_back(np.flatnonzero(gone))
             self._soil.mark_all_but(group, stays)
         self.unverified = sum(handles.size for handles in kept)
         self._cached = [handles.size for handles in kept]

@@ -58,8 +58,9 @@ class PagePool:
         self.sums = np.zeros(pages, np.uint64)
         self.sealed_at = np.zeros(pages, np.int64)
         self.state[TRASH_PAGE] = PageState.TRASH
-        # A stack; low pages on top, so that short runs stay in few pages.
-        self._free = np.arange(pages - 1, 0, -1, dtype=np.int32)
+        # A stack; low pages on top, so that short runs stay in few pages. Pages are int64 wherever
+        # they are indexes: numpy converts others at each access, at six times its price.
+        self._free = np.arange(pages - 1, 0, -1, dtype=np.int64)
         self.free = pages - 1
 
     def take(self, count: int) -> np.ndarray:
@@ -72,7 +73,7 @@ class PagePool:
         return self.current[pages]
 
     def give_back(self, pages: np.ndarray) -> None:
-        """Pages int32[k] without leases become FREE; their handles are stale from here on."""
+        """Pages int[k] without leases become FREE; their handles are stale from here on."""
         count = pages.size
         if count == 0:
             return
@@ -84,8 +85,8 @@ class PagePool:
         self.free += count
 
     def pages_of(self, handles: np.ndarray) -> np.ndarray:
-        """int32[k] pages of uint64[k] handles. Raises InvariantError when one is stale."""
-        pages = handle_pages(handles)
+        """int64[k] pages of uint64[k] handles. Raises InvariantError when one is stale."""
+        pages = handle_pages(handles).astype(np.int64)
         stale = self.current[pages] != handles
         if np.count_nonzero(stale):
             at = int(stale.argmax())

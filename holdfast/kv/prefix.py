@@ -78,7 +78,8 @@ class PrefixIndex:
         known = self._handles.setdefault(key, handle)
         if known != handle:
             return known
-        require(handle not in self._keys, f"handle {handle:#x} is indexed twice")
+        if handle in self._keys:
+            raise InvariantError(f"handle {handle:#x} is indexed twice")
         self._keys[handle] = key
         self.indexed[page] = True
         if self.chains is not None:

@@ -13,6 +13,7 @@ import numpy as np
 from holdfast.core.brain import POISON_MESSAGE, Brain
 from holdfast.core.clocks import StepClocks
 from holdfast.core.journal import Journal, recover
+from holdfast.core.replies import framed
 from holdfast.errors import WorkerFault
 from holdfast.kv.pages import PageState
 from holdfast.proc.lifecycle.states import Event
@@ -332,7 +333,8 @@ class SimCore:
             self.tick()
 
     def _flush(self) -> None:
-        for api, kind, payload in self.brain.take_output():
+        for api, message in self.brain.take_output():
+            kind, payload = framed(message)
             if kind == Kind.MESSAGE:
                 self._check_message(payload)
             if kind == Kind.TOKENS:

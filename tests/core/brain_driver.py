@@ -10,6 +10,7 @@ from holdfast.config import Limits
 from holdfast.core.brain import Brain
 from holdfast.core.journal import Journal
 from holdfast.core.metrics import Metrics
+from holdfast.core.replies import framed
 from holdfast.sim.fake_worker import FakeWorker, expected_token
 from holdfast.wire.link import Kind
 from holdfast.wire.messages import (
@@ -128,7 +129,8 @@ class Driver:
         self.collect()
 
     def collect(self) -> None:
-        for _, kind, payload in self.brain.take_output():
+        for _, said in self.brain.take_output():
+            kind, payload = framed(said)
             if kind == Kind.TOKENS:
                 self._take_batch(TokenBatch.decode(payload))
                 continue

@@ -12,12 +12,34 @@ import pytest
 
 from holdfast.core import loop as loop_module
 from holdfast.core.loop import CoreLoop
+from holdfast.core.replies import Output, framed
 from holdfast.errors import LinkClosed, WorkerFault
 from holdfast.proc.control import Control
 from holdfast.wire.copies import CopyAcks
 from holdfast.wire.link import Kind, Link
-from holdfast.wire.messages import ID_MAX, Cancel, End, Memory, State, decode_to_api, encode
+from holdfast.wire.messages import (
+    ID_MAX,
+    Cancel,
+    End,
+    Memory,
+    State,
+    TokenBatch,
+    decode_to_api,
+    encode,
+)
 from holdfast.wire.plan import StepPlan, StepResult
+
+
+def batch(step: int, size: int = 0) -> TokenBatch:
+    """Something to send: `size` bytes of tokens."""
+    return TokenBatch(
+        step=step,
+        requests=np.empty(0, np.uint64),
+        indexes=np.empty(0, np.int32),
+        tokens=np.zeros(size // 4, np.int32),
+        ends=np.empty(0, np.uint8),
+        cached=np.empty(0, np.int32),
+    )
 
 
 class ScriptedBrain:
@@ -30,7 +52,7 @@ class ScriptedBrain:
         self.wants = 0
         self.steps: list[int] = []
         self.next_step = 0
-        self.output: list[tuple[int, int, bytes]] = []
+        self.output: list[Output] = []
         self.suspended = True
         self.live = 0
         self.next_deadline_s: float | None = None
@@ -66,7 +88,7 @@ class ScriptedBrain:
         self.calls.append(("copied", acks.tickets.tolist()))
         self.wants += 1
 
-    def take_output(self) -> list[tuple[int, int, bytes]]:
+    def take_output(self) -> list[Output]:
         output, self.output = self.output, []
         if output:
             self.calls.append(("output", len(output)))
@@ -190,13 +212,13 @@ def test_the_next_plan_leaves_before_messages_are_read_and_output_is_sent(bench:
     bench.loop.tick(0)
     assert plans(worker) == [1, 2]
     bench.brain.calls.clear()
-    bench.brain.on_commit = lambda step: bench.brain.output.append((0, Kind.TOKENS, b"%d" % step))
+    bench.brain.on_commit = lambda step: bench.brain.output.append((0, batch(step)))
     worker.send(Kind.RESULT, result(1))
     api.send(Kind.MESSAGE, encode(Cancel((1,))))
     bench.loop.tick(0)
     assert bench.brain.names() == ["commit", "plan", "receive", "output"]
     assert plans(worker) == [3]
-    assert api.receive(0) == (Kind.TOKENS, b"1")
+    assert api.receive(0) == (Kind.TOKENS, batch(1).encode())
 
 
 def test_results_are_committed_in_the_order_of_the_link(bench: Bench) -> None:
@@ -215,12 +237,12 @@ def test_results_are_committed_in_the_order_of_the_link(bench: Bench) -> None:
 def test_output_of_each_api_process_keeps_its_order(bench: Bench) -> None:
     first, second = bench.api(0), bench.api(1)
     states(first), states(second)
-    sent = [(n % 2, Kind.TOKENS, b"%d" % n) for n in range(50)]
+    sent: list[Output] = [(n % 2, batch(n)) for n in range(50)]
     bench.brain.output = list(sent)
     bench.loop.tick(0)
     for index, link in enumerate((first, second)):
-        got = [link.receive(0)[1] for _ in range(25)]
-        assert got == [data for api, _, data in sent if api == index]
+        got = [link.receive(0) for _ in range(25)]
+        assert got == [framed(message) for api, message in sent if api == index]
 
 
 def test_a_burst_of_one_api_process_is_taken_in_bounded_pieces(bench: Bench) -> None:
@@ -350,18 +372,18 @@ def test_an_api_process_that_breaks_the_protocol_loses_its_own_link_only(
     assert bench.brain.calls == [("drop_api", 0), ("receive", 1, Cancel((1,)))]
     faults = [(m["type"], m["index"], m["process"]) for m in bench.heard()]
     assert faults == [("api_fault", 0, 40)]
-    bench.brain.output = [(0, Kind.TOKENS, b"lost"), (1, Kind.TOKENS, b"kept")]
+    bench.brain.output = [(0, batch(1)), (1, batch(2))]
     bench.loop.tick(0)
     states_and_tokens = []
     while (frame := good.receive(0)) is not None:
         states_and_tokens.append(frame)
-    assert states_and_tokens[-1] == (Kind.TOKENS, b"kept")
+    assert states_and_tokens[-1] == (Kind.TOKENS, batch(2).encode())
 
 
 def test_an_api_process_that_does_not_read_is_dropped_at_the_bound(bench: Bench) -> None:
     bench.api(0), bench.api(1)
     bench.loop._apis[0].link.buffer_bytes = 1 << 20
-    bench.brain.output = [(0, Kind.TOKENS, b"x" * (1 << 18))] * 8
+    bench.brain.output = [(0, batch(1, 1 << 18))] * 8
     bench.loop.tick(0)
     assert ("drop_api", 0) in bench.brain.calls[2:]
     assert bench.heard()[0]["type"] == "api_fault"
@@ -371,8 +393,8 @@ def test_an_api_process_that_does_not_read_is_dropped_at_the_bound(bench: Bench)
 def test_bytes_a_peer_did_not_take_follow_when_it_reads(bench: Bench) -> None:
     api = bench.api(0)
     states(api)
-    pieces = [b"%d" % n + b"x" * (1 << 18) for n in range(8)]
-    bench.brain.output = [(0, Kind.TOKENS, piece) for piece in pieces]
+    pieces = [batch(n, 1 << 18) for n in range(8)]
+    bench.brain.output = [(0, piece) for piece in pieces]
     bench.loop.tick(0)
     assert bench.loop._apis[0].link.unsent_bytes > 0
     got = []
@@ -383,7 +405,7 @@ def test_bytes_a_peer_did_not_take_follow_when_it_reads(bench: Bench) -> None:
             got.append(frame[1])
         if len(got) == len(pieces):
             break
-    assert got == pieces
+    assert got == [piece.encode() for piece in pieces]
     # And then it is not woken for writability any more.
     assert bench.loop._apis[0].link.unsent_bytes == 0 and not bench.loop._apis[0].writing
 
@@ -583,14 +605,15 @@ def test_drained_is_said_once_when_nothing_is_live_any_more(bench: Bench) -> Non
 def test_stop_sends_what_is_left_and_returns_0(bench: Bench) -> None:
     api = bench.api(0)
     states(api)
-    bench.brain.output = [(0, Kind.TOKENS, b"x" * (1 << 20))]
+    last = batch(1, 1 << 20)
+    bench.brain.output = [(0, last)]
     got: list[int] = []
     reader = threading.Thread(target=lambda: got.append(len(api.receive(10)[1])))
     bench.control.send({"type": "stop"})
     reader.start()
     assert bench.loop.run() == 0
     reader.join(10)
-    assert got == [1 << 20]
+    assert got == [len(last.encode())]
     with pytest.raises(LinkClosed):
         api.receive(5)
 

@@ -17,7 +17,12 @@ from holdfast.errors import EngineFault, InvalidField, WorkerFault
 from holdfast.llm import LLM, NO_DEADLINE_S
 from holdfast.local import Drawn, Immediate, LocalEngine
 from holdfast.model.spec import ModelSpec, resolve_model
-from holdfast.sim.fake_worker import FakeWorker, expected_token
+from holdfast.sim.fake_worker import (
+    FakeWorker,
+    expected_alternatives,
+    expected_logprob,
+    expected_token,
+)
 from holdfast.wire.messages import End, Refused, Submit
 from holdfast.wire.plan import StepPlan, StepResult
 
@@ -116,6 +121,40 @@ def test_a_stop_id_ends_the_answer_and_its_text_is_not_shown(llm: LLM) -> None:
     end = tokens.index(tokens[9])
     assert (result.finish_reason, result.token_ids) == ("stop", tokens[: end + 1])
     assert result.text == llm.tokenizer.decode(tokens[:end])
+
+
+def test_logprobs_are_of_their_own_token_and_as_many_as_its_request_asked(llm: LLM) -> None:
+    """One step returns the most that any of its rows asked; beside them are rows that asked none,
+    and rows in the middle of their prompts, which have no token."""
+    asked = [[1, 2, 3], list(range(100, 150)), [4], list(range(200, 250)), [5, 6]]
+    wanted = [None, 3, 0, 1, None]
+    lengths = [4, 9, 12, 6, 15]
+    params = [exactly(n, logprobs=some) for n, some in zip(lengths, wanted, strict=True)]
+    for result, some, length in zip(llm.generate(asked, params), wanted, lengths, strict=True):
+        assert len(result.token_ids) == length
+        if some is None:
+            assert result.logprobs is None
+            continue
+        assert [entry.token for entry in result.logprobs] == result.token_ids
+        for entry in result.logprobs:
+            assert entry.logprob == expected_logprob(entry.token)
+            pairs = zip(entry.top_ids, entry.top_logprobs, strict=True)
+            assert list(pairs) == expected_alternatives(entry.token, some, SPEC.vocab_size)
+
+
+def test_progress_hears_of_every_token_also_beside_another_generation(llm: LLM) -> None:
+    """Whoever steps pushes everybody's tokens; each call counts its own."""
+    other: list[int] = []
+    asked = prompts(6, seed=8)
+    thread = threading.Thread(
+        target=lambda: llm.generate(asked, exactly(40), progress=other.append)
+    )
+    thread.start()
+    mine: list[int] = []
+    llm.generate(asked, exactly(25, n=2), progress=mine.append)
+    thread.join(30)
+    assert not thread.is_alive()
+    assert (sum(mine), sum(other)) == (6 * 2 * 25, 6 * 40)
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "page-boundary",
         "a token at a page's first position has a page",
         _S + "Scheduler._decode",
-        "run.planned[rows] >= run.capacity[rows]",
-        "run.planned[rows] > run.capacity[rows]",
+        "planned >= run.capacity[rows]",
+        "planned > run.capacity[rows]",
     ),
     Mutation(
         "chunk-page-boundary",

@@ -75,8 +75,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "unfinished-character-dropped",
         "a character split over tokens is shown",
         "holdfast.api.detokenize:TableDetokenizer.push",
-        "self._decode(self._table[token])",
-        'self._table[token].decode("utf-8", "ignore")',
+        "self._held = data[used:]",
+        "pass",
     ),
     Mutation(
         "logprob-before-its-text",
