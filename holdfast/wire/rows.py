@@ -157,7 +157,7 @@ class RowTable:
         """
         starts = self.length[rows]
         if np.count_nonzero(query_lens == 1) == query_lens.size:
-            return rows, starts, self.tokens[rows, starts]
+            return rows, starts, self.tokens[rows, starts.astype(np.int64)]
         ends = np.cumsum(query_lens)
         within = np.arange(ends[-1], dtype=np.int32) - np.repeat(ends - query_lens, query_lens)
         row = np.repeat(rows, query_lens)
@@ -168,7 +168,7 @@ class RowTable:
         self, plan: StepPlan, tokens: np.ndarray, accepted: np.ndarray | None = None
     ) -> None:
         """Move the plan's rows past the step: `tokens` and `accepted` as in StepResult."""
-        rows, samples = plan.rows, plan.samples
+        rows, samples = plan.rows.astype(np.int64), plan.samples
         if plan.drafts.size:
             require(
                 accepted is not None, f"step {plan.step} has drafts, and nobody says how many held"
@@ -177,6 +177,7 @@ class RowTable:
             return
         length = self.length[rows] + plan.query_lens
         self.length[rows] = length
+        length = length.astype(np.int64)
         if np.count_nonzero(samples) == samples.size:
             self.tokens[rows, length] = tokens
         else:
@@ -195,7 +196,8 @@ class RowTable:
 
     def digest(self, plan: StepPlan) -> int:
         """Digest of the rows the step uses, after `apply` and before `advance`; incremental."""
-        return self._combine(plan, self._settled[plan.rows])
+        rows = plan.rows.astype(np.int64)
+        return self._combine(plan, rows, self._settled[rows])
 
     def digest_full(self, plan: StepPlan) -> int:
         """The same digest, recomputed from the table's contents: what a device must report."""
@@ -207,11 +209,11 @@ class RowTable:
             fields = _page_fields(np.full(width, group), columns)
             pages = self.page_table[group, rows, :width]
             settled += _page_digest(fields[None, :], pages).sum(axis=1, dtype=np.uint64)
-        return self._combine(plan, settled)
+        return self._combine(plan, rows, settled)
 
-    def _combine(self, plan: StepPlan, settled: np.ndarray) -> int:
+    def _combine(self, plan: StepPlan, rows: np.ndarray, settled: np.ndarray) -> int:
         # Drafts are the device's own: the brain learns of them by the tokens that they became.
-        rows, query_lens = plan.rows, plan.known_lens
+        query_lens = plan.known_lens
         if rows.size == 0:
             return 0
         # The first query token's position is the row's length, so the length needs no term.
