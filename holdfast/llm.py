@@ -205,7 +205,7 @@ class LLM:
         limits = dataclasses.replace(sizing.limits, timeout_s=NO_DEADLINE_S, api_processes=1)
         report = progress or (lambda what, done, total: None)
         cores = threads or os.cpu_count() or 1
-        runner, enter = _open_device(
+        runner, enter, release = _open_device(
             spec, limits, device, sizing.dtype, computation, load, seed, cores, report
         )
         # Where the device answers before `launch` returns, a second plan ahead would only compute
@@ -213,6 +213,7 @@ class LLM:
         ahead = min(limits.steps_ahead, runner.in_flight_max)
         limits = dataclasses.replace(limits, steps_ahead=ahead)
         self._attach(spec, limits, runner, ids_will_do=load == "dummy", enter=enter)
+        self._release = release
 
     def _attach(
         self,
@@ -229,6 +230,7 @@ class LLM:
             spec.path, vocab_size=spec.vocab_size, ids_will_do=ids_will_do
         )
         self._engine = LocalEngine(limits, device, enter=enter)
+        self._release: Callable[[], None] = lambda: None
 
     # --- life ---
 
@@ -239,7 +241,12 @@ class LLM:
 
     def close(self) -> None:
         """End what is running and give the memory back. Harmless when closed already."""
-        self._engine.close()
+        try:
+            self._engine.close()
+        finally:
+            # After a failure nothing more is asked of a GPU.
+            if self._engine.failure is None:
+                self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -621,11 +628,11 @@ def _open_device(
     seed: int,
     threads: int,
     report: LoadReport,
-) -> tuple[Runner, Callable[[], None]]:
-    """A device with its weights loaded, in memory of this process, and what each thread calls
-    before it steps it. Imports torch."""
+) -> tuple[Runner, Callable[[], None], Callable[[], None]]:
+    """A device with its weights loaded, in memory of this process; what each thread calls before it
+    steps it; and what gives its memory back once nobody holds it. Imports torch."""
     from holdfast.device.build import build_engine
-    from holdfast.device.cuda import make_current, open_device
+    from holdfast.device.cuda import give_back, make_current, open_device
     from holdfast.device.memory import DeviceMemory
     from holdfast.model.weights import WeightsLayout, dummy_weights, load_weights
 
@@ -643,4 +650,4 @@ def _open_device(
     runner = build_engine(spec, limits, views, memory, **chosen, threads=threads)
     if computation.graphs:
         runner.warm_up(lambda done, total: report("graphs", done, total))
-    return runner, functools.partial(make_current, where)
+    return runner, functools.partial(make_current, where), functools.partial(give_back, where)

@@ -130,7 +130,7 @@ class LocalEngine:
         self._journal = mmap.mmap(-1, Journal.size(limits))
         metrics = Metrics(memoryview(mmap.mmap(-1, Metrics.size(1))), 0)
         self._brain = Brain(limits, Journal(memoryview(self._journal), limits), metrics, tag=tag)
-        self._device = device
+        self._device: Device | None = device
         self._inbox: deque[tuple[ToCore, tuple[Sink, ...]]] = deque()
         self._sinks: dict[int, Sink] = {}
         self._ids = itertools.count(1)
@@ -188,8 +188,8 @@ class LocalEngine:
         return self._thread is not None and self._thread.is_alive()
 
     def close(self) -> None:
-        """End every request and stop the thread. Raises InvariantError when it does not stop, and
-        what broke the device under a plan that was still in flight."""
+        """End every request, stop the thread and let go of the device. Raises InvariantError when
+        the thread does not stop, and what broke the device under a plan that was in flight."""
         self._closed = True
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -200,8 +200,11 @@ class LocalEngine:
             self._end_all(End.SHUTDOWN, "the LLM was closed")
             # What is in flight reads and writes memory that is given back next. After a failure
             # nothing more is asked of the device: it may be what has failed.
-            if self.failure is None:
-                self._guard(self._commit_all)
+            try:
+                if self.failure is None and self._device is not None:
+                    self._guard(self._commit_all)
+            finally:
+                self._device = None
 
     def _drive(self) -> None:
         while not self._closed:
@@ -237,8 +240,10 @@ class LocalEngine:
             self._receive(message, sinks)
         now_s = time.monotonic()
         brain.expire(now_s)
+        device = self._device
+        assert device is not None, "nobody steps a closed engine"
         while (plan := brain.plan(now_s)) is not None:
-            self._device.launch(plan)
+            device.launch(plan)
             now_s = time.monotonic()
         moved = self._commit() or heard
         # The last request may end while a step beyond it computes, which nobody will ask for.
@@ -260,6 +265,7 @@ class LocalEngine:
         brain = self._brain
         committed = brain.in_flight > 0
         if committed:
+            assert self._device is not None, "a plan is in flight"
             brain.commit(self._device.collect(), time.monotonic())
         output = brain.take_output()
         for _, message in output:

@@ -6,6 +6,8 @@ before any tensor is made. It must not know models, memory slabs or plans.
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
 from holdfast.errors import OptionError
@@ -41,6 +43,15 @@ def make_current(device: torch.device) -> None:
     driver know by thread which GPU is current, and begin with cuda:0."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def give_back(device: torch.device) -> None:
+    """Free what nobody holds any more: graphs and their engine know each other, so they wait for
+    Python's collector, and torch keeps a GPU's memory for the next tensor of this process."""
+    gc.collect()
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()
 
 
 def broken(error: BaseException) -> bool:
