@@ -230,7 +230,7 @@ class LLM:
             spec.path, vocab_size=spec.vocab_size, ids_will_do=ids_will_do
         )
         self._engine = LocalEngine(limits, device, enter=enter)
-        self._release: Callable[[], None] = lambda: None
+        self._release: Callable[[bool], None] = lambda failed: None
 
     # --- life ---
 
@@ -241,12 +241,8 @@ class LLM:
 
     def close(self) -> None:
         """End what is running and give the memory back. Harmless when closed already."""
-        try:
-            self._engine.close()
-        finally:
-            # After a failure nothing more is asked of a GPU.
-            if self._engine.failure is None:
-                self._release()
+        self._engine.close()
+        self._release(self._engine.device_failed)
 
     def __enter__(self) -> Self:
         return self
@@ -473,8 +469,9 @@ class _Job:
             self.news.closed.append(self)
 
     def refuse(self, refusal: Refused) -> None:
-        """Said once for each choice."""
-        if self.refused is not None:
+        """Said once for each choice, to the last of them perhaps when the job has been started
+        again already: of ids that it does not have any more."""
+        if self.refused is not None or refusal.ids != self.ids:
             return
         self.refused = refusal
         self.news.closed.append(self)
@@ -628,9 +625,10 @@ def _open_device(
     seed: int,
     threads: int,
     report: LoadReport,
-) -> tuple[Runner, Callable[[], None], Callable[[], None]]:
+) -> tuple[Runner, Callable[[], None], Callable[[bool], None]]:
     """A device with its weights loaded, in memory of this process; what each thread calls before it
-    steps it; and what gives its memory back once nobody holds it. Imports torch."""
+    steps it; and what gives its memory back once nobody holds it, told whether the device has
+    failed. Imports torch."""
     from holdfast.device.build import build_engine
     from holdfast.device.cuda import give_back, make_current, open_device
     from holdfast.device.memory import DeviceMemory

@@ -140,6 +140,8 @@ class LocalEngine:
         self._closed = False
         self._empty_rounds = 0
         self.failure: HoldfastError | None = None
+        # Whether the failure may be the device's: a Ctrl-C between two halves of a step is not.
+        self.device_failed = False
 
     def new_ids(self, count: int) -> tuple[int, ...]:
         return tuple(next(self._ids) for _ in range(count))
@@ -205,6 +207,9 @@ class LocalEngine:
                     self._guard(self._commit_all)
             finally:
                 self._device = None
+                if self.failure is not None:
+                    # The error's frames hold the device, and whoever caught it has it.
+                    self.failure = EngineFault(str(self.failure))
 
     def _drive(self) -> None:
         while not self._closed:
@@ -228,6 +233,7 @@ class LocalEngine:
         except BaseException as error:
             # Whatever it is, a Ctrl-C between two halves of a step included: plans may be launched
             # and not committed, so this engine cannot go on. Everybody is told, then it goes up.
+            self.device_failed = isinstance(error, Exception)
             known = isinstance(error, HoldfastError)
             self.failure = error if known else EngineFault(f"a step was broken off: {error!r}")
             self._end_all(End.ENGINE_FAULT, str(self.failure))

@@ -8,7 +8,7 @@ least one page's worth of what is left (its floor), so neither starves the other
 has `limits.mixed_tokens` at most, as every row that decodes waits for its chunk; of these prompts
 get half at least. The bound is of all its tokens since a GPU multiplies in tiles of them: a power
 of two fills whole waves of its SMs, and 256 rows more begin another. While few rows decode it is
-down to half, so that a chunk takes about as long as the decode step that it lengthens.
+down to a quarter: they gain little by long steps, and wait for them.
 
 When pages run short: cached pages are evicted (kv.ledger); rows that would need a page are left out
 of the step while pages of ended requests are on their way back; then the youngest row of the lowest

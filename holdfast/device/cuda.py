@@ -45,11 +45,12 @@ def make_current(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def give_back(device: torch.device) -> None:
+def give_back(device: torch.device, failed: bool) -> None:
     """Free what nobody holds any more: graphs and their engine know each other, so they wait for
-    Python's collector, and torch keeps a GPU's memory for the next tensor of this process."""
+    Python's collector, and torch keeps a GPU's memory for the next tensor of this process. Of a GPU
+    that has `failed` nothing is asked: it may be broken, or busy for ever."""
     gc.collect()
-    if device.type == "cuda":
+    if device.type == "cuda" and not failed:
         with torch.cuda.device(device):
             torch.cuda.empty_cache()
 

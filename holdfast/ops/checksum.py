@@ -45,8 +45,9 @@ class PendingSums:
         if self._landing is not None:
             await_event(self._landing.event, "a copy of checksums")
         found = self._sums.numpy().view(np.uint64) + self._constant
-        if self._landing is not None:
-            self._landing.free.append(self._landing)
+        landing, self._landing = self._landing, None
+        if landing is not None:
+            landing.free.append(landing)
         return found
 
 
@@ -62,6 +63,10 @@ class _Landing:
     sums: torch.Tensor
     event: Event
     free: list[_Landing]
+
+
+def _pinned(words: int) -> torch.Tensor:
+    return torch.empty(words, dtype=torch.int64, pin_memory=True)
 
 
 class PageSums:
@@ -123,8 +128,7 @@ class PageSums:
             if (one := self._free.pop()).sums.numel() >= words:
                 return one
         room = 1 << (words - 1).bit_length()
-        sums = torch.empty(room, dtype=torch.int64, pin_memory=True)
-        return _Landing(sums, DeviceEvent(self._device), self._free)
+        return _Landing(_pinned(room), DeviceEvent(self._device), self._free)
 
     def _of_host(self, pool: np.ndarray, pages: np.ndarray) -> np.ndarray:
         sums = np.empty(pages.size, np.uint64)

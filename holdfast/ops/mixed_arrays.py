@@ -12,7 +12,7 @@ an empty entry leaves at once:
 
 Where prompts are gathered all of them are, however short: a row is read once either way, and two
 kernels would be two grids of empty programs. Page tables come from row state, by who stages the
-step. Imports triton (through the kernels that it cuts tiles for); called by device.mixed_layouts
+step. Imports triton (through the kernels that it cuts tiles for); called by device.mixed_kernels
 from one thread.
 """
 

@@ -10,8 +10,8 @@ eagerly keeps the host busy for EAGER_LAYER_S a layer, whatever the number of to
 keep the GPU busy for 2 * parameters * tokens / FLOPS, and the rest of the step comes on top. So
 from tokens_max = EAGER_LAYER_S * FLOPS / (2 * parameters of a layer) on the GPU is what waits for
 nobody, and a graph would spare nothing: the number of layers cancels. Qwen3-0.6B (15.7e6 a layer):
-7,788 tokens, of which LAYERS_MAX leaves 2,560 (a step of 256 rows and a chunk of 2,048 has 2,304);
-Qwen3-8B (193e6): 634, so 512.
+7,788 tokens, of which LAYERS_MAX leaves 2,560: what 256 rows take beside them by default has 2,048
+(core.scheduler), and larger steps, as of 512 rows, run eagerly. Qwen3-8B (193e6): 634, so 512.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from holdfast.ops.kernels.matmul_config import layer_products
 ALIGN = 128
 # Buckets lie ALIGN apart up to here and twice as far above: padding is a fifth of a bucket at most.
 _FINE_TOKENS_MAX = 1024
-# Of the host, on an H200's machine. An estimate, from what serving gave before there were segments:
+# Of the host, on an H200's machine. An estimate, from what serving gave before there were graphs:
 # a mixed step of Qwen3-0.6B (28 layers, 11 kernels and 4 products each) took 10 to 13 ms of it.
 EAGER_LAYER_S = 350e-6
 # Of cuBLAS in bfloat16 on an H200, at these shapes (8192 cubed: 786e12).

@@ -2,9 +2,9 @@
 
 A copy from pageable memory makes torch wait for all that the stream was given before it, so a step
 that copies its index arrays so cannot be launched ahead. Owns the pinned slots and is the home of:
-a slot is written again only after the event of its copy. Used by device.frame for plans, and by
-whoever lays a step out on the host (ops.attention_triton, device.batch, device.runner). On a CPU a
-copy is over when it returns, and `Uploads` makes none.
+a slot is written again only after the event of its copy. Used by device.frame for plans, by whoever
+lays a step out on the host (ops.attention_triton, ops.mixed_arrays, device.batch, device.runner),
+and by ops.checksum. On a CPU a copy is over when it returns, and `Uploads` makes none.
 """
 
 from __future__ import annotations

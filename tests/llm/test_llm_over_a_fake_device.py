@@ -157,6 +157,18 @@ def test_progress_hears_of_every_token_also_beside_another_generation(llm: LLM) 
     assert (sum(mine), sum(other)) == (6 * 2 * 25, 6 * 40)
 
 
+def test_a_refusal_of_ids_that_a_job_no_longer_has_is_not_its_own(llm: LLM) -> None:
+    job = llm._job([1, 2, 3], exactly(5, n=2), "")
+    first = job.start(llm._engine)
+    refusal = Refused(first.ids, 429, "full", retry_after_s=1.0)
+    job.sinks[0].refuse(refusal)
+    assert list(job.news.closed) == [job]
+    job.news.closed.clear()
+    job.start(llm._engine)
+    job.sinks[1].refuse(refusal)
+    assert not job.news.closed and job.open
+
+
 @pytest.mark.parametrize(
     ("asked", "params", "field"),
     [

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from holdfast.ops import checksum as twin
-from holdfast.ops.checksum import BLOCK_BYTES, PageSums, SlabSum, slab_sum
+from holdfast.ops.checksum import BLOCK_BYTES, PageSums, PendingSums, SlabSum, slab_sum
 from holdfast.wire import checksum
 
 
@@ -98,3 +98,36 @@ def test_a_slab_read_some_blocks_at_a_time_has_the_sum_of_the_definition_pass_af
             assert found is not None or before < sums.done <= before + blocks * BLOCK_BYTES
         assert found == expected
         assert sums.done == 0
+
+
+class Landed:
+    """An event whose copy is over."""
+
+    def __init__(self, device: torch.device) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def record(self) -> None: ...
+
+
+def test_memory_that_sums_come_to_is_used_again_only_after_they_were_taken(monkeypatch) -> None:
+    """On a GPU it is pinned; here only who holds it is looked at."""
+    monkeypatch.setattr(twin, "_pinned", lambda words: torch.zeros(words, dtype=torch.int64))
+    monkeypatch.setattr(twin, "DeviceEvent", Landed)
+    sums = PageSums(8)
+
+    def begin(first: int) -> PendingSums:
+        landing = sums._land(3)
+        landing.sums[:3] = torch.arange(first, first + 3)
+        return PendingSums(landing.sums[:3], np.uint64(0), landing)
+
+    one, two = begin(10), begin(20)
+    assert two.take().tolist() == [20, 21, 22]
+    three = begin(30)  # in the memory of `two`
+    assert one.take().tolist() == [10, 11, 12]
+    assert three.take().tolist() == [30, 31, 32]
+    three.take()
+    assert len(sums._free) == 2, "taken twice, but free once"
+    begin(40)
+    assert sums._land(100).sums.numel() == 128 and not sums._free, "what is too small goes"
