@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+from holdfast.errors import require
+
 Work = Callable[[], None]
 
 
@@ -28,6 +30,14 @@ class Capture(Protocol):
         rehearsal: runs once before, in place of the work, and launches every kernel of it, or
         nothing where another work has; None: the work itself."""
         ...
+
+
+def require_on_device(capture: Capture, attention: str, *, on_device: bool) -> None:
+    """Raise InvariantError where attention that plans on the host would be baked into a graph."""
+    require(
+        on_device or not capture.bakes,
+        f"{attention} attention plans on the host and cannot be captured",
+    )
 
 
 class Rerun:

@@ -28,7 +28,7 @@ import torch
 from holdfast.config import Limits
 from holdfast.device.batch import Rows, StepEnds
 from holdfast.device.buckets import Bucket
-from holdfast.device.capture import Capture, Work
+from holdfast.device.capture import Capture, Work, require_on_device
 from holdfast.device.mixed import LAYOUT, MixedGraphs
 from holdfast.errors import require
 from holdfast.ops.attention import AttentionBatch
@@ -200,10 +200,7 @@ class StepGraphs:
         draws for all rows. rehearsal: runs before a capture in the decoder's place, with its
         scratch, and takes the same kernels; None: the decoder itself. mixed: over the same
         memory, captured with the buckets; None: steps with prompts are the runner's."""
-        require(
-            attention.on_device or not capture.bakes,
-            f"{attention.name} attention plans on the host and cannot be captured",
-        )
+        require_on_device(capture, attention.name, on_device=attention.on_device)
         self._limits = limits
         self._rows = rows
         self._decoder = decoder

@@ -29,7 +29,7 @@ import torch
 
 from holdfast.config import Limits
 from holdfast.device.batch import Rows, StepEnds
-from holdfast.device.capture import Capture, Work
+from holdfast.device.capture import Capture, Work, require_on_device
 from holdfast.errors import require
 from holdfast.model.decoder import Stream
 from holdfast.model.layer_ops import Step
@@ -169,10 +169,7 @@ class MixedGraphs:
         decoder reads. rehearsal: runs before a capture in the decoder's place, with its scratch,
         and takes the same kernels; None: the decoder itself."""
         require(len(ladder) > 0, "graphs of no bucket")
-        require(
-            layout.on_device or not capture.bakes,
-            f"{layout.name} attention plans on the host and cannot be captured",
-        )
+        require_on_device(capture, layout.name, on_device=layout.on_device)
         self.ladder = tuple(ladder)
         self._limits = limits
         self._decoder = decoder

@@ -65,8 +65,6 @@ class DeviceEvent:
 def await_event(event: Event, what: str) -> None:
     """Wait until the stream has come to the event. Raises WorkerFault("`what` is not over ...") at
     the deadline, and what the GPU has to say."""
-    if event.query():
-        return
     began_s = now_s = time.monotonic()
     while not event.query():
         if now_s - began_s > _TIMEOUT_S:
