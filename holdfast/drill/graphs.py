@@ -158,22 +158,19 @@ async def baked_pointer(stage: Stage) -> None:
         await stage.fired(kind, since_s)
         await stage.finish()
     stage.judge()
-    if not stage.sabotage:
-        what = "eager steps for a moved address"
-        await stage.until(what, lambda: stage.moved("eager_steps_total", **MOVED) >= _STEPS)
+    await stage.told()
     # A graph of a GPU stages what it reads into the buffers that it has, and may draw right tokens
     # from them for as long as nobody else is given that memory: whether it was replayed is counted.
-    stage.expect_moved("eager_steps_total", **MOVED)
+    stage.expect_moved("eager_steps_total", _STEPS, **MOVED)
     if stage.sabotage:
         return
     before = stage.moved("graph_steps_total", **DECODE)
     again = await stage.open(later, clean=False)
     await stage.finish(again)
     stage.judge(again)
-    replayed = "steps are replayed again where buffers lie as they were captured"
-    await stage.until(
-        replayed, lambda: stage.moved("graph_steps_total", **DECODE) >= before + _STEPS
-    )
+    await stage.told()
+    # Buffers lie as they were captured.
+    stage.expect_moved("graph_steps_total", before + _STEPS, **DECODE)
     restarts = stage.moved("process_restarts_total")
     stage.expect("metric", not restarts, f"{restarts:g} processes were restarted for an address")
     await stage.judge_home()
@@ -251,9 +248,9 @@ async def _judge_steps(stage: Stage, least: int) -> str:
     def odd() -> bool:
         return any(reason not in ORDINARY for reason in _fallbacks(stage))
 
-    # A worker says what its graphs did once a second, and a new reason at once.
-    what = f"{least} steps are replayed"
-    await stage.until(what, lambda: stage.moved("graph_steps_total", **DECODE) >= least or odd())
+    await stage.told()
+    replayed = stage.moved("graph_steps_total", **DECODE)
+    stage.expect("wait", replayed >= least or odd(), f"{replayed:g} steps replayed, not {least}")
     found = _fallbacks(stage)
     shown = ", ".join(f"{reason} {count}" for reason, count in found.items()) or "none"
     stage.expect("fallback", not odd(), f"steps fell back: {shown}")

@@ -29,6 +29,8 @@ _LINES_KEPT = 400
 _PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None).prctl
 _POLL_S = 0.02
+# A worker that steps says it between two of them.
+_TELL_S_MAX = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +117,20 @@ class DrillServer:
             said = "no answer" if answer is None else answer["error"]
             raise OperatorError(f"the server does not do {order}: {said}")
         return answer["at_s"]
+
+    def tell(self) -> None:
+        """Until the worker has said what it counted, which it does once a second unasked: metrics
+        are then of every step so far. Raises OperatorError when it does not."""
+        since_s = time.monotonic()
+        self.provoke(do="tell")
+        while time.monotonic() < since_s + _TELL_S_MAX:
+            if any(m["kind"] == "told" and m["at_s"] >= since_s for m in self._provoked()):
+                return
+            time.sleep(_POLL_S)
+        raise OperatorError(f"the worker did not say what it counted within {_TELL_S_MAX:g} s")
+
+    def _provoked(self) -> list[dict[str, Any]]:
+        return [m for m in self.status()["drills"] if m["event"] == "provoked"]
 
     def metrics(self) -> dict[str, float]:
         """Every sample of /metrics by its name and labels, `holdfast_` left out."""

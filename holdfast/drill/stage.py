@@ -185,6 +185,10 @@ class Stage:
         found = self.server.status()["drills"]
         return [m for m in found if m["event"] == event and m["at_s"] >= since_s]
 
+    async def told(self) -> None:
+        """Until `moved` is of every step so far."""
+        await asyncio.to_thread(self.server.tell)
+
     async def fired(self, kind: str, since_s: float) -> bool:
         """Until a worker has said that it breaks now; clocks run from then."""
 

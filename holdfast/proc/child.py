@@ -39,7 +39,8 @@ What each role is given (all also have `control`, a proc.control.Control; link =
                                            prepares itself need spare nobody until then
     supervisor  worker promote            epoch, fd: its link to the core; it may write from now on
     supervisor  worker provoke            a drill's order (device.provoke)
-    worker      super  provoked           kind, at_s: it does it now
+    supervisor  worker tell               say `steps` now, for a drill
+    worker      super  provoked           kind, at_s: it does it now; `told`: it has
     child       super  fault              operator (bool), message, at_s (monotonic; optional);
                                            the child then exits
     supervisor  any    ping               are you there? (keeper, core, api; a waiting standby)

@@ -11,6 +11,7 @@ moments of what happened since. It decides nothing about recovery. No torch.
     {"do": "fault", "to": "next", ...}      to the next worker or standby that is started
     {"do": "corrupt-weights", "kill": true | false}
     {"do": "hurry"}                         a standby that prepares itself rests no more
+    {"do": "tell"}                          the worker says what it has counted: the moment `told`
     {"do": "forget"}                        no order stands any more
 
 The answer has "at_s" of the monotonic clock, or "error".
@@ -86,6 +87,8 @@ class Provoker:
                     self._corrupt_weights(weights_fd, kill=order["kill"])
                 case "hurry":
                     self._say(self._number("standby 0"), {"type": "hurry"})
+                case "tell":
+                    self._say(self._number("worker 0"), {"type": "tell"})
                 case "forget":
                     self._standing.clear()
                     self._next = None

@@ -96,7 +96,8 @@ class Progress:
         self._next_s = now_s + PROGRESS_S
         self._control.progress(self._what, done, total)
         if self._hears:
-            obey(self._control)
+            for message, _ in self._control.receive():
+                raise _stop(message)
 
 
 class Worker:
@@ -134,7 +135,7 @@ class Worker:
             ready = dict(poller.poll(self._wait_s() * 1000))
             if self._control.fileno() in ready:
                 self._control.flush()
-                obey(self._control, self._provocations)
+                self._obey()
             if self._link.fileno() in ready:
                 self._link.flush()
                 for kind, payload in self._link.drain():
@@ -154,6 +155,17 @@ class Worker:
             return WAIT_S
         return min(WAIT_S, self._scrub.due_s(time.monotonic()))
 
+    def _obey(self) -> None:
+        """What the supervisor has said. Raises Stopped, or LinkError when it makes no sense."""
+        for message, _ in self._control.receive():
+            if self._provocations is None or message["type"] not in ("provoke", "tell"):
+                raise _stop(message)
+            if message["type"] == "provoke":
+                self._provocations.take(message)
+                continue
+            self._tell(now=True)
+            self._control.send(_told())
+
     def _read_weights(self) -> None:
         """A slice of them, when one is due; the keeper judges the sum of all."""
         now_s = time.monotonic()
@@ -172,7 +184,7 @@ class Worker:
         while self._runner.in_flight and time.monotonic() < end_s:
             if self._runner.ready:
                 self._answer()
-        self._tell(last=True)
+        self._tell(now=True)
         self._link.flush_until(STOP_FLUSH_S)
 
     def _step(self, kind: int, payload: bytes) -> None:
@@ -194,15 +206,15 @@ class Worker:
             self._provocations.after(self._runner, plan)
         self._link.send(Kind.RESULT, result.encode())
 
-    def _tell(self, *, last: bool = False) -> None:
+    def _tell(self, *, now: bool = False) -> None:
         """Say what the supervisor counts: compilations at once, what graphs did once a second, when
-        a reason is new and before the end."""
+        a reason is new, before the end and when a drill asks."""
         stats = self._runner.stats
         if stats.compiles != self._compiles_told:
             count, self._compiles_told = stats.compiles - self._compiles_told, stats.compiles
             self._control.send({"type": "compiled", "count": count, "what": stats.compiled_last})
         now_s, told = time.monotonic(), self._steps_told
-        if not last and now_s < self._tell_s and stats.eager_steps.keys() == told["eager"].keys():
+        if not now and now_s < self._tell_s and stats.eager_steps.keys() == told["eager"].keys():
             return
         self._tell_s = now_s + TELL_S
         steps = {
@@ -220,12 +232,8 @@ class Worker:
         self._control.send({"type": "steps", **new})
 
 
-def obey(control: Control, provocations: Provocations | None = None) -> None:
-    """Take what the supervisor has said. Raises Stopped, or LinkError when it makes no sense."""
-    for message, _ in control.receive():
-        if message["type"] != "provoke" or provocations is None:
-            raise _stop(message)
-        provocations.take(message)
+def _told() -> Message:
+    return {"type": "provoked", "kind": "told", "at_s": time.monotonic()}
 
 
 def _stop(message: Message) -> Exception:
@@ -253,6 +261,8 @@ def wait_for_epoch(
             continue  # It was prepared already.
         if message["type"] == "provoke" and provocations is not None:
             provocations.take(message)
+        elif message["type"] == "tell" and provocations is not None:
+            control.send(_told())  # No step of it yet.
         elif message["type"] == "verify":
             if provocations is not None:
                 provocations.at("verify")
