@@ -29,6 +29,7 @@ from holdfast.device.checks import HeldColumns, check_deltas, check_rows
 from holdfast.ops.attention import AttentionBatch
 from holdfast.ops.pinned import Uploads
 from holdfast.ops.sampler import Pairs, SamplerInputs, seen_pairs
+from holdfast.wire.envelope import StepShape, shape_of
 from holdfast.wire.plan import StepPlan
 from holdfast.wire.rows import RowTable
 from holdfast.wire.staging import Staging
@@ -107,7 +108,6 @@ class Rows(Protocol):
 
     table: RowTable
     """In host memory: as far as the last `settle`, but for tokens whose fetch was not taken."""
-    alike: DrawnAlike
     drawn: torch.Tensor
     """int32[rows_max], device: the tokens drawn in this step."""
     finite: torch.Tensor
@@ -136,6 +136,12 @@ class Rows(Protocol):
 
     def begin_digest(self, plan: StepPlan) -> None:
         """Of the rows the step uses, computed from what the device really holds."""
+
+    def shape(self, plan: StepPlan) -> StepShape:
+        """What graph admission needs to know of the step."""
+
+    def drawn_alike(self, plan: StepPlan) -> bool:
+        """Whether every row of the step asks for no more than a temperature."""
 
     def stage(self, plan: StepPlan) -> StepBatch:
         """What a step of any shape computes; the plan has at least one row."""
@@ -215,7 +221,7 @@ class HostRows:
         self.device = torch.device(device)
         self.table = RowTable(limits)
         self._held = HeldColumns(limits)
-        self.alike = DrawnAlike(limits)
+        self._alike = DrawnAlike(limits)
         self._results = torch.zeros((2, limits.rows_max), dtype=torch.int32, device=self.device)
         self.drawn, self.finite = self._results[0], self._results[1]
         self._staging: Staging | None = None
@@ -241,10 +247,17 @@ class HostRows:
         self.table.apply(plan)
         self._held.apply(plan)
         check_rows(plan, self.table, self._held)
-        self.alike.admit(plan.admits)
+        self._alike.admit(plan.admits)
 
     def begin_digest(self, plan: StepPlan) -> None:
         self._digest = self.table.digest_full(plan)
+
+    def shape(self, plan: StepPlan) -> StepShape:
+        lengths = self.table.length[plan.rows]
+        return shape_of(plan.query_lens, lengths, lengths, plan.drafts)
+
+    def drawn_alike(self, plan: StepPlan) -> bool:
+        return self._alike.all_of(self.table, plan)
 
     def stage(self, plan: StepPlan) -> StepBatch:
         table = self.table

@@ -24,11 +24,13 @@ from holdfast.device.batch import Drawing, DrawnAlike, StepBatch, in_plan_order,
 from holdfast.device.buckets import Bucket
 from holdfast.device.checks import HeldColumns, check_deltas, check_rows
 from holdfast.device.frame import Frames
+from holdfast.device.steady import SteadyRows
 from holdfast.errors import require
 from holdfast.ops.attention import AttentionBatch
 from holdfast.ops.kernels import rows as kernels
 from holdfast.ops.kernels.launch import launch
 from holdfast.ops.pinned import DeviceEvent, await_event
+from holdfast.wire.envelope import StepShape, shape_of
 from holdfast.wire.plan import StepPlan
 from holdfast.wire.rows import RowTable
 
@@ -58,9 +60,7 @@ class DeviceFetch:
         self._plan = plan
         self._placed = placed
         self._slot = slot
-        table, which = rows.table, np.flatnonzero(plan.samples)
-        drawing = plan.rows[which]
-        self._drawn = _Drawn(which, drawing, table.records["owner"][drawing], table.length[drawing])
+        self._drawn = rows.drawing(plan)
 
     @property
     def ready(self) -> bool:
@@ -95,9 +95,8 @@ class DeviceRows:
     ) -> None:
         self.limits = limits
         self.device = torch.device(device)
-        self.table = RowTable(limits)
-        self._held = HeldColumns(limits)
-        self.alike = DrawnAlike(limits)
+        self._alike = DrawnAlike(limits)
+        self._follow_none()
         rows, groups, columns = limits.rows_total, limits.groups, limits.table_columns
         self.records = self._zeros(rows, kernels.RECORD_WORDS)
         self.length = self._zeros(rows)
@@ -132,6 +131,15 @@ class DeviceRows:
             "BLOCK": _BLOCK,
         }
 
+    def _follow_none(self) -> None:
+        """The mirror of free rows, and what is known of its rows."""
+        self.table = RowTable(self.limits, digests=False)
+        self._held = HeldColumns(self.limits)
+        self._steady = SteadyRows(self.limits)
+        # Of a steady step's rows, once it was asked: all are alike; who draws.
+        self._all_alike = False
+        self._drawing: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
     def _zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=self.device)
 
@@ -156,8 +164,7 @@ class DeviceRows:
 
     def reset(self) -> None:
         require(self._untaken == 0, f"{self._untaken} results are on their way")
-        self.table = RowTable(self.limits)
-        self._held = HeldColumns(self.limits)
+        self._follow_none()
         for table in (self.records, self.length, self.page_table, self.pages_len, self.tokens):
             table.zero_()
         self.bias_ids.zero_()
@@ -181,10 +188,14 @@ class DeviceRows:
     def apply(self, plan: StepPlan, epoch: int, last_step: int) -> None:
         check_deltas(plan, self.table, epoch, last_step)
         self.table.apply(plan)
-        self._held.apply(plan)
-        check_rows(plan, self.table, self._held)
-        self.alike.admit(plan.admits)
-        for deltas in self.frames.upload(plan):
+        again = self._steady.follow(plan, self.table)
+        if not again:
+            self._held.apply(plan)
+            check_rows(plan, self.table, self._held)
+            self._steady.learn(plan, self.table)
+            self._alike.admit(plan.admits)
+            self._all_alike, self._drawing = False, None
+        for deltas in self.frames.upload(plan, again=again):
             self._apply(deltas.clears, deltas.admits, deltas.writes)
 
     def _apply(self, clears: slice, admits: slice, writes: slice) -> None:
@@ -260,6 +271,18 @@ class DeviceRows:
         self.begin_digest(plan)
         hashes = self._hashes[: plan.rows.size].cpu().numpy().view(np.uint64)
         return int(np.add.reduce(hashes)) if plan.rows.size else 0
+
+    def shape(self, plan: StepPlan) -> StepShape:
+        if self._steady.steady:
+            return self._steady.shape
+        lengths = self.table.length[plan.rows]
+        return shape_of(plan.query_lens, lengths, lengths, plan.drafts)
+
+    def drawn_alike(self, plan: StepPlan) -> bool:
+        # Rows that are alike stay so as they grow.
+        if not self._all_alike:
+            self._all_alike = self._alike.all_of(self.table, plan)
+        return self._all_alike
 
     def stage(self, plan: StepPlan) -> StepBatch:
         """A step of any shape. Ids, positions and slots never come from the host.
@@ -406,7 +429,10 @@ class DeviceRows:
         """Move past the step with the tokens in `drawn`, on the device and then in the mirror."""
         if not moved:
             self._advance(placed=placed)
-        self.table.length[plan.rows] += plan.query_lens
+        if self._steady.steady:
+            self.table.length[self._steady.index] += 1
+        else:
+            self.table.length[plan.rows] += plan.query_lens
 
     def _advance(self, *, placed: bool) -> None:
         block = min(_BLOCK, 1 << (self.limits.rows_max - 1).bit_length())
@@ -434,6 +460,15 @@ class DeviceRows:
         if event is not None:
             event.record()
         return DeviceFetch(self, plan, placed, slot)
+
+    def drawing(self, plan: StepPlan) -> _Drawn:
+        """Who draws in the plan, whose rows have moved past it."""
+        if self._drawing is None:
+            at = np.flatnonzero(plan.samples)
+            rows = plan.rows[at].astype(np.int64)
+            self._drawing = at, rows, self.table.records["owner"][rows]
+        at, rows, owners = self._drawing
+        return _Drawn(at, rows, owners, self.table.length[rows])
 
     def fetched_arrays(self, slot: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(hashes uint64[R], drawn int32[R], finite int32[R]) of a copy that is over."""

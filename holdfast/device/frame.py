@@ -18,7 +18,7 @@ import torch
 from holdfast.config import Limits
 from holdfast.errors import require
 from holdfast.ops.kernels.rows import HEADER, RECORD_WORDS, STEP_ARRAYS
-from holdfast.ops.pinned import Ring
+from holdfast.ops.pinned import Ring, Slot
 from holdfast.wire.plan import ADMIT, StepPlan
 
 # Room for deltas at least: 16 Ki page writes, so that all but a recovery's plans are one frame.
@@ -76,16 +76,24 @@ class Frames:
         self.device = torch.zeros(words, dtype=torch.int32, device=device)
         self._words = words
         self._fronts: dict[int, torch.Tensor] = {}
+        # Of the last plan, and the slots that have its arrays.
+        self._shape = Places.of(StepPlan(epoch=0, step=0))
+        self._laid: set[Slot] = set()
 
-    def upload(self, plan: StepPlan) -> Iterator[Deltas]:
+    def upload(self, plan: StepPlan, *, again: bool = False) -> Iterator[Deltas]:
         """Copy the plan, frame by frame; each must be used before the next is asked for.
 
-        The step's own arrays are in every frame, so the last one leaves them there.
+        The step's own arrays are in every frame, so the last one leaves them there. again: they are
+        the last plan's, and a slot that has them is not written them again.
         """
-        shape = Places.of(plan)
+        if not again:
+            self._shape, self._laid = Places.of(plan), set()
         for deltas in self._cut(plan):
             slot = self._ring.take()
-            used = self._write(slot.words, plan, deltas, shape)
+            if slot not in self._laid:
+                self._lay(slot.words, plan, self._shape)
+                self._laid.add(slot)
+            used = self._write(slot.words, plan, deltas)
             # Of a few sizes, whose views are kept; no kernel reads what lies behind `used`.
             size = min(1 << (used - 1).bit_length(), self._words)
             target = self._fronts.get(size)
@@ -122,8 +130,8 @@ class Frames:
             first = last
         return cuts
 
-    def _write(self, words: np.ndarray, plan: StepPlan, deltas: Deltas, shape: Places) -> int:
-        """Fill a slot; returns the words used."""
+    def _lay(self, words: np.ndarray, plan: StepPlan, shape: Places) -> None:
+        """The step's own arrays."""
         rows_max, n = self._limits.rows_max, plan.rows.size
         require(n <= rows_max, f"step {plan.step} has {n} rows, {rows_max} fit")
         step = words[HEADER : self._first].reshape(STEP_ARRAYS, rows_max)
@@ -132,6 +140,10 @@ class Frames:
         step[2, :n] = plan.samples
         step[3, :n] = shape.offsets
         step[4, :n] = shape.places
+
+    def _write(self, words: np.ndarray, plan: StepPlan, deltas: Deltas) -> int:
+        """Fill a slot but for `_lay`'s part; returns the words used."""
+        n = plan.rows.size
         clears = plan.clears[deltas.clears]
         admits = plan.admits[deltas.admits]
         writes = plan.page_writes[deltas.writes]

@@ -44,7 +44,6 @@ from holdfast.wire.envelope import (
     admit,
     bucket_of,
     buckets,
-    shape_of,
 )
 from holdfast.wire.plan import StepPlan
 
@@ -279,12 +278,12 @@ class StepGraphs:
 
     def run(self, plan: StepPlan, *, alike: bool) -> BucketStep | BatchStep | None:
         """Compute a step of n >= 1 rows in a bucket of rows, or of tokens; None when its shape is
-        no bucket's, and then nothing was computed. alike: Rows.alike has all of its rows.
+        no bucket's, and then nothing was computed. alike: Rows.drawn_alike
+        of it.
 
         The plan was applied; afterwards its rows are to be settled, or drawn for and settled.
         """
-        lengths = self._rows.table.length[plan.rows]
-        shape = shape_of(plan.query_lens, lengths, lengths, plan.drafts)
+        shape = self._rows.shape(plan)
         graph = admit(shape, self.footing, self._graphs)
         if graph is Refusal.PREFILL and self._mixed is not None:
             return self._run_mixed(plan, self._mixed)

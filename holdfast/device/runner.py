@@ -299,7 +299,7 @@ class Runner:
     def _forward(self, plan: StepPlan) -> tuple[bool, _Logprobs | None]:
         """Compute the plan's rows and draw for those that sample; whether the draws are placed."""
         # Rows that are alike ask for no penalties either, so nobody looks back.
-        alike = self.rows.alike.all_of(self.rows.table, plan)
+        alike = self.rows.drawn_alike(plan)
         if not alike and self.rows.lags and _looks_back(self.rows, plan):
             for flight in self._flights:
                 self._fetched(flight)

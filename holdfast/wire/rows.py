@@ -73,7 +73,9 @@ class RowTable:
     -1 behind the last.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, *, digests: bool = True) -> None:
+        """digests: False where they are computed elsewhere: `digest` may not be asked, and `apply`
+        has half as much to do."""
         rows = limits.rows_total
         self.limits = limits
         self.records = np.zeros(rows, ADMIT)
@@ -88,7 +90,7 @@ class RowTable:
         self._order = np.arange(rows, dtype=np.int64) << 32  # the place of a row in a plan
         # Digest of everything of a row that only deltas change, kept up to date by `apply`.
         self._empty = self._record_digest(np.array([TRASH_ROW]))[0]
-        self._settled = np.full(rows, self._empty, np.uint64)
+        self._settled = np.full(rows if digests else 0, self._empty, np.uint64)
 
     def apply(self, plan: StepPlan) -> None:
         """Apply the plan's deltas: clears, then admits, then page writes.
@@ -102,7 +104,8 @@ class RowTable:
             self.length[rows] = 0
             self.page_table[:, rows] = 0
             self.pages_len[:, rows] = 0
-            self._settled[rows] = self._empty
+            if self._settled.size:
+                self._settled[rows] = self._empty
         if plan.admits.size:
             self._admit(plan)
         if plan.page_writes.size:
@@ -129,7 +132,8 @@ class RowTable:
             token_at += tokens_len
             bias_at += bias_len
             stop_at += stop_len
-            self._settled[row] = self._record_digest(np.array([row]))[0]
+            if self._settled.size:
+                self._settled[row] = self._record_digest(np.array([row]))[0]
 
     def _write_pages(self, plan: StepPlan) -> None:
         writes = plan.page_writes
@@ -140,14 +144,15 @@ class RowTable:
             and int(column.max()) < self.page_table.shape[2],
             f"step {plan.step} writes a page outside the table",
         )
-        fields = _page_fields(group, column)
-        old = self.page_table[group, row, column]
-        change = _page_digest(fields, page)
-        if np.count_nonzero(old):
-            change -= _page_digest(fields, old)
+        if self._settled.size:
+            fields = _page_fields(group, column)
+            old = self.page_table[group, row, column]
+            change = _page_digest(fields, page)
+            if np.count_nonzero(old):
+                change -= _page_digest(fields, old)
+            np.add.at(self._settled, row, change)
         self.page_table[group, row, column] = page
         np.maximum.at(self.pages_len, (group, row), column + 1)
-        np.add.at(self._settled, row, change)
 
     def inputs(self, rows: np.ndarray, query_lens: np.ndarray) -> tuple[np.ndarray, ...]:
         """Query tokens of a step, ragged over its rows.
@@ -196,6 +201,7 @@ class RowTable:
 
     def digest(self, plan: StepPlan) -> int:
         """Digest of the rows the step uses, after `apply` and before `advance`; incremental."""
+        require(self._settled.size > 0, "this table keeps no digests")
         rows = plan.rows.astype(np.int64)
         return self._combine(plan, rows, self._settled[rows])
 
