@@ -3,7 +3,8 @@
 Pure functions of (plan, limits, row table), numpy only. Invariants: a plan that passes cannot make
 a later stage index outside the row table, the vocabulary or the pool, cannot write a page that it
 seals or that two rows share, and cannot read KV that was zeroed. Raises WorkerFault with the
-values; the caller ends the epoch, nothing is repaired here. Called by device.runner.
+values; the caller ends the epoch, nothing is repaired here. Called by whoever keeps row state
+(device.batch, device.device_rows).
 
     check_deltas    before they are applied: numbering, places in the table, ids, ragged lengths
     check_rows      after they are applied: lengths against known tokens and held pages
@@ -47,7 +48,8 @@ class HeldColumns:
     """Of each row, how many of its table's first columns are known to hold a page, so that a step
     looks at new ones only: 128 rows of 4,096 tokens have 32,768 columns, and a step adds eight.
 
-    One table's companion: `apply` follows each plan that is applied to it. In a layer group with a
+    One table's companion: `apply` follows each plan that is applied to it, but for those that
+    device.steady follows, which change no column that a row has come to. In a layer group with a
     window columns are given back, and nothing is remembered.
     """
 

@@ -88,7 +88,8 @@ class RowTable:
         # -1 matches no token, so a comparison with all columns needs no mask.
         self.stop_ids = np.full((rows, limits.stop_ids), -1, np.int32)
         self._order = np.arange(rows, dtype=np.int64) << 32  # the place of a row in a plan
-        # Digest of everything of a row that only deltas change, kept up to date by `apply`.
+        # Digest of everything of a row that only deltas change, kept up to date by `apply`; of no
+        # row where nobody asks.
         self._empty = self._record_digest(np.array([TRASH_ROW]))[0]
         self._settled = np.full(rows if digests else 0, self._empty, np.uint64)
 

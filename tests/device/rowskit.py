@@ -21,6 +21,8 @@ class Plans:
         self._step = 0
         self._owner = 0
         self._held: list[int] = []
+        # Rows that decode again in the next steps, and in how many.
+        self._again: tuple[list[int], int] = ([], 0)
         self._pages = {
             group: list(range(1, pages)) for group, pages in enumerate(limits.pages_by_group)
         }
@@ -31,16 +33,20 @@ class Plans:
     def step(self, *, decode: bool | None = None) -> StepPlan:
         """The next plan; decode: every row has one query token; None: as it falls."""
         rng, judge = self.rng, self.judge
-        decode = self.chance(0.5) if decode is None else decode
         self._step += 1
+        again = self._runs_on(decode)
+        decode = bool(again) or (self.chance(0.5) if decode is None else decode)
         clears = [row for row in self._held if self.chance(0.15) or self._full(row)]
+        clears = [] if again else clears
         for row in clears:
             self._release(row)
         plan = StepPlan(epoch=1, step=self._step, clears=np.array(clears, np.int32))
-        self._admit(plan)
+        if not again:
+            self._admit(plan)
         judge.apply(plan)
         running = [row for row in self._held if self.chance(0.8)]
         rng.shuffle(running)
+        running = again or running
         rows, lens, samples = [], [], []
         for row in running:
             known = int(judge.records["tokens_len"][row]) - int(judge.length[row])
@@ -54,6 +60,19 @@ class Plans:
         extra = StepPlan(epoch=1, step=self._step, page_writes=plan.page_writes)
         judge.apply(extra)
         return StepPlan.decode(plan.encode())
+
+    def _runs_on(self, decode: bool | None) -> list[int]:
+        """Rows of a decode step that is the last one's next, as nearly all of a server's are; none
+        for a step as it falls. Such a run begins with rows whose next token is drawn."""
+        rows, left = self._again
+        if left == 0 and decode is not False and self.chance(0.2):
+            known = self.judge.records["tokens_len"] - self.judge.length
+            rows = [row for row in self._held if known[row] <= 1 and self.chance(0.9)]
+            left = int(self.rng.integers(3, 12))
+        if decode is False or not rows or any(self._full(row) for row in self._held):
+            left = 0
+        self._again = rows, max(0, left - 1)
+        return rows if left else []
 
     def tokens(self, plan: StepPlan) -> np.ndarray:
         """int32[n]: what the step draws, 0 where it draws nothing."""

@@ -40,12 +40,12 @@ ONE_GROUP = Limits(
 CUDA = torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_over_random_plans_tables_digests_and_staging_are_the_hosts(seed):
+@pytest.mark.parametrize("limits", [LIMITS, ONE_GROUP], ids=["windows", "one group"])
+def test_over_random_plans_tables_digests_and_staging_are_the_hosts(limits):
     from holdfast.device.device_rows import DeviceRows
 
-    plans, staging = Plans(LIMITS, seed), Staging(LIMITS, 1)
-    rows = DeviceRows(LIMITS, CUDA, delta_words=2048)
+    plans, staging = Plans(limits, 1), Staging(limits, 1)
+    rows = DeviceRows(limits, CUDA, delta_words=2048)
     rows.warm_up()
     compiles = CompileCount()
     for step in range(150):
@@ -54,7 +54,7 @@ def test_over_random_plans_tables_digests_and_staging_are_the_hosts(seed):
         assert rows.digest(plan) == plans.judge.digest_full(plan)
         assert np.array_equal(rows.page_table.cpu(), plans.judge.page_table)
         if plan.rows.size and plan.query_lens.max() == 1:
-            count = bucket_of(plan.rows.size, buckets(LIMITS.rows_max))
+            count = bucket_of(plan.rows.size, buckets(limits.rows_max))
             staged = staging.fill(plan, plans.judge, count)
             rows.stage_bucket(count)
             found = rows.bucket(count)
@@ -67,10 +67,11 @@ def test_over_random_plans_tables_digests_and_staging_are_the_hosts(seed):
     assert compiles.count == 0, compiles.last
 
 
-def test_the_host_runs_ahead_and_every_digest_is_right():
+@pytest.mark.parametrize("limits", [LIMITS, ONE_GROUP], ids=["windows", "one group"])
+def test_the_host_runs_ahead_and_every_digest_is_right(limits):
     from holdfast.device.device_rows import DeviceRows
 
-    plans, rows = Plans(LIMITS, 9), DeviceRows(LIMITS, CUDA)
+    plans, rows = Plans(limits, 9), DeviceRows(limits, CUDA)
     rows.warm_up()
     busy = torch.zeros(4096, 4096, device=CUDA)
     late: list[Any] = []
