@@ -253,8 +253,7 @@ class HostRows:
         self._digest = self.table.digest_full(plan)
 
     def shape(self, plan: StepPlan) -> StepShape:
-        lengths = self.table.length[plan.rows]
-        return shape_of(plan.query_lens, lengths, lengths, plan.drafts)
+        return step_shape(self.table, plan)
 
     def drawn_alike(self, plan: StepPlan) -> bool:
         return self._alike.all_of(self.table, plan)
@@ -337,6 +336,12 @@ class HostRows:
         if plan.rows.size == 0:
             self._found = (np.empty(0, np.int32), np.empty(0, bool))
         return HostFetch(self._digest, *self._found)
+
+
+def step_shape(table: RowTable, plan: StepPlan) -> StepShape:
+    """`table` has had the plan's deltas and was not advanced, so lengths are known."""
+    lengths = table.length[plan.rows]
+    return shape_of(plan.query_lens, lengths, lengths, plan.drafts)
 
 
 def in_plan_order(

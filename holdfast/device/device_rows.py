@@ -20,7 +20,14 @@ import numpy as np
 import torch
 
 from holdfast.config import Limits
-from holdfast.device.batch import Drawing, DrawnAlike, StepBatch, in_plan_order, penalised
+from holdfast.device.batch import (
+    Drawing,
+    DrawnAlike,
+    StepBatch,
+    in_plan_order,
+    penalised,
+    step_shape,
+)
 from holdfast.device.buckets import Bucket
 from holdfast.device.checks import HeldColumns, check_deltas, check_rows
 from holdfast.device.frame import Frames
@@ -30,7 +37,7 @@ from holdfast.ops.attention import AttentionBatch
 from holdfast.ops.kernels import rows as kernels
 from holdfast.ops.kernels.launch import launch
 from holdfast.ops.pinned import DeviceEvent, await_event
-from holdfast.wire.envelope import StepShape, shape_of
+from holdfast.wire.envelope import StepShape
 from holdfast.wire.plan import StepPlan
 from holdfast.wire.rows import RowTable
 
@@ -60,7 +67,7 @@ class DeviceFetch:
         self._plan = plan
         self._placed = placed
         self._slot = slot
-        self._drawn = rows.drawing(plan)
+        self._drawn = rows.drawn_of(plan)
 
     @property
     def ready(self) -> bool:
@@ -96,7 +103,7 @@ class DeviceRows:
         self.limits = limits
         self.device = torch.device(device)
         self._alike = DrawnAlike(limits)
-        self._follow_none()
+        self._begin_mirror()
         rows, groups, columns = limits.rows_total, limits.groups, limits.table_columns
         self.records = self._zeros(rows, kernels.RECORD_WORDS)
         self.length = self._zeros(rows)
@@ -131,14 +138,14 @@ class DeviceRows:
             "BLOCK": _BLOCK,
         }
 
-    def _follow_none(self) -> None:
+    def _begin_mirror(self) -> None:
         """The mirror of free rows, and what is known of its rows."""
         self.table = RowTable(self.limits, digests=False)
         self._held = HeldColumns(self.limits)
         self._steady = SteadyRows(self.limits)
-        # Of a steady step's rows, once it was asked: all are alike; who draws.
+        # Of a run's rows, once it was asked: all are alike; who draws.
         self._all_alike = False
-        self._drawing: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._drawers: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=self.device)
@@ -164,7 +171,7 @@ class DeviceRows:
 
     def reset(self) -> None:
         require(self._untaken == 0, f"{self._untaken} results are on their way")
-        self._follow_none()
+        self._begin_mirror()
         for table in (self.records, self.length, self.page_table, self.pages_len, self.tokens):
             table.zero_()
         self.bias_ids.zero_()
@@ -194,7 +201,7 @@ class DeviceRows:
             check_rows(plan, self.table, self._held)
             self._steady.learn(plan, self.table)
             self._alike.admit(plan.admits)
-            self._all_alike, self._drawing = False, None
+            self._all_alike, self._drawers = False, None
         for deltas in self.frames.upload(plan, again=again):
             self._apply(deltas.clears, deltas.admits, deltas.writes)
 
@@ -275,8 +282,7 @@ class DeviceRows:
     def shape(self, plan: StepPlan) -> StepShape:
         if self._steady.steady:
             return self._steady.shape
-        lengths = self.table.length[plan.rows]
-        return shape_of(plan.query_lens, lengths, lengths, plan.drafts)
+        return step_shape(self.table, plan)
 
     def drawn_alike(self, plan: StepPlan) -> bool:
         # Rows that are alike stay so as they grow.
@@ -461,13 +467,13 @@ class DeviceRows:
             event.record()
         return DeviceFetch(self, plan, placed, slot)
 
-    def drawing(self, plan: StepPlan) -> _Drawn:
+    def drawn_of(self, plan: StepPlan) -> _Drawn:
         """Who draws in the plan, whose rows have moved past it."""
-        if self._drawing is None:
+        if self._drawers is None:
             at = np.flatnonzero(plan.samples)
             rows = plan.rows[at].astype(np.int64)
-            self._drawing = at, rows, self.table.records["owner"][rows]
-        at, rows, owners = self._drawing
+            self._drawers = at, rows, self.table.records["owner"][rows]
+        at, rows, owners = self._drawers
         return _Drawn(at, rows, owners, self.table.length[rows])
 
     def fetched_arrays(self, slot: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

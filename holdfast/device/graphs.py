@@ -278,8 +278,7 @@ class StepGraphs:
 
     def run(self, plan: StepPlan, *, alike: bool) -> BucketStep | BatchStep | None:
         """Compute a step of n >= 1 rows in a bucket of rows, or of tokens; None when its shape is
-        no bucket's, and then nothing was computed. alike: Rows.drawn_alike
-        of it.
+        no bucket's, and then nothing was computed. alike: Rows.drawn_alike of it.
 
         The plan was applied; afterwards its rows are to be settled, or drawn for and settled.
         """

@@ -124,13 +124,15 @@ class DrillServer:
         since_s = time.monotonic()
         self.provoke(do="tell")
         while time.monotonic() < since_s + _TELL_S_MAX:
-            if any(m["kind"] == "told" and m["at_s"] >= since_s for m in self._provoked()):
+            if any(moment["kind"] == "told" for moment in self.moments("provoked", since_s)):
                 return
             time.sleep(_POLL_S)
         raise OperatorError(f"the worker did not say what it counted within {_TELL_S_MAX:g} s")
 
-    def _provoked(self) -> list[dict[str, Any]]:
-        return [m for m in self.status()["drills"] if m["event"] == "provoked"]
+    def moments(self, event: str, since_s: float = 0.0) -> list[dict[str, Any]]:
+        """What the supervisor noted, oldest first."""
+        found = self.status()["drills"]
+        return [m for m in found if m["event"] == event and m["at_s"] >= since_s]
 
     def metrics(self) -> dict[str, float]:
         """Every sample of /metrics by its name and labels, `holdfast_` left out."""

@@ -182,8 +182,7 @@ class Stage:
 
     def moments(self, event: str, since_s: float = 0.0) -> list[dict[str, Any]]:
         """What the supervisor noted, oldest first."""
-        found = self.server.status()["drills"]
-        return [m for m in found if m["event"] == event and m["at_s"] >= since_s]
+        return self.server.moments(event, since_s)
 
     async def told(self) -> None:
         """Until `moved` is of every step so far."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import devicekit
 import numpy as np
 import pytest
 from devicekit import handles
@@ -21,16 +22,7 @@ from holdfast.wire.plan import ADMIT, PAGE_WRITE, StepPlan
 from holdfast.wire.rows import RowTable
 
 PAGE = 4
-LIMITS = Limits(
-    vocab_size=97,
-    context_tokens=70,
-    page_tokens=PAGE,
-    pages=400,
-    rows_max=6,
-    prefill_tokens=64,
-    bias_entries=3,
-    stop_ids=5,
-)
+LIMITS = replace(devicekit.LIMITS, context_tokens=70, page_tokens=PAGE, pages=400, rows_max=6)
 
 
 class Driver:

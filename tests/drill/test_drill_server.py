@@ -15,6 +15,7 @@ from holdfast.drill.server import DrillServer
 from holdfast.model.spec import ModelSpec, resolve_model
 
 TOKENS = 12
+KINDS = ("decode", "mixed")
 
 
 @pytest.mark.slow
@@ -35,9 +36,6 @@ def test_counts_of_a_worker_are_told_when_they_are_asked_for() -> None:
         assert not _sum(found, "eager_steps_total")
     finally:
         server.close()
-
-
-KINDS = ("decode", "mixed")
 
 
 async def _answer(server: DrillServer, job: object) -> None:
